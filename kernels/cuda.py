@@ -1,0 +1,231 @@
+"""The transport of NVIDIA GPUs: CUDA virtual memory (cuMem*), and a side stream that drives the copy engines.
+
+The only caller of the driver. Peers import each other's memory by POSIX file descriptor, or by FABRIC handle where
+every rank can export one (multi-node NVLink).
+"""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from cuda.bindings import driver
+
+from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.kernels.device import Block, CopyStream, Device, Region
+
+_FD = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+_FABRIC = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_FABRIC
+
+
+class CudaError(DWDPError):
+    """A driver call that failed; `code` is its CUresult."""
+
+    def __init__(self, what: str, code: driver.CUresult):
+        _, text = driver.cuGetErrorString(code)
+        super().__init__(f"{what} failed: {code.name} ({(text or b'').decode()})")
+        self.code = code
+
+
+def _check(what: str, result: tuple) -> Any:
+    code, *values = result
+    if code != driver.CUresult.CUDA_SUCCESS:
+        raise CudaError(what, code)
+    return values[0] if len(values) == 1 else values
+
+
+class CudaBlock(Block):
+    def __init__(self, handle: Any, nbytes: int, owner: "CudaDevice | None" = None):
+        self.handle, self.nbytes, self._owner = handle, nbytes, owner
+
+    def close(self) -> None:
+        if self.handle is not None:
+            _check("cuMemRelease", driver.cuMemRelease(self.handle))
+            self.handle = None
+            if self._owner is not None:
+                self._owner.allocated_bytes -= self.nbytes
+
+
+class CudaRegion(Region):
+    def __init__(self, device: torch.device, nbytes: int, page_bytes: int):
+        self.device, self.nbytes = device, nbytes
+        self.address = int(_check("cuMemAddressReserve", driver.cuMemAddressReserve(nbytes, page_bytes, 0, 0)))
+        self._mapped: list[tuple[int, int]] = []  # (address, bytes)
+
+    def map(self, at: int, block: Block, *, writable: bool) -> None:
+        assert isinstance(block, CudaBlock) and at + block.nbytes <= self.nbytes
+        address = self.address + at
+        _check("cuMemMap", driver.cuMemMap(address, block.nbytes, 0, block.handle, 0))
+        self._mapped.append((address, block.nbytes))
+        access = driver.CUmemAccessDesc()
+        access.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        access.location.id = self.device.index
+        flags = driver.CUmemAccess_flags
+        access.flags = flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE if writable else flags.CU_MEM_ACCESS_FLAGS_PROT_READ
+        try:
+            _check("cuMemSetAccess", driver.cuMemSetAccess(address, block.nbytes, [access], 1))
+        except CudaError as error:
+            raise DWDPError(
+                f"{self.device} cannot read a peer's memory ({error}): DWDP needs NVLink or PCIe peer access between "
+                f"all GPUs of the group; `nvidia-smi topo -p2p r` shows which pairs have it"
+            ) from None
+
+    def close(self) -> None:
+        for address, nbytes in self._mapped:
+            _check("cuMemUnmap", driver.cuMemUnmap(address, nbytes))
+        self._mapped.clear()
+        if self.address:
+            _check("cuMemAddressFree", driver.cuMemAddressFree(self.address, self.nbytes))
+            self.address = 0
+
+
+class CudaDevice(Device):
+    """GPU `index` of this process. Raises DWDPError when its driver lacks virtual memory or shareable handles."""
+
+    def __init__(self, index: int):
+        self.device = torch.device("cuda", index)
+        torch.cuda.set_device(self.device)
+        torch.cuda.current_stream().synchronize()  # makes torch's primary context current before the first driver call
+        attributes = driver.CUdevice_attribute
+        vmm = attributes.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+        if not _check("cuDeviceGetAttribute", driver.cuDeviceGetAttribute(vmm, index)):
+            raise DWDPError(f"{self.device} has no CUDA virtual memory management: DWDP needs it (driver 470 or newer)")
+        self._properties = driver.CUmemAllocationProp()
+        self._properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        self._properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        self._properties.location.id = index
+        self.use_handles("fabric" if self._can_export(_FABRIC) else "fd")
+
+    def use_handles(self, kind: str) -> None:
+        """Allocate with "fabric" or "fd" handles from now on: the kind that every rank of the group can export."""
+        self.handle_kind = kind
+        self._properties.requestedHandleTypes = _FABRIC if kind == "fabric" else _FD
+        flag = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
+        granularity = driver.cuMemGetAllocationGranularity(self._properties, flag)
+        self.page_bytes = int(_check("cuMemGetAllocationGranularity", granularity))
+
+    def _can_export(self, kind: Any) -> bool:
+        self._properties.requestedHandleTypes = kind
+        with contextlib.suppress(CudaError):
+            handle = _check("cuMemCreate", driver.cuMemCreate(2 * 2**20, self._properties, 0))
+            exported, _ = driver.cuMemExportToShareableHandle(handle, kind, 0)
+            driver.cuMemRelease(handle)
+            return exported == driver.CUresult.CUDA_SUCCESS
+        return False
+
+    def allocate(self, nbytes: int) -> CudaBlock:
+        assert nbytes % self.page_bytes == 0
+        try:
+            handle = _check("cuMemCreate", driver.cuMemCreate(nbytes, self._properties, 0))
+        except CudaError as error:
+            free, total = torch.cuda.mem_get_info(self.device)
+            raise DWDPError(
+                f"cannot allocate {nbytes / 2**20:.0f} MiB on {self.device}, {free / 2**20:.0f} of "
+                f"{total / 2**20:.0f} MiB are free ({error}): use more ranks, fewer slots or a smaller cache_gib"
+            ) from None
+        self.allocated_bytes += nbytes
+        return CudaBlock(handle, nbytes, self)
+
+    def export(self, block: Block) -> int | bytes:
+        assert isinstance(block, CudaBlock)
+        kind = _FABRIC if self.handle_kind == "fabric" else _FD
+        handle = _check("cuMemExportToShareableHandle", driver.cuMemExportToShareableHandle(block.handle, kind, 0))
+        return bytes(handle.data) if self.handle_kind == "fabric" else int(handle)
+
+    def adopt(self, handle: int | bytes, nbytes: int) -> CudaBlock:
+        kind = _FD if isinstance(handle, int) else _FABRIC
+        result = driver.cuMemImportFromShareableHandle(handle, kind)
+        return CudaBlock(_check("cuMemImportFromShareableHandle", result), nbytes)
+
+    def reserve(self, nbytes: int) -> CudaRegion:
+        return CudaRegion(self.device, nbytes, self.page_bytes)
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        stream = torch.cuda.current_stream(self.device)
+        _check("cuMemcpyAsync", driver.cuMemcpyAsync(target, source, nbytes, stream.cuda_stream))
+        stream.synchronize()
+
+    def release_cached(self) -> None:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+
+    def stream(self, *, timing: bool) -> "CudaStream":
+        return CudaStream(self.device, timing=timing)
+
+
+class _Intervals:
+    """Sums the time between pairs of events without waiting for them: finished pairs are collected and reused."""
+
+    def __init__(self) -> None:
+        self.total_ms = 0.0
+        self._open: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._spare: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def measure(self, stream: torch.cuda.Stream):
+        self.collect()
+        make = torch.cuda.Event
+        pair = self._spare.pop() if self._spare else (make(enable_timing=True), make(enable_timing=True))
+        pair[0].record(stream)
+        yield
+        pair[1].record(stream)
+        self._open.append(pair)
+
+    def collect(self) -> None:
+        while self._open and self._open[0][1].query():
+            pair = self._open.pop(0)
+            self.total_ms += pair[0].elapsed_time(pair[1])
+            self._spare.append(pair)
+
+
+class CudaStream(CopyStream):
+    def __init__(self, device: torch.device, *, timing: bool):
+        # Copies use no SMs; high priority only lets their events be seen promptly.
+        self._stream = torch.cuda.Stream(device, priority=-1)
+        self._raw = self._stream.cuda_stream
+        self._device = device
+        self._waits = _Intervals() if timing else None
+        self._copies = _Intervals() if timing else None
+
+    @property
+    def exposed_wait_ms(self) -> float | None:
+        return self._waits and self._waits.total_ms
+
+    @property
+    def copy_ms(self) -> float | None:
+        return self._copies and self._copies.total_ms
+
+    def event(self) -> torch.cuda.Event:
+        return torch.cuda.Event()
+
+    def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        with self._copies.measure(self._stream) if self._copies else contextlib.nullcontext():
+            for target, source, nbytes in copies:
+                _check("cuMemcpyAsync", driver.cuMemcpyAsync(target, source, nbytes, self._raw))
+
+    def record(self, event: torch.cuda.Event) -> None:
+        event.record(self._stream)
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        self._stream.wait_event(event)
+
+    def compute_record(self, event: torch.cuda.Event) -> None:
+        event.record(torch.cuda.current_stream(self._device))
+
+    def compute_wait(self, event: torch.cuda.Event) -> None:
+        stream = torch.cuda.current_stream(self._device)
+        with self._waits.measure(stream) if self._waits else contextlib.nullcontext():
+            stream.wait_event(event)
+
+    def is_capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def drain(self) -> None:
+        self._stream.synchronize()
+        for intervals in (self._waits, self._copies):
+            if intervals:
+                torch.cuda.synchronize(self._device)
+                intervals.collect()
+
+    def close(self) -> None:
+        self._stream.synchronize()

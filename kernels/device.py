@@ -1,0 +1,129 @@
+"""The interface of a transport: shareable memory, address ranges made of it, and one copy stream.
+
+Two implementations: `host.HostDevice` (shared memory, a thread) and `cuda.CudaDevice` (virtual memory, a CUDA stream).
+Both are page based in the same way, so that everything above them is one code.
+"""
+
+import abc
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+class Block(abc.ABC):
+    """Physical memory of `nbytes`, a whole number of pages: allocated here, or imported from a peer."""
+
+    nbytes: int
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Drop this reference; the memory lives on while it is mapped anywhere. Repeats safely."""
+
+
+class Region(abc.ABC):
+    """A reserved range of addresses into which blocks are mapped."""
+
+    address: int
+    nbytes: int
+    device: torch.device
+
+    @abc.abstractmethod
+    def map(self, at: int, block: Block, *, writable: bool) -> None:
+        """Map the whole of `block` at byte offset `at`, a page multiple."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Unmap everything and give the addresses back. No tensor over it may be used any more. Repeats safely."""
+
+    def tensor(self, at: int, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor over this memory whose first element lies at byte offset `at`.
+
+        The device is given, not asked of the driver: the first byte may be a peer's.
+        """
+        nbytes = (1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))) * dtype.itemsize
+        storage = torch._C._construct_storage_from_data_pointer(self.address + at, self.device, nbytes)
+        return torch.empty(0, dtype=dtype, device=self.device).set_(storage, 0, tuple(shape), tuple(stride))
+
+
+class CopyStream(abc.ABC):
+    """The side stream, and the events between it and the stream that computes.
+
+    An event is what `event()` returns; a wait waits for the latest record made before the wait was issued.
+    `exposed_wait_ms` and `copy_ms` accumulate when made with timing, else stay None.
+    """
+
+    exposed_wait_ms: float | None = None
+    copy_ms: float | None = None
+
+    @abc.abstractmethod
+    def event(self) -> Any: ...
+
+    @abc.abstractmethod
+    def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Enqueue (destination address, source address, bytes) copies, in order."""
+
+    @abc.abstractmethod
+    def record(self, event: Any) -> None:
+        """The side stream records `event`."""
+
+    @abc.abstractmethod
+    def wait(self, event: Any) -> None:
+        """The side stream waits for `event`."""
+
+    @abc.abstractmethod
+    def compute_record(self, event: Any) -> None:
+        """The computing stream records `event`."""
+
+    @abc.abstractmethod
+    def compute_wait(self, event: Any) -> None:
+        """The computing stream waits for `event`."""
+
+    @abc.abstractmethod
+    def is_capturing(self) -> bool:
+        """Whether the computing stream is being captured into a graph."""
+
+    @abc.abstractmethod
+    def drain(self) -> None:
+        """Block until every copy issued so far has ended, and bring the timings up to date."""
+
+    @abc.abstractmethod
+    def close(self) -> None: ...
+
+
+class Device(abc.ABC):
+    """One rank's device. `allocated_bytes` counts blocks allocated here and not yet closed."""
+
+    page_bytes: int
+    allocated_bytes: int = 0
+    handle_kind: str
+
+    def use_handles(self, kind: str) -> None:
+        """Export memory allocated from now on as `kind`, "fd" or "fabric"."""
+        assert kind == self.handle_kind
+
+    @abc.abstractmethod
+    def allocate(self, nbytes: int) -> Block:
+        """New shareable memory; `nbytes` is a page multiple. Raises DWDPError when there is not enough."""
+
+    @abc.abstractmethod
+    def export(self, block: Block) -> int | bytes:
+        """A handle with which a peer imports `block`: a file descriptor (the caller closes it) or FABRIC bytes."""
+
+    @abc.abstractmethod
+    def adopt(self, handle: int | bytes, nbytes: int) -> Block:
+        """Import a peer's memory by its handle; a file descriptor stays the caller's to close."""
+
+    @abc.abstractmethod
+    def reserve(self, nbytes: int) -> Region: ...
+
+    @abc.abstractmethod
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Copy between addresses and wait for it: for set-up only."""
+
+    @abc.abstractmethod
+    def release_cached(self) -> None:
+        """Make memory that the framework has cached but does not use available to `allocate`."""
+
+    @abc.abstractmethod
+    def stream(self, *, timing: bool) -> CopyStream: ...

@@ -1,0 +1,75 @@
+"""Checks: what DWDP does not work with, said in one line before anything is loaded."""
+
+from vllm.config import VllmConfig
+
+from vllm_dwdp.config import Options
+from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.placement import Placement
+
+TESTED_VLLM = ("0.32",)  # minor versions whose contract test passes
+UNTESTED = "DWDP_ALLOW_UNTESTED_VLLM"
+# MoE backends that fuse dispatch or replace RoutedExperts.
+BYPASSING_BACKENDS = ("mega_moe", "moe_ep", "moonep")
+
+
+def refuse_version(version: str, allow_untested: bool) -> None:
+    """Raises DWDPError for a vLLM whose hooks were not tested."""
+    if not allow_untested and ".".join(version.split(".")[:2]) not in TESTED_VLLM:
+        raise DWDPError(
+            f"vLLM {version} is not one that vllm-dwdp was tested with ({', '.join(TESTED_VLLM)}): install one of those, "
+            f"or set {UNTESTED}=1 to try"
+        )
+
+
+def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
+    """Raises DWDPError naming the first setting that DWDP cannot serve and what to change."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    name = model.model
+    if not model.is_moe:
+        raise DWDPError(f"{name} has no MoE layers: there are no experts to stream; drop --parallel dwdp")
+    if options.size is None or options.size < 2:
+        raise DWDPError("--parallel dwdp needs at least two ranks: set --data-parallel-size to 2 or more")
+    if model.get_num_experts() > 0:
+        Placement(num_experts=model.get_num_experts(), size=options.size, experts_per_rank=options.experts_per_rank)
+    offload = vllm_config.offload_config
+    for refused, reason in (
+        (parallel.tensor_parallel_size > 1,
+         f"--tensor-parallel-size {parallel.tensor_parallel_size}: a DWDP rank is one GPU; set it to 1"),
+        (parallel.pipeline_parallel_size > 1,
+         f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: a DWDP rank runs every layer; set it to 1"),
+        (parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1,
+         "context parallelism: a DWDP rank computes its own tokens alone; drop it"),
+        (parallel.enable_expert_parallel,
+         "--enable-expert-parallel: it sends tokens to experts, DWDP brings experts to tokens; choose one"),
+        (parallel.enable_eplb, "--enable-eplb: nothing needs balancing, every rank computes all experts; drop it"),
+        (parallel.enable_elastic_ep, "--enable-elastic-ep: peers map each other's memory for good; drop it"),
+        (parallel.enable_dbo, "--enable-dbo: there is no communication to overlap; drop it"),
+        (parallel.data_parallel_backend == "ray",
+         "--data-parallel-backend ray: only the default backend (mp) starts independent ranks here; drop it"),
+        (model.enable_sleep_mode or model.enable_cumem_allocator,
+         "--enable-sleep-mode / cumem allocator: it would move weights that peers have mapped; drop it"),
+        (vllm_config.lora_config is not None, "--enable-lora: adapters wrap the expert layers that are streamed; drop it"),
+        (vllm_config.weight_transfer_config is not None,
+         "weight transfer: it would rewrite weights that peers have mapped; drop it"),
+        (offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0,
+         "weight offloading: expert weights already come from peers; drop the offload options"),
+        (vllm_config.speculative_config is not None and vllm_config.speculative_config.draft_model_config is not None
+         and vllm_config.speculative_config.draft_model_config.is_moe,
+         "a speculative draft model with MoE layers: use a dense draft model or ngram"),
+        (any(part in str(vllm_config.kernel_config.moe_backend) for part in BYPASSING_BACKENDS),
+         f"--moe-backend {vllm_config.kernel_config.moe_backend}: it bypasses RoutedExperts; use auto or triton"),
+    ):
+        if refused:
+            raise DWDPError(f"--parallel dwdp does not go with {reason}")
+    if model.is_moe and options.rendezvous is None and _ranks_start_apart(parallel):
+        raise DWDPError(
+            "ranks started by separate commands need a meeting point: give every one the same "
+            "--dwdp-rendezvous HOST:PORT, a free port on rank 0's host"
+        )
+
+
+def _ranks_start_apart(parallel) -> bool:
+    return parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb or (
+        parallel.data_parallel_size > 1 and parallel.data_parallel_size_local < parallel.data_parallel_size
+        and parallel.data_parallel_rank_local is None
+    )

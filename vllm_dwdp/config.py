@@ -1,0 +1,70 @@
+"""Options: one struct behind `--dwdp-...`, `--additional-config '{"dwdp": {...}}'` and `LLM(additional_config=...)`."""
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from vllm_dwdp.errors import DWDPError
+
+KEY = "dwdp"  # where vLLM's additional_config carries the options; its presence is the switch
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Everything a user may set. Sizes carry their unit in the name; None means "let DWDP decide"."""
+
+    size: Annotated[
+        Annotated[int, Meta(ge=2)] | None, Meta(description="ranks in the group; --data-parallel-size by default")
+    ] = None
+    rank: Annotated[
+        Annotated[int, Meta(ge=0)] | None, Meta(description="this rank; vLLM's data-parallel rank by default")
+    ] = None
+    rendezvous: Annotated[
+        Annotated[str, Meta(pattern=r"^[^:]+:\d+$")] | None,
+        Meta(description="HOST:PORT that rank 0 opens for its peers; vLLM's own store by default"),
+    ] = None
+    slots: Annotated[int, Meta(ge=2, le=8, description="buffers into which layers are streamed")] = 2
+    slice_mib: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(description="copy in slices of this size, interleaved over the sources; 0 copies whole ranges "
+                         "(default: 0 at two ranks, 4 from three)"),
+    ] = None
+    direct_max_tokens: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(description="batches up to this many tokens read peers' memory in place (default: derived at start-up)"),
+    ] = None
+    experts_per_rank: Annotated[
+        Annotated[int, Meta(ge=1)] | None, Meta(description="experts that each rank owns; above E/N ranges overlap")
+    ] = None
+    cache_gib: Annotated[
+        float, Meta(ge=0, description="GiB of device memory for permanent copies of remote experts")
+    ] = 0.0
+    startup_timeout_s: Annotated[
+        float, Meta(gt=0, description="seconds for which a rank waits for its peers while they load")
+    ] = 1800.0
+    timing: Annotated[bool, Meta(description="time copies and exposed waits (a few events a layer)")] = False
+
+    @property
+    def slice_bytes(self) -> int:
+        """Bytes in a slice of a copy; 0 for whole ranges. Needs `size`."""
+        default = 0 if (self.size or 2) < 3 else 4
+        return (default if self.slice_mib is None else self.slice_mib) * 2**20
+
+    def shared(self) -> dict[str, Any]:
+        """The options that every rank of a group must have alike."""
+        mine = {"rank", "rendezvous", "timing"}
+        return {name: value for name, value in msgspec.to_builtins(self).items() if name not in mine}
+
+
+def parse(additional_config: dict[str, Any]) -> Options | None:
+    """The options in vLLM's `additional_config`, or None when the switch is off.
+
+    Raises DWDPError naming the option that is unknown or out of range.
+    """
+    if KEY not in additional_config:
+        return None
+    try:
+        return msgspec.convert(additional_config[KEY] or {}, Options)
+    except msgspec.ValidationError as error:
+        known = ", ".join(Options.__struct_fields__)
+        raise DWDPError(f"additional_config['{KEY}'] (--dwdp-... options): {error}; known options: {known}") from None

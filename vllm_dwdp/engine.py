@@ -1,0 +1,85 @@
+"""Engine: the launch side. A MoE model goes down vLLM's branch for independent data-parallel ranks.
+
+vLLM runs the ranks of a dense model on their own and those of a MoE model in lockstep: waves, dummy batches, a process
+group, a collective each step. The hooks below send a MoE model with DWDP the first way; a config without DWDP passes
+through them unchanged.
+"""
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from vllm.config import VllmConfig
+from vllm.v1.engine import core
+
+from vllm_dwdp import checks, config, hooks
+
+WORKER = "vllm_dwdp.worker.DWDPWorker"
+CORE, UTILS = "vllm.v1.engine.core", "vllm.v1.engine.utils"
+
+
+def prepare(vllm_config: VllmConfig) -> None:
+    """Check a config that has the switch on, and make its engines DWDP ranks. Raises DWDPError in one line."""
+    options = config.parse(vllm_config.additional_config)
+    if options is None:
+        return
+    import vllm
+
+    checks.refuse_version(vllm.__version__, os.environ.get(checks.UNTESTED) == "1")
+    parallel = vllm_config.parallel_config
+    if options.size is None and parallel.data_parallel_size > 1:
+        options = msgspec.structs.replace(options, size=parallel.data_parallel_size)
+    checks.refuse_unsupported(vllm_config, options)
+    # JSON values that stay the same from start to start: vLLM hashes them into the compile cache's key.
+    vllm_config.additional_config[config.KEY] = msgspec.to_builtins(options)
+    parallel.worker_cls = WORKER
+    install()
+
+
+def install() -> None:
+    """Put the launch hooks in place and make sure that they are."""
+    hooks.wrap(CORE, "EngineCoreProc.run_engine_core", ("dp_rank", "vllm_config"), lambda _: run_engine_core)
+    hooks.wrap(UTILS, "DPCoordinator", ("parallel_config", "enable_wave_coordination"), _without("enable_wave_coordination"))
+    hooks.wrap(UTILS, "wait_for_engine_startup", ("parallel_config", "coordinated_dp"), _without("coordinated_dp"))
+    for module, path in ((CORE, "EngineCoreProc.run_engine_core"), (UTILS, "DPCoordinator"), (UTILS, "wait_for_engine_startup")):
+        hooks.verify(module, path)
+
+
+def _without(flag: str) -> Callable[[Callable], Callable]:
+    """A wrapper that passes False for `flag` when the call's parallel_config is DWDP's."""
+
+    def wrapper(original: Callable) -> Callable:
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            if bound.arguments["parallel_config"].worker_cls == WORKER:
+                bound.arguments[flag] = False
+            return original(*bound.args, **bound.kwargs)
+
+        return call
+
+    return wrapper
+
+
+class IndependentEngineCore(core.EngineCoreProc):
+    """The engine of one DWDP rank: stands in for vLLM's DPEngineCoreProc, and has no peers as far as vLLM knows."""
+
+    def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any):
+        rank = vllm_config.parallel_config.data_parallel_index
+        vllm_config.parallel_config.reconfigure_for_independent_dp_rank()
+        super().__init__(*args, vllm_config=vllm_config, engine_index=rank, **kwargs)
+
+
+_run_engine_core = core.EngineCoreProc.run_engine_core
+
+
+def run_engine_core(*args: Any, **kwargs: Any) -> None:
+    """The engine process's entry point. A spawned child unpickles it by this module's name, and so imports DWDP first."""
+    if config.parse(kwargs["vllm_config"].additional_config) is not None:
+        core.DPEngineCoreProc = IndependentEngineCore
+    _run_engine_core(*args, **kwargs)

@@ -1,0 +1,178 @@
+"""Experts: vLLM's RoutedExperts, loaded with this rank's shard, then shown the full tensors.
+
+`sharded` wraps what vLLM builds and loads while a model is made; `bind` re-points the finished layers and puts
+acquire and release around their forward.
+"""
+
+import contextlib
+import copy
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models import gpt_oss
+
+from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.placement import Placement
+from vllm_dwdp.prefetch import Prefetcher
+from vllm_dwdp.weights import LayerWeights
+
+# Parameters of RoutedExperts without a row for every expert.
+NOT_PER_EXPERT = {"e_score_correction_bias", "hash_indices_table"}
+# A tensor with at most this part of the layer's largest is replicated: biases, scales per tensor, sparse block scales.
+SMALL = 1 / 64
+
+
+@contextlib.contextmanager
+def sharded(rank: int, size: int, experts_per_rank: int | None) -> Iterator[list[RoutedExperts]]:
+    """While the body builds and loads a model, every RoutedExperts holds only this rank's experts.
+
+    Yields the list of layers built, in order. Raises DWDPError, before any weight is read, for a layer that cannot be
+    streamed, and when the model has built none.
+    """
+    layers: list[RoutedExperts] = []
+    build, select_files = RoutedExperts.__init__, DefaultModelLoader._init_ep_weight_filter
+    load_gpt_oss = gpt_oss.GptOssModel.load_weights
+
+    @functools.wraps(build)
+    def build_shard(self: RoutedExperts, *args: Any, **kwargs: Any) -> None:
+        moe_config = kwargs.get("moe_config", args[2] if len(args) > 2 else None)
+        placement = Placement(num_experts=moe_config.num_experts, size=size, experts_per_rank=experts_per_rank)
+        kwargs["expert_map_manager"] = _own_experts_only(kwargs["expert_map_manager"], placement.owned(rank))
+        moe_config.num_local_experts = len(placement.owned(rank))
+        build(self, *args, **kwargs)
+        _refuse_unstreamable(self)
+        self.dwdp_placement = placement
+        layers.append(self)
+
+    @functools.wraps(select_files)
+    def select_owned(self: DefaultModelLoader, model_config: Any) -> None:
+        if not layers:
+            raise DWDPError(
+                f"{model_config.model} built no RoutedExperts layer: its experts take a fused path of their own, which "
+                f"DWDP cannot stream; choose another --moe-backend or drop --parallel dwdp"
+            )
+        select_files(self, model_config)
+        self.local_expert_ids = set().union(*(layer.dwdp_placement.owned(rank) for layer in layers))
+
+    @functools.wraps(load_gpt_oss)
+    def load_owned_rows(self: Any, weights: Any) -> Any:
+        owned = layers[0].dwdp_placement.owned(rank)
+        return load_gpt_oss(self, ((name, _owned_rows(name, weight, owned)) for name, weight in weights))
+
+    RoutedExperts.__init__ = build_shard
+    DefaultModelLoader._init_ep_weight_filter = select_owned
+    gpt_oss.GptOssModel.load_weights = load_owned_rows
+    try:
+        yield layers
+    finally:
+        RoutedExperts.__init__ = build
+        DefaultModelLoader._init_ep_weight_filter = select_files
+        gpt_oss.GptOssModel.load_weights = load_gpt_oss
+
+
+def _own_experts_only(manager: Any, owned: range) -> Any:
+    """A copy of vLLM's map from global to local expert that knows the owned ones only; it makes loaders drop the rest."""
+    if manager.num_fused_shared_experts:
+        raise DWDPError("shared experts fused into the routed ones cannot be streamed: switch shared-expert fusion off")
+    manager = copy.copy(manager)
+    manager._local_num_experts = len(owned)
+    manager._expert_map = torch.full((manager.global_num_experts,), -1, dtype=torch.int32, device="cpu")
+    manager._expert_map[owned.start : owned.stop] = torch.arange(len(owned), dtype=torch.int32, device="cpu")
+    return manager
+
+
+def _owned_rows(name: str, weight: torch.Tensor, owned: range) -> torch.Tensor:
+    """gpt-oss' loader takes checkpoint tensors of all experts and copies them whole: hand it the owned rows."""
+    stacked = ".mlp.experts." in name and not name.split(".mlp.experts.")[1][:1].isdigit()
+    return weight[owned.start : owned.stop] if stacked else weight
+
+
+def _refuse_unstreamable(layer: RoutedExperts) -> None:
+    method = layer.quant_method
+    if not method.supports_eplb:
+        raise DWDPError(
+            f"{layer.layer_name}: {type(method).__name__} keeps its experts in a form whose rows cannot be moved; DWDP "
+            f"streams unquantized, FP8, ModelOpt NVFP4, MXFP4 and compressed-tensors FP8 experts"
+        )
+    static = [name for name, _ in layer.named_parameters() if name.endswith("input_scale")]
+    if static:
+        raise DWDPError(
+            f"{layer.layer_name}: {static[0]} is a static activation scale, which vLLM reduces over the experts that a "
+            f"rank holds, so ranks would differ; use a checkpoint with dynamic activation scales"
+        )
+
+
+def expert_parameters(layer: RoutedExperts, rank: int) -> tuple[list[str], list[str]]:
+    """(streamed, replicated) names of the parameters that have a row for every expert, in registration order.
+
+    Raises DWDPError when a streamed one is not contiguous by expert.
+    """
+    owned = layer.dwdp_placement.owned(rank)
+    rows = {
+        name: parameter
+        for name, parameter in layer.named_parameters()
+        if name not in NOT_PER_EXPERT and parameter.dim() and parameter.shape[0] == len(owned)
+    }
+    largest = max(p[0].numel() * p.element_size() for p in rows.values())
+    streamed = [n for n, p in rows.items() if p[0].numel() * p.element_size() > SMALL * largest]
+    for name in streamed:
+        parameter = rows[name]
+        if parameter.stride(0) != parameter[0].numel() or parameter.untyped_storage().nbytes() < parameter.nbytes:
+            raise DWDPError(f"{layer.layer_name}.{name} is padded or strided between experts: DWDP cannot stream it")
+    return streamed, [name for name in rows if name not in streamed]
+
+
+def bind(layer: RoutedExperts, weights: LayerWeights, replicated: dict[str, torch.Tensor], prefetcher: Prefetcher) -> None:
+    """Show `layer` all E experts: parameters over the full tensors, a kernel built for E, and a forward that waits.
+
+    `replicated` maps parameter names to [E, ...] tensors.
+    """
+    num_experts = layer.global_num_experts
+    for name, tensor in replicated.items():
+        getattr(layer, name).data = tensor
+    weights.parameters = [getattr(layer, tensor.spec.name) for tensor in weights.tensors]
+    weights.bind("streamed")
+    layer.moe_config.num_local_experts = layer.local_num_experts = num_experts
+    layer._expert_map = None
+    _rebuild_kernel(layer)
+    for name in ("forward_modular", "forward_monolithic"):
+        setattr(layer, name, _ahead_of_use(getattr(layer, name), weights, prefetcher))
+
+
+def _rebuild_kernel(layer: RoutedExperts) -> None:
+    """Kernels remember the number of experts and their scales when they are made: make this layer's anew."""
+    method = layer.quant_method
+    kernel = method.moe_kernel
+    if kernel is None:
+        raise DWDPError(f"{layer.layer_name}: {type(method).__name__} has no modular kernel that DWDP could rebuild")
+    method.moe_quant_config = method.get_fused_moe_quant_config(layer)
+    experts = type(kernel.fused_experts)(moe_config=layer.moe_config, quant_config=method.moe_quant_config)
+    method.moe_kernel = mk.FusedMoEKernel(kernel.prepare_finalize, experts)
+
+
+def _ahead_of_use(forward: Callable, weights: LayerWeights, prefetcher: Prefetcher) -> Callable:
+    @functools.wraps(forward)
+    def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        view = prefetcher.acquire(weights, x.shape[0])
+        output = forward(x, *args, **kwargs)
+        prefetcher.release(weights, view)
+        return output
+
+    return run
+
+
+def digest(model: torch.nn.Module, layers: Sequence[RoutedExperts]) -> str:
+    """A fingerprint of the weights that every rank holds alike: the first bytes of every parameter but the experts'."""
+    experts = {id(p) for layer in layers for p in layer.parameters()}
+    total = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in experts and parameter.numel():
+            head = parameter.detach().flatten()[:64].contiguous().view(torch.uint8).cpu()
+            total.update(name.encode() + bytes(head.tolist()))
+    return total.hexdigest()

@@ -1,0 +1,115 @@
+"""Prefetch: the slots, and the one side stream that fills them ahead of use.
+
+Layer i is streamed into slot i mod K. A slot's life, with the event that ends each stage:
+
+    copy stream     wait free | copy layer i --> ready              wait free | copy layer i+K --> ready
+    compute stream                      wait ready | kernels of layer i --> free
+
+The layer that a slot holds is a host-side tag, checked at every use. After a layer's kernels are enqueued its slot is
+filled with the next layer that uses it, the last one being followed by the first: an idle rank already holds the
+first layers of the next forward. A layer that is not in its slot (a forward was cut short, or layers ran out of
+order) is fetched again before it is read; that costs a wait and is counted, it never yields another layer's weights.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.kernels.device import CopyStream
+
+DIRECT, STREAMED = "direct", "streamed"
+
+
+class Layer(Protocol):
+    """What prefetching needs of a layer: see weights.LayerWeights."""
+
+    ordinal: int
+    copies: Sequence[tuple[int, int, int]]
+    copied_bytes: int
+
+    def bind(self, view: str) -> None: ...
+
+
+@dataclasses.dataclass(kw_only=True)
+class Slot:
+    ready: Any  # recorded by the copy stream after the copy, waited for by the computing stream
+    free: Any  # recorded by the computing stream after the layer's last reader, waited for by the copy stream
+    tag: int | None = None  # the ordinal it holds, or is being filled with
+    reading: bool = False  # acquired and not yet released
+
+
+class Prefetcher:
+    """Owns the side stream and the slots. Only the thread that runs the model may call it."""
+
+    def __init__(self, layers: Sequence[Layer], stream: CopyStream, *, num_slots: int, direct_max_tokens: int):
+        self.direct_max_tokens = direct_max_tokens
+        self.prefetched_bytes = 0
+        self.refills = 0
+        self.forwards = {DIRECT: 0, STREAMED: 0}
+        self._layers = layers
+        self._stream = stream
+        self.slots = [Slot(ready=stream.event(), free=stream.event()) for _ in range(min(num_slots, len(layers)))]
+
+    def start(self) -> None:
+        """Fill every slot with its first layer."""
+        for ordinal, slot in enumerate(self.slots):
+            self._fill(slot, ordinal)
+
+    def acquire(self, layer: Layer, num_tokens: int) -> str:
+        """Make `layer`'s parameters readable by kernels enqueued from now on; returns the view chosen.
+
+        At or below `direct_max_tokens` the direct view, whose addresses never change and which needs no event.
+        """
+        view = DIRECT if num_tokens <= self.direct_max_tokens else STREAMED
+        self.forwards[view] += layer.ordinal == 0
+        layer.bind(view)
+        if view == STREAMED:
+            if self._stream.is_capturing():
+                raise DWDPError(
+                    f"a CUDA graph of {num_tokens} tokens would freeze streamed weights: keep cudagraph_capture_sizes "
+                    f"at or below direct_max_tokens={self.direct_max_tokens}"
+                )
+            slot = self.slots[layer.ordinal % len(self.slots)]
+            if slot.tag != layer.ordinal:
+                self.refills += 1
+                self._fill(slot, layer.ordinal)
+            self._stream.compute_wait(slot.ready)
+            slot.reading = True
+        return view
+
+    def release(self, layer: Layer, view: str) -> None:
+        """`layer`'s kernels are enqueued: fill its slot with the next layer that uses it."""
+        if view == STREAMED:
+            following = layer.ordinal + len(self.slots)
+            slot = self.slots[layer.ordinal % len(self.slots)]
+            self._fill(slot, following if following < len(self._layers) else layer.ordinal % len(self.slots))
+
+    def _fill(self, slot: Slot, ordinal: int) -> None:
+        if slot.reading:  # by the layer released just now, or by a forward that was cut short
+            self._stream.compute_record(slot.free)
+            slot.reading = False
+        if slot.tag == ordinal:  # the slot's only layer
+            return
+        layer = self._layers[ordinal]
+        slot.tag = ordinal
+        self._stream.wait(slot.free)
+        self._stream.copy(layer.copies)
+        self._stream.record(slot.ready)
+        self.prefetched_bytes += layer.copied_bytes
+
+    def drain(self) -> None:
+        """Wait for the copies under way."""
+        self._stream.drain()
+
+    def close(self) -> None:
+        """Stop copying. Peers may unmap after every rank has done this."""
+        self._stream.close()
+
+    @property
+    def exposed_wait_ms(self) -> float | None:
+        return self._stream.exposed_wait_ms
+
+    @property
+    def copy_ms(self) -> float | None:
+        return self._stream.copy_ms

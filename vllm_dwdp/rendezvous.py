@@ -1,0 +1,265 @@
+"""Rendezvous: how the ranks of a group find each other, agree, and hand over memory. Used while starting, never after.
+
+Everything goes through a torch TCPStore (rank 0 or vLLM's launcher hosts it), except file descriptors, which need a
+Unix socket. Every wait has a timeout, says every so often whom it waits for, and ends early when a peer reports why
+it stopped.
+"""
+
+import array
+import contextlib
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import msgspec
+from torch.distributed import PrefixStore, Store, TCPStore
+from vllm.logger import init_logger
+
+from vllm_dwdp.errors import DWDPError
+
+logger = init_logger("vllm.dwdp.rendezvous")
+T = TypeVar("T")
+_POLL_S = 0.05
+_REPORT_S = 15.0
+_FDS_PER_MESSAGE = 128  # the kernel takes 253
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank says of itself before it loads: everything here but `rank`, `host` and `handles` must be alike."""
+
+    rank: int
+    size: int
+    plugin: str
+    vllm: str
+    model: str
+    options: dict[str, Any]
+    device: str
+    host: str
+    handles: str
+
+
+class TensorManifest(msgspec.Struct, frozen=True, kw_only=True):
+    """One expert tensor of one layer: its shape and strides (elements) for a single expert, and how it is held."""
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    streamed: bool
+
+
+class LayerManifest(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    num_experts: int
+    residents: int
+    tensors: list[TensorManifest]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank has loaded. `digest` fingerprints the weights that every rank holds alike."""
+
+    digest: str
+    page_bytes: int
+    layers: list[LayerManifest]
+
+
+class Group:
+    """This rank's connection to its peers while the group starts."""
+
+    def __init__(self, store: Store, *, rank: int, size: int, timeout_s: float):
+        self.rank, self.size, self.timeout_s = rank, size, timeout_s
+        self.peers = [(rank + step) % size for step in range(1, size)]
+        self._store = PrefixStore("dwdp", store)
+
+    @classmethod
+    def connect(cls, *, rank: int, size: int, host: str, port: int, hosted: bool, timeout_s: float) -> "Group":
+        """Join at `host`:`port`; `hosted` says that somebody else (vLLM's launcher) runs the store there, else rank 0 does.
+
+        Raises DWDPError after `timeout_s` without an answer.
+        """
+        deadline = time.monotonic() + timeout_s
+        where = "vLLM's launcher" if hosted else "rank 0"
+        while True:
+            patience = min(_REPORT_S, max(deadline - time.monotonic(), 0.1))
+            try:
+                store = TCPStore(
+                    host, port, is_master=rank == 0 and not hosted, wait_for_workers=False,
+                    timeout=timedelta(seconds=patience),
+                )
+                return cls(store, rank=rank, size=size, timeout_s=timeout_s)
+            except RuntimeError as error:
+                if rank == 0 and not hosted:
+                    raise DWDPError(f"rank 0 cannot open its rendezvous at {host}:{port}: {_one_line(error)}") from None
+                if time.monotonic() >= deadline:
+                    raise DWDPError(
+                        f"rank {rank} found no rendezvous at {host}:{port} within {timeout_s:.0f} s: {where} opens it; "
+                        f"check that rank 0 runs and that its host is reachable"
+                    ) from None
+                logger.info("DWDP rank %d waits for %s at %s:%d", rank, where, host, port)
+
+    def gather(self, what: str, mine: T) -> list[T]:
+        """Publish `mine` and return every rank's, in rank order. `mine` is anything msgspec encodes.
+
+        Raises DWDPError when a peer reports a failure, or has said nothing within the timeout.
+        """
+        self._call(lambda: self._store.set(f"{what}/{self.rank}", msgspec.msgpack.encode(mine)))
+        missing = list(range(self.size))
+        start = reported = time.monotonic()
+        while missing := [r for r in missing if not self._call(lambda r=r: self._store.check([f"{what}/{r}"]))]:
+            self._raise_reported()
+            now = time.monotonic()
+            waited = f"rank {self.rank} waits for {_ranks(missing)} to say '{what}'"
+            if now - start > self.timeout_s:
+                raise DWDPError(
+                    f"{waited}: nothing within startup_timeout_s={self.timeout_s:.0f} s; see the log of "
+                    f"{_ranks(missing)}, or raise --dwdp-startup-timeout-s"
+                )
+            if now - reported > _REPORT_S:
+                reported = now
+                logger.info("DWDP %s (%.0f s so far)", waited, now - start)
+            time.sleep(_POLL_S)
+        kind = type(mine)
+        return [
+            msgspec.msgpack.decode(self._call(lambda r=r: self._store.get(f"{what}/{r}")), type=kind)
+            for r in range(self.size)
+        ]
+
+    def barrier(self, what: str) -> None:
+        self.gather(what, self.rank)
+
+    @contextlib.contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Tell the peers why this rank stops, if the body raises, so that none waits out its timeout."""
+        try:
+            yield
+        except BaseException as error:
+            with contextlib.suppress(Exception):
+                self._store.set(f"failed/{self.rank}", f"rank {self.rank} stopped: {_one_line(error)}")
+            raise
+
+    def _raise_reported(self) -> None:
+        for peer in self.peers:
+            if self._call(lambda peer=peer: self._store.check([f"failed/{peer}"])):
+                raise DWDPError(self._store.get(f"failed/{peer}").decode())
+
+    def _call(self, request: Callable[[], Any]) -> Any:
+        try:
+            return request()
+        except RuntimeError as error:
+            raise DWDPError(f"rank {self.rank} lost the rendezvous, its host has ended: {_one_line(error)}") from None
+
+
+def agree(group: Group, what: str, mine: T, *, own: Sequence[str] = ()) -> list[T]:
+    """Gather a struct from every rank and demand that all fields but `own` are equal to rank 0's.
+
+    Raises DWDPError on every rank, naming the first rank and field that differ.
+    """
+    everyone = group.gather(what, mine)
+    reference = msgspec.to_builtins(everyone[0])
+    for rank, said in enumerate(everyone):
+        for field, value in msgspec.to_builtins(said).items():
+            if field not in own and value != reference[field]:
+                raise DWDPError(
+                    f"ranks disagree in {what}: {field} is {_difference(reference[field], value)} on rank 0 and rank "
+                    f"{rank}; start every rank with the same model, settings and versions"
+                )
+    return everyone
+
+
+class HandleServer:
+    """Serves this rank's memory handles to its peers: one request a layer, so that few descriptors are open at once.
+
+    `export(layer)` makes the descriptors of a layer's blocks; they are closed once sent.
+    """
+
+    def __init__(self, group: Group, export: Callable[[int], list[int]]):
+        self._export, self._timeout_s = export, group.timeout_s
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.address = f"\0vllm-dwdp-{secrets.token_hex(16)}"  # abstract: leaves no file behind
+        self._listener.bind(self.address)
+        self._listener.listen(group.size)
+        self._thread = threading.Thread(target=self._accept, name="dwdp-handles", daemon=True)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # the listener is closed when the exchange is over
+            while True:
+                connection, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            connection.settimeout(self._timeout_s)
+            while request := connection.recv(4):
+                fds = self._export(int.from_bytes(request, "little"))
+                try:
+                    for at in range(0, len(fds), _FDS_PER_MESSAGE):
+                        socket.send_fds(connection, [b"+"], fds[at : at + _FDS_PER_MESSAGE])
+                finally:
+                    _close_all(fds)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+class HandleClient:
+    """Fetches a peer's descriptors, a layer at a time."""
+
+    def __init__(self, group: Group, peer: int, address: str):
+        self._peer = peer
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(group.timeout_s)
+        self._socket.connect(address)
+
+    @contextlib.contextmanager
+    def fetch(self, layer: int, count: int) -> Iterator[list[int]]:
+        """The `count` descriptors of a layer's blocks, in export order; closed when the body ends."""
+        fds: list[int] = []
+        try:
+            self._socket.sendall(layer.to_bytes(4, "little"))
+            while len(fds) < count:
+                data, more, _, _ = socket.recv_fds(self._socket, 1, _FDS_PER_MESSAGE)
+                if not data:
+                    raise DWDPError(f"rank {self._peer} ended while it handed over layer {layer}'s memory")
+                fds += array.array("i", more)
+            yield fds
+        except TimeoutError:
+            raise DWDPError(f"rank {self._peer} did not hand over layer {layer}'s memory in time") from None
+        finally:
+            _close_all(fds)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            socket.close(fd)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+def _difference(a: Any, b: Any) -> str:
+    """The first place at which two msgspec builtins differ, as 'X and Y'."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted(a.keys() | b.keys()):
+            if a.get(key) != b.get(key):
+                return f"{key}: {_difference(a.get(key), b.get(key))}"
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for x, y in zip(a, b, strict=True):
+            if x != y:
+                return _difference(x, y)
+    return f"{a!r} and {b!r}"

@@ -1,0 +1,277 @@
+"""Weights: the full tensors of every layer, made of the shard, residents, slots and peers' memory.
+
+Each streamed tensor of each layer gets two address ranges, both of them one contiguous [E, ...] tensor:
+
+    streamed view   slot k      | held pages        | slot k        one slot block below and one above, shared by
+                                                                    all layers that use slot k
+    direct view     peers' pages | the same held pages | peers' pages    static, mapped read-only
+
+Held pages are the shard's segments, which peers import, and this rank's residents, which they do not.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+
+from vllm_dwdp.kernels.device import Block, Device, Region
+from vllm_dwdp.layout import Layout, interleave
+from vllm_dwdp.prefetch import DIRECT, STREAMED
+from vllm_dwdp.rendezvous import Group, HandleClient, HandleServer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """One streamed parameter: `shape` and `stride` (elements) are the full tensor's, [E, ...]."""
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    layout: Layout
+
+
+class FullTensor:
+    """One streamed tensor of one layer: its blocks, its two regions, its two views, its copies."""
+
+    def __init__(self, spec: TensorSpec, rank: int):
+        self.spec = spec
+        self._rank = rank
+        self.shard: list[tuple[range, Block]] = []  # (pages, block): what peers import
+        self.residents: list[tuple[range, Block]] = []  # (pages, block): this rank's own
+        self._peers: list[tuple[int, range, Block]] = []  # (owner, pages, imported block)
+        self._regions: list[Region] = []
+        self.views: dict[str, torch.Tensor] = {}
+        self.copies: list[tuple[int, int, int]] = []
+
+    @property
+    def held(self) -> list[tuple[range, Block]]:
+        return self.shard + self.residents
+
+    def migrate(self, device: Device, source: torch.Tensor) -> None:
+        """Move the shard, `source` [owned, ...], into new shareable blocks, and make room for residents.
+
+        Raises DWDPError when the device has no memory left; the blocks made so far are closed by `close`.
+        """
+        layout, page = self.spec.layout, device.page_bytes
+        for pages in layout.segments(self._rank):
+            self.shard.append((pages, device.allocate(len(pages) * page)))
+        held, owned = layout.held_pages(self._rank), layout.owned_pages(self._rank)
+        for pages in (range(held.start, owned.start), range(owned.stop, held.stop)):
+            if pages:
+                self.residents.append((pages, device.allocate(len(pages) * page)))
+        home = layout.bytes_of(layout.placement.owned(self._rank))
+        assert source.untyped_storage().nbytes() >= len(home)
+        region = device.reserve(len(owned) * page)
+        for pages, block in self.shard:
+            region.map((pages.start - owned.start) * page, block, writable=True)
+        device.copy(region.address + home.start - owned.start * page, source.data_ptr(), len(home))
+        region.close()
+
+    def attach(self, owner: int, blocks: Sequence[Block]) -> None:
+        """Take over the blocks imported from `owner`, in the order in which it exported them."""
+        pages = self.spec.layout.segments(owner)
+        self._peers += [(owner, span, block) for span, block in zip(pages, blocks, strict=True)]
+
+    def fill(self, device: Device) -> None:
+        """Copy in what this rank holds without owning: the far halves of its edge pages, and its residents."""
+        page = device.page_bytes
+        for owner, span in self.spec.layout.fills(self._rank):
+            for pages, block in [(p, b) for o, p, b in self._peers if o == owner]:
+                there = range(max(span.start, pages.start * page), min(span.stop, pages.stop * page))
+                for mine, held in self.held if there else ():
+                    part = range(max(there.start, mine.start * page), min(there.stop, mine.stop * page))
+                    if part:
+                        self._copy_between(device, held, mine, block, pages, part)
+
+    @staticmethod
+    def _copy_between(device: Device, target: Block, at: range, source: Block, source_at: range, part: range) -> None:
+        """Copy the tensor bytes `part` from one block to another; `at` and `source_at` are the blocks' pages."""
+        page = device.page_bytes
+        here, there = device.reserve(target.nbytes), device.reserve(source.nbytes)
+        here.map(0, target, writable=True)
+        there.map(0, source, writable=False)
+        device.copy(
+            here.address + part.start - at.start * page, there.address + part.start - source_at.start * page, len(part)
+        )
+        here.close()
+        there.close()
+
+    def compose(self, device: Device, slot: "tuple[Block | None, Block | None]", slice_bytes: int, size: int) -> None:
+        """Build both views and the copies between them. `slot` is the slot's block below the held pages and above."""
+        layout, page = self.spec.layout, device.page_bytes
+        below, above = layout.missing(self._rank)
+        before = (slot[0].nbytes if slot[0] else 0) - len(below) * page  # a slot block may be larger than this layer
+        streamed = self._region(device, before + layout.cuts[-1] * page + (slot[1].nbytes if slot[1] else 0))
+        direct = self._region(device, layout.cuts[-1] * page)
+        for pages, block in self.held:
+            streamed.map(before + pages.start * page, block, writable=True)
+            direct.map(pages.start * page, block, writable=True)
+        pieces: list[tuple[int, range]] = []
+        for part, block, at in ((below, slot[0], 0), (above, slot[1], before + above.start * page)):
+            if part and block:
+                streamed.map(at, block, writable=True)
+            for owner, pages in layout.sources(self._rank, part):
+                source = next(b for o, p, b in self._peers if o == owner and p == pages)
+                direct.map(pages.start * page, source, writable=False)
+                pieces.append((owner, range(pages.start * page, min(pages.stop * page, layout.total_bytes))))
+        self.copies = [
+            (streamed.address + before + span.start, direct.address + span.start, len(span))
+            for span in interleave(pieces, self._rank, size, slice_bytes)
+        ]
+        spec = self.spec
+        self.views = {
+            STREAMED: streamed.tensor(before, spec.shape, spec.stride, spec.dtype),
+            DIRECT: direct.tensor(0, spec.shape, spec.stride, spec.dtype),
+        }
+
+    def _region(self, device: Device, nbytes: int) -> Region:
+        self._regions.append(device.reserve(nbytes))
+        return self._regions[-1]
+
+    def close(self) -> None:
+        for region in self._regions:
+            region.close()
+        for block in itertools.chain((b for _, b in self.held), (b for _, _, b in self._peers)):
+            block.close()
+
+
+class LayerWeights:
+    """The full tensors of one MoE layer, and which view its parameters show."""
+
+    def __init__(self, ordinal: int, name: str, tensors: list[FullTensor]):
+        self.ordinal, self.name, self.tensors = ordinal, name, tensors
+        self.parameters: list[torch.nn.Parameter] = []
+        self.copies: list[tuple[int, int, int]] = []
+        self.copied_bytes = 0
+        self._view: str | None = None
+
+    def bind(self, view: str) -> None:
+        """Point the layer's parameters at `view`. A host-side assignment, and only when the view changes."""
+        if view != self._view:
+            for parameter, tensor in zip(self.parameters, self.tensors, strict=True):
+                parameter.data = tensor.views[view]
+            self._view = view
+
+
+class Slots:
+    """The K buffers: for every tensor name, one block below and one above the held pages, as large as any layer needs."""
+
+    def __init__(self, device: Device, layers: Sequence[LayerWeights], num_slots: int, rank: int):
+        self._blocks: dict[tuple[int, str, int], Block] = {}
+        need: dict[tuple[int, str, int], int] = {}
+        for layer in layers:
+            for tensor in layer.tensors:
+                for side, pages in enumerate(tensor.spec.layout.missing(rank)):
+                    key = (layer.ordinal % num_slots, tensor.spec.name, side)
+                    need[key] = max(need.get(key, 0), len(pages) * device.page_bytes)
+        try:
+            for key, nbytes in need.items():
+                if nbytes:
+                    self._blocks[key] = device.allocate(nbytes)
+        except BaseException:
+            self.close()
+            raise
+        self.num_slots = num_slots
+        self.nbytes = sum(block.nbytes for block in self._blocks.values())
+
+    def of(self, layer: LayerWeights, name: str) -> tuple[Block | None, Block | None]:
+        slot = layer.ordinal % self.num_slots
+        return self._blocks.get((slot, name, 0)), self._blocks.get((slot, name, 1))
+
+    def close(self) -> None:
+        for block in self._blocks.values():
+            block.close()
+
+
+def exchange(group: Group, device: Device, layers: Sequence[LayerWeights]) -> None:
+    """Import every peer's shard of every layer. Returns on all ranks or raises DWDPError on all that can tell."""
+
+    def export(ordinal: int) -> list[int | bytes]:
+        return [device.export(block) for tensor in layers[ordinal].tensors for _, block in tensor.shard]
+
+    def adopt(peer: int, layer: LayerWeights, handles: Sequence[int | bytes]) -> None:
+        remaining = iter(handles)
+        for tensor in layer.tensors:
+            sizes = [len(pages) * device.page_bytes for pages in tensor.spec.layout.segments(peer)]
+            tensor.attach(peer, [device.adopt(next(remaining), nbytes) for nbytes in sizes])
+
+    if device.handle_kind == "fabric":
+        everyone = group.gather("fabric handles", [export(layer.ordinal) for layer in layers])
+        for peer, layer in itertools.product(group.peers, layers):
+            adopt(peer, layer, everyone[peer][layer.ordinal])
+        return
+    server = HandleServer(group, export)
+    try:
+        for peer, address in _addresses(group, server):
+            client = HandleClient(group, peer, address)
+            for layer in layers:
+                count = sum(len(tensor.spec.layout.segments(peer)) for tensor in layer.tensors)
+                with client.fetch(layer.ordinal, count) as fds:
+                    adopt(peer, layer, fds)
+            client.close()
+        group.barrier("memory imported")
+    finally:
+        server.close()
+
+
+def _addresses(group: Group, server: HandleServer) -> list[tuple[int, str]]:
+    addresses = group.gather("handle server", server.address)
+    return [(peer, addresses[peer]) for peer in group.peers]
+
+
+def replicate(
+    group: Group, device: Device, tensors: Sequence[torch.Tensor], placements: Sequence[Callable[[int], range]]
+) -> list[torch.Tensor]:
+    """All-gather small per-expert tensors: each rank gives its owned rows, everyone gets the full [E, ...] tensors.
+
+    `placements[i](rank)` is the range of rows that `rank` owns of tensor i. The rows travel through one shared block
+    per rank, which is closed again before this returns.
+    """
+    if not tensors:
+        return []
+    spans: list[list[tuple[int, int]]] = [[] for _ in range(group.size)]  # per rank: (offset, bytes) of each tensor
+    for tensor, owned in zip(tensors, placements, strict=True):
+        row = tensor[0].numel() * tensor.element_size()
+        for rank, offsets in enumerate(spans):
+            at = sum(offsets[-1]) if offsets else 0
+            offsets.append((at, len(owned(rank)) * row))
+    size_of = [-(-sum(offsets[-1]) // device.page_bytes) * device.page_bytes for offsets in spans]
+    mine = device.allocate(size_of[group.rank])
+    region = device.reserve(mine.nbytes)
+    region.map(0, mine, writable=True)
+    for tensor, (at, nbytes) in zip(tensors, spans[group.rank], strict=True):
+        device.copy(region.address + at, tensor.contiguous().data_ptr(), nbytes)
+    region.close()
+    group.barrier("small tensors ready")
+    blocks = {group.rank: mine} | _fetch_packs(group, device, mine, size_of)
+    full = [
+        tensor.new_empty((max(owned(r).stop for r in range(group.size)), *tensor.shape[1:]))
+        for tensor, owned in zip(tensors, placements, strict=True)
+    ]
+    for rank, block in blocks.items():
+        region = device.reserve(block.nbytes)
+        region.map(0, block, writable=False)
+        for whole, owned, (at, nbytes) in zip(full, placements, spans[rank], strict=True):
+            device.copy(whole[owned(rank).start :].data_ptr(), region.address + at, nbytes)
+        region.close()
+        block.close()
+    return full
+
+
+def _fetch_packs(group: Group, device: Device, mine: Block, sizes: Sequence[int]) -> dict[int, Block]:
+    if device.handle_kind == "fabric":
+        handles = group.gather("small tensors", device.export(mine))
+        return {peer: device.adopt(handles[peer], sizes[peer]) for peer in group.peers}
+    server, blocks = HandleServer(group, lambda _: [device.export(mine)]), {}
+    try:
+        for peer, address in _addresses(group, server):
+            client = HandleClient(group, peer, address)
+            with client.fetch(0, 1) as (fd,):
+                blocks[peer] = device.adopt(fd, sizes[peer])
+            client.close()
+        group.barrier("small tensors imported")
+    finally:
+        server.close()
+    return blocks

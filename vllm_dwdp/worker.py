@@ -1,0 +1,134 @@
+"""Worker: vLLM's worker of the running platform, which loads a shard and then shares memory with its peers.
+
+vLLM resolves `DWDPWorker` by name in each engine; nothing else in an engine process is touched once a model is loaded.
+"""
+
+import hashlib
+import socket
+from typing import Any
+
+import msgspec
+import torch
+import vllm
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+import vllm_dwdp
+from vllm_dwdp import config
+from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.experts import sharded
+from vllm_dwdp.kernels.device import Device
+from vllm_dwdp.rendezvous import Group, Hello, agree
+from vllm_dwdp.streaming import StreamedModel
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
+
+logger = init_logger("vllm.dwdp.worker")
+
+
+class DWDPWorker(PlatformWorker):
+    """One rank. `dwdp` is set once the model is loaded."""
+
+    dwdp: StreamedModel
+
+    def load_model(self, **kwargs: Any) -> None:
+        """Meet the peers, load this rank's shard, share it, and fill the first slots.
+
+        Raises DWDPError when a peer differs, fails or does not come, or when memory does not suffice.
+        """
+        options, rank = membership(self.vllm_config)
+        device = make_device(self.device)
+        group = connect(self.vllm_config, options, rank)
+        with group.reporting():
+            hello = introduce(self.vllm_config, options, rank, device)
+            choose_handles(device, agree(group, "hello", hello, own=("rank", "host", "handles")))
+            with sharded(rank, options.size, options.experts_per_rank) as layers:
+                super().load_model(**kwargs)
+            self.dwdp = StreamedModel.build(self.model_runner.get_model(), layers, group, device, options)
+
+    def dwdp_stats(self) -> dict[str, Any]:
+        """Memory by kind (bytes), bytes prefetched, forwards by view, exposed wait and copy time (ms), refills."""
+        return self.dwdp.stats()
+
+    def shutdown(self) -> None:
+        if hasattr(self, "dwdp"):
+            self.dwdp.close()
+        super().shutdown()
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> None:
+        raise DWDPError("weights cannot be moved or rewritten while DWDP peers map them: restart the group instead")
+
+    reload_weights = update_weights = sleep = wake_up = add_lora = _refuse
+
+
+def membership(vllm_config: VllmConfig) -> tuple[config.Options, int]:
+    """This engine's options and its rank. Raises DWDPError when vLLM did not start it as an independent rank."""
+    options = config.parse(vllm_config.additional_config)
+    parallel = vllm_config.parallel_config
+    if options is None or options.size is None:
+        raise DWDPError("hook create_engine_config did not take: the engine was started without DWDP's group size")
+    if parallel.data_parallel_size != 1:
+        raise DWDPError(
+            f"hook run_engine_core or wait_for_engine_startup did not take: this engine is one of "
+            f"{parallel.data_parallel_size} coordinated ranks, DWDP ranks are independent"
+        )
+    rank = parallel.data_parallel_index if options.rank is None else options.rank
+    if not rank < options.size:
+        raise DWDPError(f"rank={rank} is outside the group of size={options.size}: ranks count from 0")
+    return options, rank
+
+
+def make_device(device: torch.device) -> Device:
+    if device.type == "cpu":
+        from vllm_dwdp.kernels.host import HostDevice
+
+        return HostDevice()
+    from vllm_dwdp.kernels.cuda import CudaDevice
+
+    return CudaDevice(device.index or 0)
+
+
+def choose_handles(device: Device, group: list[Hello]) -> None:
+    """FABRIC handles where every rank can export them, else file descriptors, which stay within one host."""
+    if all(said.handles == "fabric" for said in group):
+        return
+    hosts = sorted({said.host for said in group})
+    if len(hosts) > 1:
+        raise DWDPError(
+            f"ranks on {', '.join(hosts)} cannot share memory: across hosts every GPU must export FABRIC handles "
+            f"(multi-node NVLink with IMEX); keep a DWDP group within one host"
+        )
+    device.use_handles("fd")
+
+
+def connect(vllm_config: VllmConfig, options: config.Options, rank: int) -> Group:
+    """Join the group: at `rendezvous` if given, else in the store of vLLM's launcher, else at vLLM's DP master."""
+    parallel = vllm_config.parallel_config
+    hosted = options.rendezvous is None and bool(parallel._coord_store_port)
+    if options.rendezvous is not None:
+        host, port = options.rendezvous.rsplit(":", 1)
+    else:
+        host, port = parallel.data_parallel_master_ip, parallel._coord_store_port or parallel.data_parallel_master_port
+    return Group.connect(
+        rank=rank, size=options.size, host=host, port=int(port), hosted=hosted, timeout_s=options.startup_timeout_s
+    )
+
+
+def introduce(vllm_config: VllmConfig, options: config.Options, rank: int, device: Device) -> Hello:
+    model = vllm_config.model_config
+    said = [model.hf_config.to_json_string(), str(model.dtype), str(model.quantization), str(vllm_config.load_config.load_format)]
+    return Hello(
+        rank=rank,
+        size=options.size,
+        plugin=vllm_dwdp.__version__,
+        vllm=vllm.__version__,
+        model=hashlib.sha256("\0".join(said).encode()).hexdigest(),
+        options=options.shared(),
+        device=current_platform.device_type,
+        host=socket.gethostname(),
+        handles=device.handle_kind,
+    )
