@@ -19,6 +19,7 @@ from vllm_dwdp import config
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.experts import sharded
 from vllm_dwdp.kernels.device import Device
+from vllm_dwdp.metrics import Metrics
 from vllm_dwdp.rendezvous import Group, Hello, agree
 from vllm_dwdp.streaming import StreamedModel
 
@@ -49,6 +50,12 @@ class DWDPWorker(PlatformWorker):
             with sharded(rank, options.size, options.experts_per_rank) as layers:
                 super().load_model(**kwargs)
             self.dwdp = StreamedModel.build(self.model_runner.get_model(), layers, group, device, options)
+        self._metrics = Metrics(self.dwdp)
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().execute_model(*args, **kwargs)
+        self._metrics.update()
+        return output
 
     def dwdp_stats(self) -> dict[str, Any]:
         """Memory by kind (bytes), bytes prefetched, forwards by view, exposed wait and copy time (ms), refills."""

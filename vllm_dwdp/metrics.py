@@ -1,0 +1,54 @@
+"""Metrics: what DWDP adds to vLLM's /metrics, labelled by engine.
+
+They are set in the worker and reach the front end through prometheus_client's multiprocess folder, which `vllm serve`
+makes when it starts more than one API server - its default with more than one rank.
+"""
+
+from prometheus_client import Counter, Gauge
+
+from vllm_dwdp.streaming import StreamedModel
+
+
+class Metrics:
+    """Exports one rank's StreamedModel. Make one per process."""
+
+    def __init__(self, model: StreamedModel):
+        self._model = model
+        self._families: dict[str, Counter | Gauge] = {}
+        self._engine = str(model.rank)
+        self._bytes = self._counter("prefetch_bytes", "Bytes copied from peers into slots.")
+        self._refills = self._counter("refills", "Layers that were not in their slot when they were needed.")
+        self._forwards = {
+            view: self._counter("forwards", "Forward passes by view.", view=view) for view in model.prefetcher.forwards
+        }
+        self._seen: dict[Counter, int] = {}
+        stats = model.stats()
+        for kind, nbytes in stats["memory_bytes"].items():
+            self._gauge("memory_bytes", "Expert memory by kind.", kind=kind).set(nbytes)
+        for kind, count in stats["experts"].items():
+            self._gauge("experts", "Experts of the first layer by kind.", kind=kind).set(count)
+        self._gauge("slots", "Buffers into which layers are streamed.").set(stats["num_slots"])
+
+    def update(self) -> None:
+        """Bring the counters up to date: once a step, a few additions on the host."""
+        prefetcher = self._model.prefetcher
+        self._advance(self._bytes, prefetcher.prefetched_bytes)
+        self._advance(self._refills, prefetcher.refills)
+        for view, count in prefetcher.forwards.items():
+            self._advance(self._forwards[view], count)
+
+    def _advance(self, counter: Counter, total: int) -> None:
+        if step := total - self._seen.get(counter, 0):
+            counter.inc(step)
+            self._seen[counter] = total
+
+    def _counter(self, name: str, text: str, **labels: str) -> Counter:
+        return self._labelled(Counter, name, text, labels)
+
+    def _gauge(self, name: str, text: str, **labels: str) -> Gauge:
+        return self._labelled(Gauge, name, text, labels, multiprocess_mode="mostrecent")
+
+    def _labelled(self, kind: type, name: str, text: str, labels: dict[str, str], **extra: str):
+        if name not in self._families:
+            self._families[name] = kind(f"vllm:dwdp_{name}", text, labelnames=["engine", *labels], registry=None, **extra)
+        return self._families[name].labels(self._engine, *labels.values())
