@@ -24,7 +24,7 @@ from vllm_dwdp.entrypoints.bench_report import Failure, Reading, Startup, averag
 from vllm_dwdp.errors import DWDPError
 
 WARMUP_STEPS = 2
-RELEASE_S = 30.0
+RELEASE_S = 20.0
 RELEASE_SLACK_MIB = 256
 INTERRUPTED = 130
 
@@ -199,7 +199,7 @@ class Bench:
     def _wait_for_memory(self) -> None:
         """Wait until the driver has taken back what the ended processes held."""
         deadline = time.monotonic() + RELEASE_S
-        while any(now > first + RELEASE_SLACK_MIB for now, first in zip(self._used_mib(), self.used_mib)):
+        while any(now > first + RELEASE_SLACK_MIB for now, first in zip(self._used_mib(), self.used_mib, strict=False)):
             if time.monotonic() > deadline:
                 return self.say(f"GPU memory is still held after {RELEASE_S:.0f} s; going on")
             time.sleep(0.5)

@@ -16,11 +16,14 @@ import msgspec
 
 from vllm_dwdp.entrypoints.bench_rank import Command, Failed, Quit, Reply
 
+RANK_COMMAND = (sys.executable, "-m", "vllm_dwdp.entrypoints.bench_rank")
 POLL_S = 0.1
 QUIT_S = 20.0  # an engine frees shared memory and sockets in good order within seconds
 KILL_S = 10.0
+TRACKER_S = 2.0
 LOG_TAIL_BYTES = 200_000
 EXCEPTION = re.compile(r"(?:^|[\s\])])((?:\w+\.)*\w*(?:Error|Exception|Exit))(?:: (.+))?$")
+FRAME = re.compile(r'File ".+", line \d+, in (\S+)')
 
 
 class EngineFailure(Exception):
@@ -39,7 +42,7 @@ class RankProcess:
         self.log = log
         with log.open("wb") as output, child:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "vllm_dwdp.entrypoints.bench_rank", str(child.fileno())],
+                [*RANK_COMMAND, str(child.fileno())],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,
                 pass_fds=[child.fileno()], start_new_session=True,
             )
@@ -58,26 +61,32 @@ class RankProcess:
 
     def failure(self, phase: str, rank: int, reported: str | None) -> EngineFailure:
         """The most telling reason: vLLM often reports only that another process has said why."""
+        with self.log.open("rb") as log:
+            log.seek(max(self.log.stat().st_size - LOG_TAIL_BYTES, 0))
+            logged = last_exception(log.read().decode(errors="replace"))
         if reported is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(KILL_S)
-            reported = f"the process ended with exit code {self.process.returncode}"
-        elif "root cause" not in reported:
-            return EngineFailure(rank=rank, phase=phase, reason=reported)
-        with self.log.open("rb") as log:
-            log.seek(max(self.log.stat().st_size - LOG_TAIL_BYTES, 0))
-            reason = last_exception(log.read().decode(errors="replace"))
-        return EngineFailure(rank=rank, phase=phase, reason=reason or reported)
+            ended = f"the process ended with exit code {self.process.returncode}"
+            reported = f"{ended}; its log's last exception: {logged}" if logged else ended
+        elif "root cause" in reported:
+            reported = logged or reported
+        return EngineFailure(rank=rank, phase=phase, reason=reported)
 
     def kill(self) -> None:
-        """End the whole session; returns when nothing of it runs any more."""
-        deadline = time.monotonic() + KILL_S
-        while (members := session_members(self.process.pid)) and time.monotonic() < deadline:
-            for pid in members:
+        """End the whole session; returns when nothing of it runs any more.
+
+        Python's resource trackers may live on for `TRACKER_S`: they free the shared memory of the dead, then end.
+        """
+        start_s = time.monotonic()
+        while (members := session_members(self.process.pid)) and time.monotonic() < start_s + KILL_S:
+            spared = resource_trackers(members) if time.monotonic() < start_s + TRACKER_S else set()
+            for pid in set(members) - spared:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(POLL_S / 4)
-        self.process.wait(KILL_S)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # only a process stuck in the driver outlives SIGKILL
+            self.process.wait(KILL_S)
         self.connection.close()
 
 
@@ -121,7 +130,7 @@ class Engines:
                     raise rank.failure(phase, index, None)
             if len(replies) < len(self.ranks) and time.monotonic() > deadline:
                 index = next(i for i in range(len(self.ranks)) if i not in replies)
-                reason = f"{self.mode} rank {index} has not finished to {phase} after {timeout_s:.0f} s (--timeout)"
+                reason = f"{self.mode} rank {index} has not finished to {phase} after {timeout_s:g} s (--timeout)"
                 raise EngineFailure(rank=index, phase=phase, reason=reason)
         return [replies[index] for index in range(len(self.ranks))]
 
@@ -149,13 +158,30 @@ def session_members(session: int) -> list[int]:
     return members
 
 
+def resource_trackers(pids: Sequence[int]) -> set[int]:
+    """Those of `pids` that track what multiprocessing shares."""
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.add(pid)
+    return found
+
+
 def last_exception(log: str) -> str | None:
-    """The last line of a log that names an exception and its cause, without vLLM's prefix; None if there is none."""
-    found = None
+    """The last exception that a log names, without vLLM's prefix; None if there is none.
+
+    One without a message is told with the function that raised it. Warnings and references to a "root cause"
+    elsewhere do not count.
+    """
+    found, function = None, None
     for line in log.splitlines():
+        if frame := FRAME.search(line):
+            function = frame[1]
         match = EXCEPTION.search(line.rstrip())
-        if match and "root cause" not in line and "leaked" not in line:
-            found = ": ".join(part for part in match.groups() if part)
+        if match and "root cause" not in line and "WARNING" not in line:
+            kind, text = match[1].rpartition(".")[2], match[2]
+            found = f"{kind}: {text}" if text else f"{kind} in {function}" if function else kind
     return found
 
 

@@ -158,7 +158,7 @@ def obey(commands: queue.SimpleQueue[bytes], connection: Connection) -> None:
     """Carry out commands until Quit; what a command raises goes to the parent first."""
     rank = Rank()
     try:
-        import vllm  # noqa: F401 - the slow import runs while the parent is still busy with another mode
+        import vllm.entrypoints.llm  # noqa: F401 - the slow import runs while the parent loads another mode
 
         while True:
             match command := msgspec.json.decode(commands.get(), type=Command):
@@ -173,10 +173,14 @@ def obey(commands: queue.SimpleQueue[bytes], connection: Connection) -> None:
             connection.send_bytes(msgspec.json.encode(reply))
     except Exception as error:
         traceback.print_exc()
-        text = str(error).strip()
-        kind = type(error).__name__
-        connection.send_bytes(msgspec.json.encode(Failed(reason=f"{kind}: {text.splitlines()[0]}" if text else kind)))
+        connection.send_bytes(msgspec.json.encode(Failed(reason=one_line(error))))
         raise SystemExit(1) from None
+
+
+def one_line(error: Exception) -> str:
+    """The exception's type and message; without a message, the function that raised it."""
+    kind, text = type(error).__name__, " ".join(str(error).split())
+    return f"{kind}: {text}" if text else f"{kind} in {traceback.extract_tb(error.__traceback__)[-1].name}"
 
 
 def listen(connection: Connection, commands: queue.SimpleQueue[bytes]) -> None:
@@ -198,6 +202,7 @@ def main() -> None:
     commands: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=listen, args=(connection, commands), daemon=True).start()
     obey(commands, connection)
+    os._exit(0)  # the engine is down; what is left of vLLM and torch takes seconds to unload
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ GIB = 2**30
 MAX_REASON_CHARS = 160
 COLORS = {"dwdp": "#2a7f62", "ep": "#b5533c", "tp": "#4a6fa5", "single": "#9a9a9a"}
 COLUMNS = (
-    "mode", "tokens/s per GPU", "min - max", "vs ep", "vs single",
-    "exposed wait ms/step", "copies GB/s", "experts GiB/GPU", "KV tokens/GPU",
+    "mode", "tokens/s/GPU", "min - max", "vs ep", "vs single", "exposed ms/step", "copies GB/s", "experts GiB/GPU",
+    "KV tokens/GPU",
 )
 
 
@@ -165,7 +165,7 @@ def cells(row: Row) -> list[str]:
         number(row.ratio_to_single, ".2f"),
         number(row.exposed_wait_ms_per_step, ".2f"),
         number(row.copy_gb_per_s, ".0f"),
-        number(ratio(row.expert_bytes_per_gpu, GIB), ".2f"),
+        number(ratio(row.expert_bytes_per_gpu, GIB), ".3g"),
         number(row.kv_cache_tokens_per_gpu, ",.0f"),
     ]
 
@@ -208,6 +208,7 @@ def chart(rows: Sequence[Row], title: str, path: Path) -> None:
     Raises ImportError without matplotlib.
     """
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     counts = list(dict.fromkeys(row.max_num_batched_tokens for row in rows))
     modes = list(dict.fromkeys(row.mode for row in rows))
@@ -216,12 +217,19 @@ def chart(rows: Sequence[Row], title: str, path: Path) -> None:
     axes = figure.subplots()
     for index, mode in enumerate(modes):
         bars = [row for row in rows if row.mode == mode and row.num_readings]
-        at = [counts.index(row.max_num_batched_tokens) + (index - (len(modes) - 1) / 2) * width for row in bars]
+        offset = (index - (len(modes) - 1) / 2) * width
+        at = [counts.index(row.max_num_batched_tokens) + offset for row in bars]
         heights = [row.tokens_per_s_per_gpu for row in bars]
         spread = [[row.tokens_per_s_per_gpu - row.lowest for row in bars],
                   [row.highest - row.tokens_per_s_per_gpu for row in bars]]
-        axes.bar(at, heights, width * 0.92, color=COLORS[mode], label=mode if bars else f"{mode} (failed)",
-                 yerr=spread if bars else None, capsize=3, ecolor="#333333")
+        if bars:
+            axes.bar(at, heights, width * 0.92, color=COLORS[mode], yerr=spread, capsize=3, ecolor="#333333")
+        for row in rows:
+            if row.mode == mode and not row.num_readings:
+                label = f"{mode}\n{'failed' if row.failed else 'not measured'}"
+                x = counts.index(row.max_num_batched_tokens) + offset
+                axes.annotate(label, (x, 0), (0, 4), textcoords="offset points", ha="center", fontsize=8,
+                              color=COLORS[mode])
         for x, row in zip(at, bars, strict=True):
             label = f"{row.tokens_per_s_per_gpu:,.0f}"
             if row.ratio_to_ep is not None and mode != "ep":
@@ -234,5 +242,7 @@ def chart(rows: Sequence[Row], title: str, path: Path) -> None:
     axes.set_ylabel("prompt tokens/s per GPU")
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=len(modes), loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.legend(handles=[Patch(color=COLORS[mode], label=mode) for mode in modes], frameon=False, ncols=len(modes),
+                loc="upper center", bbox_to_anchor=(0.5, -0.14))
     figure.savefig(path, dpi=150)

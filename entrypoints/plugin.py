@@ -5,10 +5,10 @@ costs next to nothing and changes nothing while the switch is off.
 """
 
 import argparse
+import contextlib
 import functools
 import logging
 import sys
-import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -63,15 +63,19 @@ def _add_cli_args(original: Callable) -> Callable:
     return add_cli_args
 
 
-def _argument(field: Any) -> dict[str, Any]:
-    """argparse's keywords for one option; every default is None, "not given"."""
-    info = msgspec.inspect.type_info(typing.get_type_hints(config.Options, include_extras=True)[field.name])
-    text = info.extra_json_schema["description"]
-    kinds = {type(t) for t in getattr(getattr(info, "type", info), "types", [getattr(info, "type", info)])}
-    if msgspec.inspect.BoolType in kinds:
+def _argument(field: msgspec.structs.FieldInfo) -> dict[str, Any]:
+    """argparse's keywords for one option. Every default is None, "not given"; `config.parse` checks the values."""
+    text = msgspec.inspect.type_info(field.type).extra_json_schema["description"]
+    if isinstance(field.default, bool):
         return {"action": argparse.BooleanOptionalAction, "default": None, "help": text}
-    kind = str if msgspec.inspect.StrType in kinds else float if msgspec.inspect.FloatType in kinds else int
-    return {"type": kind, "help": text}
+    return {"type": _scalar, "metavar": "VALUE", "help": text}
+
+
+def _scalar(text: str) -> Any:
+    """A number if it reads as one, else the text."""
+    with contextlib.suppress(msgspec.DecodeError):
+        return msgspec.json.decode(text, type=int | float)
+    return text
 
 
 def _merge_after_parsing(parser: argparse.ArgumentParser) -> None:
@@ -88,10 +92,10 @@ def _merge_after_parsing(parser: argparse.ArgumentParser) -> None:
             try:
                 config.parse(additional)
             except DWDPError as error:
-                parser.error(str(error))
+                parser.exit(2, f"vllm-dwdp: error: {error}\n")
             namespace.additional_config = additional
         elif given:
-            parser.error(f"--dwdp-{next(iter(given)).replace('_', '-')} needs --parallel dwdp")
+            parser.exit(2, f"vllm-dwdp: error: --dwdp-{next(iter(given)).replace('_', '-')} needs --parallel dwdp\n")
         return namespace, rest
 
     parser.parse_known_args = parse

@@ -8,7 +8,6 @@ checkpoints. Greedy text is printable ASCII and never ends early, so two engines
 import argparse
 import hashlib
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         q_lora_rank=32, n_group=2, topk_group=1, num_nextn_predict_layers=0,
         topk_method="noaux_tc", scoring_func="sigmoid")),
     "gpt_oss": ("gpt_oss", "num_local_experts", _BASE | dict(
-        head_dim=32, intermediate_size=96, sliding_window=32)),
+        head_dim=32, intermediate_size=96, sliding_window=32, max_position_embeddings=131072)),
     # vLLM's Transformers backend, whose experts are a subclass of RoutedExperts.
     "transformers_moe": ("qwen3_moe", "num_experts", _QWEN3),
 }
@@ -72,25 +71,25 @@ def make_model(family: str, folder: Path, **config_overrides: Any) -> Path:
     `num_experts` is understood by every family; other overrides are fields of its transformers config.
     """
     model_type, experts_field, fields = _FAMILIES[family]
-    fields = fields | {experts_field: config_overrides.pop("num_experts", 12)} | config_overrides
-    folder = Path(folder)
+    num_experts = config_overrides.pop("num_experts", 12)
+    if "n_group" in fields and num_experts % fields["n_group"]:
+        fields = fields | {"n_group": 1}
+    fields = fields | {experts_field: num_experts} | config_overrides
     recipe = hashlib.sha256(Path(__file__).read_bytes() + json.dumps([family, fields], sort_keys=True).encode())
     stamp = folder / "tiny_model.sha256"
     if stamp.exists() and stamp.read_text() == recipe.hexdigest():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
 
-    config = transformers.AutoConfig.for_model(model_type, **fields)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **fields))
     _draw_weights(model)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     stamp.write_text(recipe.hexdigest())
     return folder
 
 
-@torch.no_grad()
 def _draw_weights(model: torch.nn.Module) -> None:
     """Seeded weights under which attention, router and experts all matter to the next token."""
     generator = torch.Generator().manual_seed(SEED)
@@ -111,10 +110,9 @@ def _draw_weights(model: torch.nn.Module) -> None:
 
 def _tokenizer() -> transformers.PreTrainedTokenizerFast:
     """One token per byte, its id the byte's value, then bos, eos and pad."""
-    byte_names = pre_tokenizers.ByteLevel.alphabet()
-    printable = sorted(name for name in byte_names if ord(name) < 256)
-    renamed = iter(sorted(name for name in byte_names if ord(name) >= 256))
-    vocab = {chr(byte) if chr(byte) in printable else next(renamed): byte for byte in range(256)}
+    names = set(pre_tokenizers.ByteLevel.alphabet())  # a byte is named by its character, or in order from U+0100
+    renamed = iter(sorted(name for name in names if ord(name) >= 256))
+    vocab = {chr(byte) if chr(byte) in names else next(renamed): byte for byte in range(256)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

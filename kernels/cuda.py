@@ -118,7 +118,7 @@ class CudaDevice(Device):
         try:
             handle = _check("cuMemCreate", driver.cuMemCreate(nbytes, self._properties, 0))
         except CudaError as error:
-            free, total = torch.cuda.mem_get_info(self.device)
+            free, total = self.memory()
             raise DWDPError(
                 f"cannot allocate {nbytes / 2**20:.0f} MiB on {self.device}, {free / 2**20:.0f} of "
                 f"{total / 2**20:.0f} MiB are free ({error}): use more ranks, fewer slots or a smaller cache_gib"
@@ -144,6 +144,9 @@ class CudaDevice(Device):
         stream = torch.cuda.current_stream(self.device)
         _check("cuMemcpyAsync", driver.cuMemcpyAsync(target, source, nbytes, stream.cuda_stream))
         stream.synchronize()
+
+    def memory(self) -> tuple[int, int]:
+        return torch.cuda.mem_get_info(self.device)
 
     def release_cached(self) -> None:
         torch.cuda.synchronize(self.device)

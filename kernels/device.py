@@ -122,8 +122,12 @@ class Device(abc.ABC):
         """Copy between addresses and wait for it: for set-up only."""
 
     @abc.abstractmethod
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes of this device, as the driver or the kernel sees them."""
+
+    @abc.abstractmethod
     def release_cached(self) -> None:
-        """Make memory that the framework has cached but does not use available to `allocate`."""
+        """Wait for the device, and make memory that the framework has cached but does not use available to `allocate`."""
 
     @abc.abstractmethod
     def stream(self, *, timing: bool) -> CopyStream: ...

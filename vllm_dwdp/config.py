@@ -1,6 +1,6 @@
 """Options: one struct behind `--dwdp-...`, `--additional-config '{"dwdp": {...}}'` and `LLM(additional_config=...)`."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -37,8 +37,12 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Annotated[int, Meta(ge=1)] | None, Meta(description="experts that each rank owns; above E/N ranges overlap")
     ] = None
     cache_gib: Annotated[
-        float, Meta(ge=0, description="GiB of device memory for permanent copies of remote experts")
+        Annotated[float, Meta(ge=0)] | Literal["auto"],
+        Meta(description="GiB of device memory for permanent copies of remote experts; auto: all but cache_floor_gib"),
     ] = 0.0
+    cache_floor_gib: Annotated[
+        float, Meta(ge=0, description="GiB that cache_gib=auto leaves to activations and the KV cache")
+    ] = 10.0
     startup_timeout_s: Annotated[
         float, Meta(gt=0, description="seconds for which a rank waits for its peers while they load")
     ] = 1800.0

@@ -15,7 +15,7 @@ import msgspec
 from vllm.config import VllmConfig
 from vllm.v1.engine import core
 
-from vllm_dwdp import checks, config, hooks
+from vllm_dwdp import checks, config, graphs, hooks
 
 WORKER = "vllm_dwdp.worker.DWDPWorker"
 CORE, UTILS = "vllm.v1.engine.core", "vllm.v1.engine.utils"
@@ -33,6 +33,8 @@ def prepare(vllm_config: VllmConfig) -> None:
     if options.size is None and parallel.data_parallel_size > 1:
         options = msgspec.structs.replace(options, size=parallel.data_parallel_size)
     checks.refuse_unsupported(vllm_config, options)
+    options = msgspec.structs.replace(options, direct_max_tokens=graphs.direct_max_tokens(vllm_config, options))
+    graphs.limit_graphs(vllm_config, options.direct_max_tokens)
     # JSON values that stay the same from start to start: vLLM hashes them into the compile cache's key.
     vllm_config.additional_config[config.KEY] = msgspec.to_builtins(options)
     parallel.worker_cls = WORKER

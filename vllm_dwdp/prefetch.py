@@ -47,6 +47,7 @@ class Prefetcher:
         self.prefetched_bytes = 0
         self.refills = 0
         self.forwards = {DIRECT: 0, STREAMED: 0}
+        self._streamed_before = 0
         self._layers = layers
         self._stream = stream
         self.slots = [Slot(ready=stream.event(), free=stream.event()) for _ in range(min(num_slots, len(layers)))]
@@ -62,9 +63,9 @@ class Prefetcher:
         At or below `direct_max_tokens` the direct view, whose addresses never change and which needs no event.
         """
         view = DIRECT if num_tokens <= self.direct_max_tokens else STREAMED
-        self.forwards[view] += layer.ordinal == 0
         layer.bind(view)
         if view == STREAMED:
+            self.forwards[STREAMED] += layer.ordinal == 0
             if self._stream.is_capturing():
                 raise DWDPError(
                     f"a CUDA graph of {num_tokens} tokens would freeze streamed weights: keep cudagraph_capture_sizes "
@@ -84,6 +85,11 @@ class Prefetcher:
             following = layer.ordinal + len(self.slots)
             slot = self.slots[layer.ordinal % len(self.slots)]
             self._fill(slot, following if following < len(self._layers) else layer.ordinal % len(self.slots))
+
+    def count_step(self) -> None:
+        """A step with tokens has run: a direct one unless its layers were streamed (a graph's replay calls no `acquire`)."""
+        self.forwards[DIRECT] += self.forwards[STREAMED] == self._streamed_before
+        self._streamed_before = self.forwards[STREAMED]
 
     def _fill(self, slot: Slot, ordinal: int) -> None:
         if slot.reading:  # by the layer released just now, or by a forward that was cut short

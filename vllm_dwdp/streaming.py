@@ -9,6 +9,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from vllm_dwdp import experts
 from vllm_dwdp.config import Options
+from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.layout import Layout
 from vllm_dwdp.placement import spread_residents
@@ -33,14 +34,17 @@ class StreamedModel:
 
     @classmethod
     def build(
-        cls, model: torch.nn.Module, modules: Sequence[RoutedExperts], group: Group, device: Device, options: Options
+        cls, model: torch.nn.Module, modules: Sequence[RoutedExperts], group: Group, device: Device, options: Options,
+        memory_utilization: float,
     ) -> "StreamedModel":
         """Turn a model loaded with shards into one that streams. Source weights are freed layer by layer.
+
+        `memory_utilization` is vLLM's gpu_memory_utilization, the part of the device that this engine may fill.
 
         Raises DWDPError on every rank when ranks disagree (before anything is freed) or memory does not suffice.
         """
         names = [experts.expert_parameters(module, group.rank) for module in modules]
-        residents = resident_experts(modules, names, options)
+        residents = resident_experts(modules, names, group, device, options, memory_utilization)
         agree(group, "manifest", describe(model, modules, names, residents, device.page_bytes))
         layers = [
             LayerWeights(i, module.layer_name, [
@@ -147,20 +151,47 @@ class StreamedModel:
         )
 
     def close(self) -> None:
-        """Stop copying. Memory goes with the process: peers may still read it, and outlive this rank."""
+        """Stop copying, then unmap and release everything. Peers keep what they have imported. Repeats safely."""
         if self.prefetcher is not None:
             self.prefetcher.close()
             self.prefetcher = None
+        self._device.release_cached()
+        for tensor in (tensor for layer in self.layers for tensor in layer.tensors):
+            tensor.close()
+        if self.slots is not None:
+            self.slots.close()
 
 
 def resident_experts(
-    modules: Sequence[RoutedExperts], names: Sequence[tuple[list[str], list[str]]], options: Options
+    modules: Sequence[RoutedExperts], names: Sequence[tuple[list[str], list[str]]], group: Group, device: Device,
+    options: Options, memory_utilization: float,
 ) -> list[int]:
-    """Resident experts per layer that `cache_gib` pays for."""
+    """Resident experts per layer that `cache_gib` pays for: the same on every rank, so the least that any can afford.
+
+    Raises DWDPError when slots and cache do not fit beside the shard, naming the largest cache that would.
+    """
     per_expert = max(
         sum(getattr(m, n)[0].nbytes for n in streamed) for m, (streamed, _) in zip(modules, names, strict=True)
     )
-    return spread_residents(int(options.cache_gib * 2**30 // per_expert), len(modules))
+    remote = max(m.dwdp_placement.num_experts - len(m.dwdp_placement.owned(group.rank)) for m in modules)
+    device.release_cached()
+    free, total = device.memory()
+    room = free - (1 - memory_utilization) * total - options.slots * remote * per_expert
+    if options.cache_gib == "auto":
+        wanted = max(room - options.cache_floor_gib * 2**30, 0.0)
+    else:
+        wanted = options.cache_gib * 2**30
+    if wanted > room:
+        raise DWDPError(
+            f"cache_gib={options.cache_gib} and {options.slots} slots do not fit beside the shard within "
+            f"gpu_memory_utilization={memory_utilization}: the largest cache_gib that does is {max(room, 0) / 2**30:.2f}"
+        )
+    affordable = min(group.gather("resident experts", int(wanted // per_expert)), default=0)
+    logger.info(
+        "DWDP cache_gib=%s: room for %.2f GiB beside shard and slots, %d resident experts over %d layers",
+        options.cache_gib, room / 2**30, min(affordable, remote * len(modules)), len(modules),
+    )
+    return spread_residents(affordable, len(modules))
 
 
 def spec_of(module: RoutedExperts, name: str, residents: int, device: Device) -> TensorSpec:

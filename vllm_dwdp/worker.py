@@ -49,12 +49,17 @@ class DWDPWorker(PlatformWorker):
             choose_handles(device, agree(group, "hello", hello, own=("rank", "host", "handles")))
             with sharded(rank, options.size, options.experts_per_rank) as layers:
                 super().load_model(**kwargs)
-            self.dwdp = StreamedModel.build(self.model_runner.get_model(), layers, group, device, options)
+            self.dwdp = StreamedModel.build(
+                self.model_runner.get_model(), layers, group, device, options,
+                self.vllm_config.cache_config.gpu_memory_utilization,
+            )
         self._metrics = Metrics(self.dwdp)
 
-    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().execute_model(*args, **kwargs)
-        self._metrics.update()
+    def execute_model(self, scheduler_output: Any) -> Any:
+        output = super().execute_model(scheduler_output)
+        if scheduler_output.total_num_scheduled_tokens:
+            self.dwdp.prefetcher.count_step()
+            self._metrics.update()
         return output
 
     def dwdp_stats(self) -> dict[str, Any]:

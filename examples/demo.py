@@ -1,0 +1,275 @@
+"""Serve a tiny MoE model on two ranks with DWDP, on CPU, and compare every answer with stock vLLM on one rank.
+
+    python examples/demo.py        (or: make demo)
+
+Exit status: 0 when all answers are equal, 1 when one differs or the server fails, 130 after Ctrl-C.
+"""
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / ".cache" / "demo"
+MODEL = FOLDER / "qwen3_moe"
+ANSWERS = FOLDER / "reference.json"
+PARALLEL = ("--data-parallel-size", "2", "--parallel", "dwdp")
+RANKS = ("0", "1")
+START_TIMEOUT_S = 300
+ENGINE = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 256,
+          "kv_cache_memory_bytes": 64 * 2**20, "enforce_eager": True}
+ENV = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_HOST_IP": "127.0.0.1",
+                    "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+MAX_TOKENS = 32
+# (kind, prompt, rank to pin it to or None for the load balancer)
+REQUESTS = (
+    ("text", "Once upon a time", "0"),
+    ("text", "Once upon a time", "1"),
+    ("chat", "Which expert answers this?", "1"),
+    ("chat", "Which expert answers this?", "0"),
+    ("text", "Experts travel, tokens stay at home.", None),
+    ("chat", "Tell me about weight streaming.", None),
+)
+
+
+def main() -> int:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    run_to_end("Making the model", [sys.executable, ROOT / "examples" / "tiny_models.py", "qwen3_moe", MODEL], ENV)
+    # Without plugins this is vLLM as it comes: one rank, every expert in its own memory.
+    run_to_end("Answers of stock vLLM on one rank", [sys.executable, __file__, "--reference"],
+               ENV | {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+    expected = {(kind, prompt): text for kind, prompt, text in json.loads(ANSWERS.read_text())}
+
+    port = free_port()
+    command = [Path(sys.executable).with_name("vllm"), "serve", MODEL, *PARALLEL, "--host", "127.0.0.1", "--port", port]
+    for option, value in ENGINE.items():
+        command += [f"--{option.replace('_', '-')}"] + ([] if value is True else [value])
+    print(f"$ vllm {shlex.join(map(str, command[1:]))}")
+    with process("server", command, ENV) as (server, log):
+        url = f"http://127.0.0.1:{port}"
+        wait("Two ranks load, each its share of the experts", server, log, lambda: answers(f"{url}/health"))
+        equal = one_by_one(url, expected) & all_at_once(url, expected)
+        print_table(metrics(url))
+    print("The server has ended and left no process behind.")
+    print(f"{'All answers equal' if equal else 'SOME ANSWERS DIFFER from'} those of stock vLLM on one rank.")
+    return 0 if equal else 1
+
+
+def one_by_one(url: str, expected: dict[tuple[str, str], str]) -> bool:
+    """Sends REQUESTS in turn, prints which rank answered what, and tells whether all is as expected."""
+    all_equal = True
+    for kind, prompt, pinned in REQUESTS:
+        before = served(url)
+        text = ask(url, kind, prompt, pinned)
+        rank = next(rank for rank, count in served(url, sum(before.values()) + 1).items() if count > before[rank])
+        equal = text == expected[kind, prompt]
+        all_equal &= equal
+        if pinned not in (None, rank):
+            raise Failure(f"rank {rank} served a request pinned to rank {pinned}")
+        print(f"\n  {kind} to {f'rank {pinned}' if pinned else 'any rank'}: {prompt}\n"
+              f"  rank {rank} answers: {text}\n  {'equal' if equal else f'DIFFERENT: {expected[kind, prompt]}'}")
+    return all_equal
+
+
+def all_at_once(url: str, expected: dict[tuple[str, str], str]) -> bool:
+    """Sends REQUESTS together, unpinned, prints how the load balancer spread them, and tells whether all is equal."""
+    before = served(url)
+    with ThreadPoolExecutor(len(REQUESTS)) as pool:
+        texts = list(pool.map(lambda request: ask(url, request[0], request[1]), REQUESTS))
+    after = served(url, sum(before.values()) + len(REQUESTS))
+    num_equal = sum(text == expected[kind, prompt] for text, (kind, prompt, _) in zip(texts, REQUESTS))
+    shares = " and ".join(f"{after[rank] - before[rank]} by rank {rank}" for rank in RANKS)
+    print(f"\n  All {len(REQUESTS)} together, to any rank: {shares}; {num_equal} equal\n")
+    return num_equal == len(REQUESTS)
+
+
+def ask(url: str, kind: str, prompt: str, rank: str | None = None) -> str:
+    body = {"model": str(MODEL), "temperature": 0, "seed": 0, "max_tokens": MAX_TOKENS}
+    body |= {"prompt": prompt} if kind == "text" else {"messages": [{"role": "user", "content": prompt}]}
+    headers = {"Content-Type": "application/json"} | ({"X-data-parallel-rank": rank} if rank else {})
+    path = "completions" if kind == "text" else "chat/completions"
+    request = urllib.request.Request(f"{url}/v1/{path}", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=120) as response:
+        choice = json.load(response)["choices"][0]
+    return choice["text"] if kind == "text" else choice["message"]["content"]
+
+
+def metrics(url: str) -> dict[str, dict[str, float]]:
+    """Sums of the server's metrics: {name, or name:value-of-the-label `kind` or `view`: {rank: sum}}."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
+        lines = response.read().decode().splitlines()
+    sums: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(RANKS, 0.0))
+    for line in lines:
+        if match := re.fullmatch(r"vllm:(\w+)\{(.*)\} (\S+)", line):
+            name, labels, value = match[1], dict(re.findall(r'(\w+)="([^"]*)"', match[2])), float(match[3])
+            if labels.get("engine") in RANKS:
+                part = labels.get("kind", labels.get("view"))
+                sums[f"{name}:{part}" if part else name][labels["engine"]] += value
+    return sums
+
+
+def served(url: str, at_least: int = 0) -> dict[str, int]:
+    """Finished requests by rank, once `at_least` are counted; the count may come a moment after the answer."""
+    deadline = time.monotonic() + 10
+    while True:
+        counts = {rank: int(count) for rank, count in metrics(url)["request_success_total"].items()}
+        if sum(counts.values()) >= at_least:
+            return counts
+        if time.monotonic() > deadline:
+            raise Failure(f"/metrics counts {counts} finished requests, expected {at_least}")
+        time.sleep(0.05)
+
+
+def print_table(values: dict[str, dict[str, float]]) -> None:
+    rows = [
+        ("requests served", "request_success_total", 1),
+        ("tokens read", "prompt_tokens_total", 1),
+        ("tokens written", "generation_tokens_total", 1),
+        *((f"experts per layer: {kind}", f"dwdp_experts:{kind}", 1) for kind in ("owned", "resident", "streamed")),
+        ("slots", "dwdp_slots", 1),
+        *((f"MiB: {kind}", f"dwdp_memory_bytes:{kind}", 2**20)
+          for kind in ("shard", "resident", "slots", "replicated", "padding")),
+        ("MiB prefetched from the peer", "dwdp_prefetch_bytes_total", 2**20),
+        *((f"forward passes: {view}", f"dwdp_forwards_total:{view}", 1) for view in ("streamed", "direct")),
+    ]
+    print(f"  {'':32}{'rank 0':>10}{'rank 1':>10}")
+    for title, name, unit in rows:
+        cells = (f"{values[name][rank] / unit:.{0 if unit == 1 else 2}f}" if name in values else "-" for rank in RANKS)
+        print(f"  {title:32}" + "".join(f"{cell:>10}" for cell in cells))
+    print()
+
+
+class Failure(Exception):
+    """Something that ends the demo; its text says what."""
+
+
+@contextlib.contextmanager
+def process(name: str, command: list, env: dict[str, str]) -> Iterator[tuple[subprocess.Popen, Path]]:
+    """Runs `command` in a session of its own, yields it and its log FOLDER/name.log, and leaves no process behind."""
+    log = FOLDER / f"{name}.log"
+    with log.open("wb") as output:
+        child = subprocess.Popen([str(part) for part in command], env=env, cwd=FOLDER, stdin=subprocess.DEVNULL,
+                                 stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        yield child, log
+    except (Failure, OSError, ValueError) as error:  # OSError: urllib's errors too
+        tail = "\n".join(f"  | {line}" for line in log.read_text(errors="replace").splitlines()[-15:])
+        raise Failure(f"{error}\n{tail}\n  the whole log: {log}") from None
+    finally:
+        stop(child)
+
+
+def stop(child: subprocess.Popen, timeout_s: float = 15) -> None:
+    """Ends the child's session: SIGINT, then after the timeout SIGKILL. Raises Failure if anything survives."""
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        if child.poll() is None:
+            child.send_signal(signal.SIGINT)
+        deadline = time.monotonic() + timeout_s
+        while living(child.pid) and time.monotonic() < deadline:
+            child.poll()
+            time.sleep(0.05)
+        for pid in living(child.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        child.wait()
+        time.sleep(0.2)
+        if left := living(child.pid):
+            raise Failure(f"still running after SIGKILL: {left}")
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+
+
+def living(session: int) -> list[int]:
+    """Process ids of a session, zombies excluded."""
+    pids = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _parent, _group, its_session = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state not in "ZX":
+                pids.append(int(stat.parent.name))
+    return pids
+
+
+def run_to_end(title: str, command: list, env: dict[str, str]) -> None:
+    with process(title.split()[0].lower(), command, env) as (child, log):
+        wait(title, child, log, lambda: child.poll() == 0)
+
+
+def wait(title: str, child: subprocess.Popen, log: Path, done: Callable[[], bool]) -> None:
+    """Shows seconds and the log's last message on one line until `done()`; raises Failure if the child ends first."""
+    start = time.monotonic()
+    clear = "\r\033[K" if sys.stdout.isatty() else ""
+    while not done():
+        elapsed = time.monotonic() - start
+        if child.poll() is not None and not done():
+            raise Failure(f"{title}: the process ended with status {child.returncode}")
+        if elapsed > START_TIMEOUT_S:
+            raise Failure(f"{title}: not done after {START_TIMEOUT_S} s")
+        if clear:
+            line = f"{title} {elapsed:3.0f} s  {last_message(log)}"
+            print(f"{clear}{line[:shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+        time.sleep(0.2)
+    print(f"{clear}{title}: {time.monotonic() - start:.0f} s", flush=True)
+
+
+def last_message(log: Path) -> str:
+    """The text of the last line that vLLM logged, after the name of the process that logged it."""
+    found = re.findall(r"^(?:\((\S+)[^)]*\) )?(?:INFO|WARNING|ERROR) \S+ \S+ \[\S+\] (.*\w.*)$",
+                       log.read_text(errors="replace")[-20_000:], re.MULTILINE)
+    return ": ".join(part for part in found[-1] if part) if found else ""
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status == 200
+    except OSError:
+        return False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def write_reference() -> None:
+    """Writes what one rank of vLLM answers to each request, asked one at a time, to ANSWERS."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(str(MODEL), **ENGINE)
+    sampling = SamplingParams(temperature=0, seed=0, max_tokens=MAX_TOKENS)
+    result = []
+    for kind, prompt in dict.fromkeys((kind, prompt) for kind, prompt, _ in REQUESTS):
+        outputs = llm.generate(prompt, sampling) if kind == "text" else llm.chat(
+            [{"role": "user", "content": prompt}], sampling)
+        result.append((kind, prompt, outputs[0].outputs[0].text))
+    llm.llm_engine.engine_core.shutdown()
+    ANSWERS.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--reference"]:
+        write_reference()
+        sys.exit()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nstopped")
+        sys.exit(130)
+    except Failure as failure:
+        sys.exit(f"\n{failure}")
