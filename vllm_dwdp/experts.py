@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models import gpt_oss
 
@@ -143,6 +144,14 @@ def bind(layer: RoutedExperts, weights: LayerWeights, replicated: dict[str, torc
     _rebuild_kernel(layer)
     for name in ("forward_modular", "forward_monolithic"):
         setattr(layer, name, _ahead_of_use(getattr(layer, name), weights, prefetcher))
+
+
+def keep_opaque(model: torch.nn.Module) -> None:
+    """Call every MoE layer through vLLM's custom op, which torch.compile does not look into. Only CPU lacks it."""
+    for module in model.modules():
+        if isinstance(module, MoERunner):
+            ops = torch.ops.vllm
+            module._forward_entry = ops.moe_forward if module.shared_experts is None else ops.moe_forward_shared
 
 
 def _rebuild_kernel(layer: RoutedExperts) -> None:

@@ -61,6 +61,7 @@ class StreamedModel:
             for module, layer, (_, replicated) in zip(modules, layers, names, strict=True):
                 tensors = {name: small[module.layer_name, name] for name in replicated}
                 experts.bind(module, layer, tensors, self.prefetcher)
+            experts.keep_opaque(model)
             self.prefetcher.start()
             self._report()
         except BaseException:
