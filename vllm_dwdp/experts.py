@@ -25,6 +25,8 @@ from vllm_dwdp.weights import LayerWeights
 
 # Parameters of RoutedExperts without a row for every expert.
 NOT_PER_EXPERT = {"e_score_correction_bias", "hash_indices_table"}
+# Experts classes whose loader ignores vLLM's expert map.
+LOADS_ALL_EXPERTS = {"DbrxExperts"}
 # A tensor with at most this part of the layer's largest is replicated: biases, scales per tensor, sparse block scales.
 SMALL = 1 / 64
 
@@ -96,6 +98,11 @@ def _owned_rows(name: str, weight: torch.Tensor, owned: range) -> torch.Tensor:
 
 def _refuse_unstreamable(layer: RoutedExperts) -> None:
     method = layer.quant_method
+    if type(layer).__name__ in LOADS_ALL_EXPERTS:
+        raise DWDPError(
+            f"{layer.layer_name}: {type(layer).__name__} copies checkpoint tensors of all experts at once, a rank cannot "
+            f"load its share; try --model-impl transformers"
+        )
     if not method.supports_eplb:
         raise DWDPError(
             f"{layer.layer_name}: {type(method).__name__} keeps its experts in a form whose rows cannot be moved; DWDP "
