@@ -61,15 +61,18 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
     ):
         if refused:
             raise DWDPError(f"--parallel dwdp does not go with {reason}")
-    if model.is_moe and options.rendezvous is None and _ranks_start_apart(parallel):
+    if options.rendezvous is None and _ranks_start_apart(parallel):
         raise DWDPError(
             "ranks started by separate commands need a meeting point: give every one the same "
             "--dwdp-rendezvous HOST:PORT, a free port on rank 0's host"
         )
+    if parallel.data_parallel_size == 1 and options.rank is None:
+        raise DWDPError("an engine started as one rank of a DWDP group must be told which: set rank beside size")
 
 
 def _ranks_start_apart(parallel) -> bool:
-    return parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb or (
-        parallel.data_parallel_size > 1 and parallel.data_parallel_size_local < parallel.data_parallel_size
-        and parallel.data_parallel_rank_local is None
+    offline_by_environment = parallel.data_parallel_size > 1 and parallel.data_parallel_rank_local is not None
+    return not offline_by_environment and (
+        parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
+        or parallel.data_parallel_size_local < parallel.data_parallel_size or parallel.data_parallel_size == 1
     )

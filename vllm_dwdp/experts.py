@@ -55,11 +55,7 @@ def sharded(rank: int, size: int, experts_per_rank: int | None) -> Iterator[list
 
     @functools.wraps(select_files)
     def select_owned(self: DefaultModelLoader, model_config: Any) -> None:
-        if not layers:
-            raise DWDPError(
-                f"{model_config.model} built no RoutedExperts layer: its experts take a fused path of their own, which "
-                f"DWDP cannot stream; choose another --moe-backend or drop --parallel dwdp"
-            )
+        refuse_bypass(layers, model_config)
         select_files(self, model_config)
         self.local_expert_ids = set().union(*(layer.dwdp_placement.owned(rank) for layer in layers))
 
@@ -77,6 +73,15 @@ def sharded(rank: int, size: int, experts_per_rank: int | None) -> Iterator[list
         RoutedExperts.__init__ = build
         DefaultModelLoader._init_ep_weight_filter = select_files
         gpt_oss.GptOssModel.load_weights = load_gpt_oss
+
+
+def refuse_bypass(layers: Sequence[RoutedExperts], model_config: Any) -> None:
+    """Raises DWDPError when a MoE model has built none of the layers that DWDP streams."""
+    if not layers:
+        raise DWDPError(
+            f"{model_config.model} built no RoutedExperts layer: its experts take a fused path of their own, which DWDP "
+            f"cannot stream; choose another --moe-backend or --model-impl, or drop --parallel dwdp"
+        )
 
 
 def _own_experts_only(manager: Any, owned: range) -> Any:

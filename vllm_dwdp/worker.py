@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 import vllm_dwdp
 from vllm_dwdp import config
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.experts import sharded
+from vllm_dwdp.experts import refuse_bypass, sharded
 from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.metrics import Metrics
 from vllm_dwdp.rendezvous import Group, Hello, agree
@@ -49,6 +49,7 @@ class DWDPWorker(PlatformWorker):
             choose_handles(device, agree(group, "hello", hello, own=("rank", "host", "handles")))
             with sharded(rank, options.size, options.experts_per_rank) as layers:
                 super().load_model(**kwargs)
+            refuse_bypass(layers, self.model_config)
             self.dwdp = StreamedModel.build(
                 self.model_runner.get_model(), layers, group, device, options,
                 self.vllm_config.cache_config.gpu_memory_utilization,
@@ -72,9 +73,13 @@ class DWDPWorker(PlatformWorker):
         super().shutdown()
 
     def _refuse(self, *args: Any, **kwargs: Any) -> None:
-        raise DWDPError("weights cannot be moved or rewritten while DWDP peers map them: restart the group instead")
+        raise DWDPError(
+            "DWDP ranks map each other's experts and stream them through slots: they cannot be saved, moved or rewritten "
+            "while the group serves; restart it instead"
+        )
 
-    reload_weights = update_weights = sleep = wake_up = add_lora = _refuse
+    reload_weights = start_weight_update = update_weights = reset_weights = compute_weight_checksums = _refuse
+    save_sharded_state = save_tensorized_model = sleep = wake_up = discard = checkpoint_prepare = add_lora = _refuse
 
 
 def membership(vllm_config: VllmConfig) -> tuple[config.Options, int]:
