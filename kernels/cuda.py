@@ -5,7 +5,7 @@ every rank can export one (multi-node NVLink).
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.kernels.device import Block, CopyStream, Device, Region
 
 _FD = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+_MAX_SINGLE_COPIES = 4
 _FABRIC = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_FABRIC
 
 
@@ -31,7 +32,7 @@ def _check(what: str, result: tuple) -> Any:
     code, *values = result
     if code != driver.CUresult.CUDA_SUCCESS:
         raise CudaError(what, code)
-    return values[0] if len(values) == 1 else values
+    return values[0] if values else None
 
 
 class CudaBlock(Block):
@@ -161,31 +162,38 @@ class _Intervals:
 
     def __init__(self) -> None:
         self.total_ms = 0.0
-        self._open: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._spare: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._open: list[tuple[Any, Any]] = []
+        self._spare: list[tuple[Any, Any]] = []
 
     @contextlib.contextmanager
-    def measure(self, stream: torch.cuda.Stream):
+    def measure(self, stream: int) -> Iterator[None]:
         self.collect()
-        make = torch.cuda.Event
-        pair = self._spare.pop() if self._spare else (make(enable_timing=True), make(enable_timing=True))
-        pair[0].record(stream)
+        pair = self._spare.pop() if self._spare else (_event(timing=True), _event(timing=True))
+        _check("cuEventRecord", driver.cuEventRecord(pair[0], stream))
         yield
-        pair[1].record(stream)
+        _check("cuEventRecord", driver.cuEventRecord(pair[1], stream))
         self._open.append(pair)
 
     def collect(self) -> None:
-        while self._open and self._open[0][1].query():
+        while self._open and driver.cuEventQuery(self._open[0][1])[0] == driver.CUresult.CUDA_SUCCESS:
             pair = self._open.pop(0)
-            self.total_ms += pair[0].elapsed_time(pair[1])
+            self.total_ms += _check("cuEventElapsedTime", driver.cuEventElapsedTime(*pair))
             self._spare.append(pair)
 
 
+def _event(*, timing: bool) -> Any:
+    flags = driver.CUevent_flags
+    flag = flags.CU_EVENT_DEFAULT if timing else flags.CU_EVENT_DISABLE_TIMING
+    return _check("cuEventCreate", driver.cuEventCreate(flag))
+
+
 class CudaStream(CopyStream):
+    """Driver calls on raw handles: torch's wrappers take 6 us to look the current stream up, these take 1 to 2 us."""
+
     def __init__(self, device: torch.device, *, timing: bool):
         # Copies use no SMs; high priority only lets their events be seen promptly.
         self._stream = torch.cuda.Stream(device, priority=-1)
-        self._raw = self._stream.cuda_stream
+        self._raw = driver.CUstream(self._stream.cuda_stream)
         self._device = device
         self._waits = _Intervals() if timing else None
         self._copies = _Intervals() if timing else None
@@ -198,27 +206,46 @@ class CudaStream(CopyStream):
     def copy_ms(self) -> float | None:
         return self._copies and self._copies.total_ms
 
-    def event(self) -> torch.cuda.Event:
-        return torch.cuda.Event()
+    def _compute(self) -> int:
+        return torch._C._cuda_getCurrentRawStream(self._device.index)
 
-    def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        with self._copies.measure(self._stream) if self._copies else contextlib.nullcontext():
-            for target, source, nbytes in copies:
-                _check("cuMemcpyAsync", driver.cuMemcpyAsync(target, source, nbytes, self._raw))
+    def event(self) -> Any:
+        return _event(timing=False)
 
-    def record(self, event: torch.cuda.Event) -> None:
-        event.record(self._stream)
+    def plan(self, copies: Sequence[tuple[int, int, int]]) -> Callable[[], None]:
+        """A few copies are issued one by one, 7 us each; many become a graph of copies that one call launches."""
+        arguments = [(driver.CUdeviceptr(target), driver.CUdeviceptr(source), n, self._raw) for target, source, n in copies]
 
-    def wait(self, event: torch.cuda.Event) -> None:
-        self._stream.wait_event(event)
+        def issue() -> None:
+            for each in arguments:
+                _check("cuMemcpyAsync", driver.cuMemcpyAsync(*each))
 
-    def compute_record(self, event: torch.cuda.Event) -> None:
-        event.record(torch.cuda.current_stream(self._device))
+        if len(arguments) <= _MAX_SINGLE_COPIES:
+            return issue
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        _check("cuStreamBeginCapture", driver.cuStreamBeginCapture(self._raw, mode))
+        issue()
+        graph = _check("cuStreamEndCapture", driver.cuStreamEndCapture(self._raw))
+        executable = _check("cuGraphInstantiate", driver.cuGraphInstantiate(graph, 0))
+        return lambda: _check("cuGraphLaunch", driver.cuGraphLaunch(executable, self._raw))
 
-    def compute_wait(self, event: torch.cuda.Event) -> None:
-        stream = torch.cuda.current_stream(self._device)
+    def copy(self, plan: Callable[[], None]) -> None:
+        with self._copies.measure(self._raw) if self._copies else contextlib.nullcontext():
+            plan()
+
+    def record(self, event: Any) -> None:
+        _check("cuEventRecord", driver.cuEventRecord(event, self._raw))
+
+    def wait(self, event: Any) -> None:
+        _check("cuStreamWaitEvent", driver.cuStreamWaitEvent(self._raw, event, 0))
+
+    def compute_record(self, event: Any) -> None:
+        _check("cuEventRecord", driver.cuEventRecord(event, self._compute()))
+
+    def compute_wait(self, event: Any) -> None:
+        stream = self._compute()
         with self._waits.measure(stream) if self._waits else contextlib.nullcontext():
-            stream.wait_event(event)
+            _check("cuStreamWaitEvent", driver.cuStreamWaitEvent(stream, event, 0))
 
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()

@@ -60,8 +60,12 @@ class CopyStream(abc.ABC):
     def event(self) -> Any: ...
 
     @abc.abstractmethod
-    def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        """Enqueue (destination address, source address, bytes) copies, in order."""
+    def plan(self, copies: Sequence[tuple[int, int, int]]) -> Any:
+        """Prepare (destination address, source address, bytes) copies, done in order, for `copy` to repeat."""
+
+    @abc.abstractmethod
+    def copy(self, plan: Any) -> None:
+        """Enqueue the copies of a plan."""
 
     @abc.abstractmethod
     def record(self, event: Any) -> None:

@@ -130,8 +130,11 @@ class HostStream(CopyStream):
     def event(self) -> HostEvent:
         return HostEvent()
 
-    def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        self._work.put(lambda: self._copy(copies))
+    def plan(self, copies: Sequence[tuple[int, int, int]]) -> Sequence[tuple[int, int, int]]:
+        return copies
+
+    def copy(self, plan: Sequence[tuple[int, int, int]]) -> None:
+        self._work.put(lambda: self._copy(plan))
 
     def _copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
         start = time.perf_counter()

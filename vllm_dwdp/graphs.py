@@ -48,16 +48,14 @@ def limit_graphs(vllm_config: VllmConfig, largest: int) -> None:
     compilation = vllm_config.compilation_config
     if vllm_config.model_config.enforce_eager or compilation.cudagraph_mode == CUDAGraphMode.NONE:
         return
-    beyond = [size for size in compilation.cudagraph_capture_sizes if size > largest]
-    if not beyond:
+    if compilation.max_cudagraph_capture_size <= largest:
         return
-    kept = sorted({size for size in compilation.cudagraph_capture_sizes if size <= largest} | ({largest} - {0}))
+    kept = [size for size in compilation.cudagraph_capture_sizes if size < largest] + [largest] * (largest > 0)
     logger.info_once(
-        "DWDP keeps CUDA graphs to %s tokens (direct view); larger batches stream weights without graphs",
-        kept or "no number of",
+        "DWDP keeps CUDA graphs to batches of %d tokens (direct view); larger ones stream weights without graphs", largest
     )
     compilation.cudagraph_capture_sizes = kept
-    compilation.max_cudagraph_capture_size = kept[-1] if kept else 0
+    compilation.max_cudagraph_capture_size = largest
     if not kept:
         compilation.cudagraph_mode = CUDAGraphMode.NONE
     compilation.post_init_cudagraph_sizes()

@@ -50,6 +50,7 @@ class Prefetcher:
         self._streamed_before = 0
         self._layers = layers
         self._stream = stream
+        self._plans = [stream.plan(layer.copies) for layer in layers]
         self.slots = [Slot(ready=stream.event(), free=stream.event()) for _ in range(min(num_slots, len(layers)))]
 
     def start(self) -> None:
@@ -97,12 +98,11 @@ class Prefetcher:
             slot.reading = False
         if slot.tag == ordinal:  # the slot's only layer
             return
-        layer = self._layers[ordinal]
         slot.tag = ordinal
         self._stream.wait(slot.free)
-        self._stream.copy(layer.copies)
+        self._stream.copy(self._plans[ordinal])
         self._stream.record(slot.ready)
-        self.prefetched_bytes += layer.copied_bytes
+        self.prefetched_bytes += self._layers[ordinal].copied_bytes
 
     def drain(self) -> None:
         """Wait for the copies under way."""
