@@ -1,0 +1,168 @@
+"""Ranks as processes: each builds a real vLLM engine, then runs functions that the test sends."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import socket
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")  # vLLM takes 8 s to import: once for all ranks
+CONTEXT.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.model_executor.models.qwen3_moe"])
+ENGINE = dict(
+    dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8, max_num_batched_tokens=256,
+    kv_cache_memory_bytes=64 << 20, distributed_executor_backend="uni", seed=0, disable_log_stats=True,
+)
+START_S = 180.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def make_prompts(lengths: Sequence[int], seed: int = 0, vocab: int = 250) -> list[dict[str, list[int]]]:
+    rng = random.Random(seed)
+    return [{"prompt_token_ids": [rng.randrange(1, vocab) for _ in range(n)]} for n in lengths]
+
+
+def generate(llm: Any, lengths: Sequence[int] = (5, 64, 17, 40), tokens: int = 24, one_by_one: bool = False, seed: int = 0):
+    """Greedy token ids for seeded prompts of these lengths."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+    prompts = make_prompts(lengths, seed)
+    batches = [[prompt] for prompt in prompts] if one_by_one else [prompts]
+    outputs = [output for batch in batches for output in llm.generate(batch, sampling, use_tqdm=False)]
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def stats(llm: Any) -> dict[str, Any]:
+    return llm.collective_rpc("dwdp_stats")[0]
+
+
+def streamed_model(llm: Any) -> Any:
+    """The StreamedModel of an engine that runs in this process."""
+    return llm.llm_engine.model_executor.driver_worker.worker.dwdp
+
+
+def _serve(rank: int, model: str, dwdp: dict | None, engine: dict, setup: Callable | None, pipe: Any) -> None:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    llm = None
+    try:
+        if setup is not None:
+            setup(rank)
+        from vllm import LLM
+
+        extra = {} if dwdp is None else {"additional_config": {"dwdp": dwdp}}
+        llm = LLM(model, skip_tokenizer_init=True, **{**ENGINE, **engine, **extra})
+        pipe.send((True, "ready"))
+        while (work := pipe.recv()) is not None:
+            function, args, kwargs = work
+            try:
+                pipe.send((True, function(llm, *args, **kwargs)))
+            except BaseException as error:  # noqa: BLE001 - the test decides
+                pipe.send((False, f"{type(error).__name__}: {error}"))
+    except BaseException as error:  # noqa: BLE001
+        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            pipe.send((False, f"{type(error).__name__}: {error}"))
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+
+
+class Rank:
+    def __init__(self, rank: int, model: str, dwdp: dict | None, engine: dict, setup: Callable | None):
+        self.pipe, child = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=_serve, args=(rank, model, dwdp, engine, setup, child))
+        self.process.start()
+        child.close()
+
+    def answer(self, timeout_s: float = START_S) -> Any:
+        """What the rank answered; raises RuntimeError with its error, TimeoutError, or EOFError when it is gone."""
+        if not self.pipe.poll(timeout_s):
+            raise TimeoutError(f"no answer within {timeout_s} s")
+        ok, value = self.pipe.recv()
+        if not ok:
+            raise RuntimeError(value)
+        return value
+
+    def send(self, function: Callable, *args: Any, **kwargs: Any) -> None:
+        self.pipe.send((function, args, kwargs))
+
+    def run(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        self.send(function, *args, **kwargs)
+        return self.answer()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.pipe.send(None)
+        self.process.join(20)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+class Group:
+    """N ranks of one group, or a stock engine for `size=0`. Use as a context manager."""
+
+    def __init__(self, model: str, size: int, options: dict | None = None, *, engine: dict | None = None,
+                 setup: Callable | None = None, wait: bool = True):
+        at = f"127.0.0.1:{free_port()}"
+        settings = [{"size": size, "rank": r, "rendezvous": at, **(options or {})} for r in range(size)] or [None]
+        self.ranks = [Rank(r, model, dwdp, engine or {}, setup) for r, dwdp in enumerate(settings)]
+        self._wait = wait
+
+    def __enter__(self) -> "Group":
+        if self._wait:
+            try:
+                for rank in self.ranks:
+                    rank.answer()
+            except BaseException:
+                self.__exit__()
+                raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for rank in self.ranks:
+            with contextlib.suppress(OSError):
+                rank.pipe.send(None)
+        for rank in self.ranks:
+            rank.close()
+
+    def run(self, function: Callable, *args: Any, **kwargs: Any) -> list[Any]:
+        """Run `function(llm, ...)` on every rank at the same time; the answers in rank order."""
+        for rank in self.ranks:
+            rank.send(function, *args, **kwargs)
+        return [rank.answer() for rank in self.ranks]
+
+    def outcomes(self, timeout_s: float) -> list[str]:
+        """For ranks that should fail to start: each one's error, 'ready', or how it ended."""
+        deadline = time.monotonic() + timeout_s
+        found = []
+        for rank in self.ranks:
+            try:
+                found.append(rank.answer(max(deadline - time.monotonic(), 0.0)))
+            except RuntimeError as error:
+                found.append(str(error))
+            except EOFError:
+                rank.process.join(5)
+                found.append(f"ended with {rank.process.exitcode}")
+        return found
+
+
+_answers: dict[str, list[list[int]]] = {}
+
+
+def reference(model: str, engine: dict | None = None, **kwargs: Any) -> list[list[int]]:
+    """What vLLM without the switch, on one rank, answers to `generate(**kwargs)`; asked once a model and question."""
+    key = repr((model, engine, sorted(kwargs.items())))
+    if key not in _answers:
+        with Group(model, 0, engine=engine) as group:
+            _answers[key] = group.run(generate, **kwargs)[0]
+    return _answers[key]

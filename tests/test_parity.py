@@ -1,0 +1,68 @@
+"""Invariant: output equals vLLM without the plugin, token for token, and the bytes moved are those the layout says."""
+
+import pytest
+from harness import Group, generate, reference, stats
+from tiny_models import ENGINE_ARGS
+
+FAMILIES = ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "transformers_moe"]
+
+
+def compare(models, family: str, size: int, options: dict | None = None, num_experts: int | None = None):
+    overrides = {} if num_experts is None else {"num_experts": num_experts}
+    model, engine = models(family, **overrides), ENGINE_ARGS.get(family, {})
+    one_by_one = family.startswith("deepseek")  # concurrent runs of the stock engine differ among themselves
+    expected = reference(model, engine, one_by_one=one_by_one)
+    with Group(model, size, options, engine=engine) as group:
+        answers = group.run(generate, one_by_one=one_by_one)
+        found = group.run(stats)
+    assert answers == [expected] * size
+    assert [s["rank"] for s in found] == list(range(size))
+    assert len({tuple(tokens) for tokens in expected}) > 1, "the model answers everything alike: the test shows nothing"
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(models, family: str) -> None:
+    """Every family answers alike on two ranks, prefill streamed and decode read in place."""
+    for s in compare(models, family, 2):
+        assert s["forwards"]["streamed"] > 0 and s["forwards"]["direct"] > 0
+        assert s["prefetch_bytes"] > 0 and s["refills"] == 0
+        assert s["experts"] == {"owned": 6, "resident": 0, "streamed": 6}
+
+
+@pytest.mark.parametrize(("size", "num_experts"), [(3, 12), (3, 10), (4, 10)])
+def test_sizes(models, size: int, num_experts: int) -> None:
+    """Three and four ranks, also where they do not divide the experts, everything streamed."""
+    found = compare(models, "qwen3_moe", size, {"direct_max_tokens": 0}, num_experts)
+    assert sum(s["experts"]["owned"] for s in found) == num_experts
+    for s in found:
+        assert s["experts"]["owned"] + s["experts"]["streamed"] == num_experts
+        assert s["forwards"]["direct"] == 0 and s["forwards"]["streamed"] == 24
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"slots": 3, "timing": True}, {"cache_gib": 0.0004}, {"cache_gib": 1}, {"experts_per_rank": 8, "slice_mib": 1},
+     {"direct_max_tokens": 1000}],
+    ids=lambda o: "-".join(o),
+)
+def test_options(models, options: dict) -> None:
+    """Every option changes the bytes that move as it says, and no answer."""
+    for s in compare(models, "qwen3_moe", 2, {"direct_max_tokens": 0, **options}):
+        layers, streamed = 4, s["experts"]["streamed"]
+        per_expert = s["memory_bytes"]["shard"] // (layers * s["experts"]["owned"])
+        if "cache_gib" in options and options["cache_gib"] == 1:
+            assert s["prefetch_bytes"] == 0 and streamed == 0 and s["memory_bytes"]["slots"] == 0
+        elif options.get("direct_max_tokens"):
+            assert s["forwards"] == {"streamed": 0, "direct": 24}
+            assert s["prefetch_bytes"] == 2 * streamed * per_expert, "only the first fill of two slots"
+        else:
+            fills = layers * s["forwards"]["streamed"] + s["num_slots"]
+            assert s["prefetch_bytes"] <= fills * streamed * per_expert
+            assert s["prefetch_bytes"] > 0.5 * fills * streamed * per_expert
+        if "cache_gib" in options:
+            assert s["experts"]["resident"] > 0 and s["memory_bytes"]["resident"] > 0
+        if "experts_per_rank" in options:
+            assert s["experts"]["owned"] == 8
+        if "timing" in options:
+            assert s["copy_ms"] > 0 and s["exposed_wait_ms"] >= 0
