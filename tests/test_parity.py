@@ -58,8 +58,8 @@ def test_options(models, options: dict) -> None:
             assert s["prefetch_bytes"] == 2 * streamed * per_expert, "only the first fill of two slots"
         else:
             fills = layers * s["forwards"]["streamed"] + s["num_slots"]
-            assert s["prefetch_bytes"] <= fills * streamed * per_expert
-            assert s["prefetch_bytes"] > 0.5 * fills * streamed * per_expert
+            most = streamed + bool(s["experts"]["resident"])  # residents differ by one between layers
+            assert fills * streamed * per_expert <= s["prefetch_bytes"] <= fills * most * per_expert
         if "cache_gib" in options:
             assert s["experts"]["resident"] > 0 and s["memory_bytes"]["resident"] > 0
         if "experts_per_rank" in options:

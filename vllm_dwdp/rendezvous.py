@@ -74,6 +74,7 @@ class Group:
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self.peers = [(rank + step) % size for step in range(1, size)]
         self._store = PrefixStore("dwdp", store)
+        self._gathered: set[str] = set()
 
     @classmethod
     def connect(cls, *, rank: int, size: int, host: str, port: int, hosted: bool, timeout_s: float) -> "Group":
@@ -102,10 +103,12 @@ class Group:
                 logger.info("DWDP rank %d waits for %s at %s:%d", rank, where, host, port)
 
     def gather(self, what: str, mine: T) -> list[T]:
-        """Publish `mine` and return every rank's, in rank order. `mine` is anything msgspec encodes.
+        """Publish `mine` and return every rank's, in rank order. `mine` is anything msgspec encodes, `what` used once.
 
         Raises DWDPError when a peer reports a failure, or has said nothing within the timeout.
         """
+        assert what not in self._gathered, f"'{what}' was gathered before: its keys would answer for the past"
+        self._gathered.add(what)
         self._call(lambda: self._store.set(f"{what}/{self.rank}", msgspec.msgpack.encode(mine)))
         missing = list(range(self.size))
         start = reported = time.monotonic()

@@ -204,7 +204,7 @@ def exchange(group: Group, device: Device, layers: Sequence[LayerWeights]) -> No
         return
     server = HandleServer(group, export)
     try:
-        for peer, address in _addresses(group, server):
+        for peer, address in _addresses(group, server, "serving shards"):
             client = HandleClient(group, peer, address)
             for layer in layers:
                 count = sum(len(tensor.spec.layout.segments(peer)) for tensor in layer.tensors)
@@ -216,8 +216,8 @@ def exchange(group: Group, device: Device, layers: Sequence[LayerWeights]) -> No
         server.close()
 
 
-def _addresses(group: Group, server: HandleServer) -> list[tuple[int, str]]:
-    addresses = group.gather("handle server", server.address)
+def _addresses(group: Group, server: HandleServer, what: str) -> list[tuple[int, str]]:
+    addresses = group.gather(what, server.address)
     return [(peer, addresses[peer]) for peer in group.peers]
 
 
@@ -266,7 +266,7 @@ def _fetch_packs(group: Group, device: Device, mine: Block, sizes: Sequence[int]
         return {peer: device.adopt(handles[peer], sizes[peer]) for peer in group.peers}
     server, blocks = HandleServer(group, lambda _: [device.export(mine)]), {}
     try:
-        for peer, address in _addresses(group, server):
+        for peer, address in _addresses(group, server, "serving small tensors"):
             client = HandleClient(group, peer, address)
             with client.fetch(0, 1) as (fd,):
                 blocks[peer] = device.adopt(fd, sizes[peer])

@@ -1,0 +1,226 @@
+"""Invariant: both views hold every owner's bytes exactly, on every rank, whatever the sizes; peers' pages stay theirs.
+
+The same bodies run over shared memory here and, marked `gpu`, over CUDA memory with ranks dealt out to the GPUs.
+"""
+
+import os
+import signal
+import socket
+import traceback
+
+import pytest
+import torch
+from harness import CONTEXT
+from torch.distributed import TCPStore
+
+from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.layout import Layout
+from vllm_dwdp.placement import Placement
+from vllm_dwdp.prefetch import DIRECT, STREAMED, Prefetcher
+from vllm_dwdp.rendezvous import Group
+from vllm_dwdp.weights import FullTensor, LayerWeights, Slots, TensorSpec, exchange, replicate
+
+DEVICES = ["host", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def make_device(kind: str, rank: int):
+    if kind == "host":
+        from vllm_dwdp.kernels.host import HostDevice
+
+        return HostDevice()
+    from vllm_dwdp.kernels.cuda import CudaDevice
+
+    return CudaDevice(rank % torch.cuda.device_count())
+
+
+def truth(layer: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * layer + len(name))
+    return torch.randint(-(2**31), 2**31 - 1, shape, generator=generator, dtype=torch.int32)
+
+
+def torch_device(device) -> torch.device:
+    return getattr(device, "device", torch.device("cpu"))
+
+
+class Shards:
+    """One rank of a group of layers made of random tensors, with everything but a model."""
+
+    def __init__(self, rank: int, size: int, port: int, kind: str, *, num_experts: int, rows: dict[str, int],
+                 num_layers: int = 3, num_slots: int = 2, residents: int = 0, per_rank: int | None = None,
+                 slice_bytes: int = 0):
+        self.device = make_device(kind, rank)
+        self.group = Group.connect(rank=rank, size=size, host="127.0.0.1", port=port, hosted=True, timeout_s=60)
+        placement = Placement(num_experts=num_experts, size=size, experts_per_rank=per_rank)
+        self.layers, self.truth = [], {}
+        for i in range(num_layers):
+            tensors = []
+            for name, row in rows.items():
+                layout = Layout(placement=placement, expert_bytes=4 * row, page_bytes=self.device.page_bytes,
+                                residents=residents)
+                spec = TensorSpec(name=name, shape=(num_experts, row), stride=(row, 1), dtype=torch.int32, layout=layout)
+                tensor = FullTensor(spec, rank)
+                self.truth[i, name] = truth(i, name, spec.shape)
+                owned = placement.owned(rank)
+                tensor.migrate(self.device, self.truth[i, name][owned.start : owned.stop].clone().to(torch_device(self.device)))
+                tensors.append(tensor)
+            self.layers.append(LayerWeights(i, f"layer{i}", tensors))
+            empty = torch.empty(0, dtype=torch.int32, device=torch_device(self.device))
+            self.layers[-1].parameters = [torch.nn.Parameter(empty, requires_grad=False) for _ in tensors]
+        self.group.barrier("migrated")
+        exchange(self.group, self.device, self.layers)
+        for layer in self.layers:
+            for tensor in layer.tensors:
+                tensor.fill(self.device)
+        self.slots = Slots(self.device, self.layers, num_slots, rank)
+        for layer in self.layers:
+            for tensor in layer.tensors:
+                tensor.compose(self.device, self.slots.of(layer, tensor.spec.name), slice_bytes, size)
+            layer.copies = [copy for tensor in layer.tensors for copy in tensor.copies]
+            layer.copied_bytes = sum(n for _, _, n in layer.copies)
+        self.group.barrier("complete")
+        self.prefetcher = Prefetcher(self.layers, self.device.stream(timing=True), num_slots=num_slots, direct_max_tokens=0)
+        self.prefetcher.start()
+
+    def same(self, layer: LayerWeights, view: str) -> bool:
+        return all(torch.equal(t.views[view].cpu(), self.truth[layer.ordinal, t.spec.name]) for t in layer.tensors)
+
+    def close(self) -> None:
+        self.group.barrier("done")
+        self.prefetcher.close()
+        self.device.release_cached()
+        for layer in self.layers:
+            for tensor in layer.tensors:
+                tensor.close()
+        self.slots.close()
+
+
+def check_views(rank: int, size: int, port: int, kind: str, **shape) -> None:
+    shards = Shards(rank, size, port, kind, **shape)
+    assert all(shards.same(layer, DIRECT) for layer in shards.layers)
+    for _ in range(3):
+        for layer in shards.layers:
+            view = shards.prefetcher.acquire(layer, 1)
+            assert shards.same(layer, STREAMED), f"layer {layer.ordinal}"
+            shards.prefetcher.release(layer, view)
+    assert shards.prefetcher.refills == 0
+    shards.prefetcher.drain()
+    if shards.layers[0].copied_bytes:
+        assert shards.prefetcher.copy_ms > 0
+    shards.close()
+    assert shards.device.allocated_bytes == 0
+
+
+def check_replicas(rank: int, size: int, port: int, kind: str) -> None:
+    device = make_device(kind, rank)
+    group = Group.connect(rank=rank, size=size, host="127.0.0.1", port=port, hosted=True, timeout_s=60)
+    placement = Placement(num_experts=7, size=size)
+    owned = placement.owned(rank)
+    whole = [torch.arange(7 * n, dtype=torch.float32).reshape(7, n).to(torch_device(device)) for n in (1, 33)]
+    found = replicate(group, device, [w[owned.start : owned.stop].clone() for w in whole], [placement.owned] * 2)
+    assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
+    assert device.allocated_bytes == 0
+    group.barrier("done")
+
+
+def write_into_peer(rank: int, size: int, port: int, kind: str) -> None:
+    shards = Shards(rank, size, port, kind, num_experts=4, rows={"w": 4096})
+    if rank == 0:
+        view = shards.layers[0].tensors[0].views[DIRECT]
+        view[0].fill_(0)  # its own
+        view[3].fill_(0)  # the peer's
+        if kind == "cuda":
+            torch.cuda.synchronize()
+    shards.group.barrier("written")
+
+
+def _rank(function, rank: int, size: int, port: int, kind: str, shape: dict, results) -> None:
+    try:
+        function(rank, size, port, kind, **shape)
+        results.put((rank, None))
+    except BaseException:  # noqa: BLE001
+        results.put((rank, traceback.format_exc()))
+        raise
+
+
+def run(function, size: int, kind: str, expect_ok: bool = True, **shape) -> list:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives every rank, as vLLM's does
+    port, results = store.port, CONTEXT.Queue()
+    ranks = [CONTEXT.Process(target=_rank, args=(function, r, size, port, kind, shape, results)) for r in range(size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(90 if expect_ok else 15)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    if expect_ok:
+        outcomes = dict(results.get(timeout=5) for _ in ranks)
+        assert outcomes == dict.fromkeys(range(size)), "\n".join(filter(None, outcomes.values()))
+    return ranks
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        (2, {"num_experts": 8, "rows": {"w13": 4096, "w2": 1024}}),
+        (2, {"num_experts": 5, "rows": {"w13": 3000, "w2": 17}, "slice_bytes": 5000}),
+        (3, {"num_experts": 10, "rows": {"w13": 1536, "w2": 700}, "num_layers": 5, "num_slots": 3}),
+        (3, {"num_experts": 10, "rows": {"w13": 1500}, "residents": 2, "slice_bytes": 4096}),
+        (4, {"num_experts": 9, "rows": {"w13": 1500, "w2": 333}, "per_rank": 4, "residents": 1}),
+        (2, {"num_experts": 6, "rows": {"w13": 1500}, "residents": 6}),
+    ],
+    ids=["pages", "straddling", "uneven", "residents", "overlap", "all-resident"],
+)
+def test_views_are_exact(kind: str, size: int, shape: dict) -> None:
+    """Direct and streamed view equal the truth bitwise: awkward rows, uneven shares, overlap, residents."""
+    if kind == "cuda":  # pages of 2 MiB: the same layouts 512 times as large
+        shape = shape | {"rows": {name: 512 * row + 13 for name, row in shape["rows"].items()}}
+    run(check_views, size, kind, **shape)
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+def test_small_tensors_are_replicated(kind: str) -> None:
+    """Every rank ends with all rows of the small tensors and holds no shared memory for them."""
+    run(check_replicas, 3, kind)
+
+
+def test_peers_memory_is_read_only() -> None:
+    """Writing to a peer's expert through the direct view kills the writer, not the peer's weights."""
+    ranks = run(write_into_peer, 2, "host", expect_ok=False)
+    assert ranks[0].exitcode == -signal.SIGSEGV
+
+
+@pytest.mark.gpu
+def test_peers_memory_is_read_only_on_gpus() -> None:
+    """A kernel that writes to a peer's expert fails in the writer."""
+    ranks = run(write_into_peer, 2, "cuda", expect_ok=False)
+    assert ranks[0].exitcode not in (0, None)
+
+
+def test_nothing_is_left_behind() -> None:
+    """No file in /dev/shm and no socket survives a group, however it ended."""
+    before = set(os.listdir("/dev/shm"))
+    run(check_views, 2, "host", num_experts=4, rows={"w": 100})
+    run(write_into_peer, 2, "host", expect_ok=False)
+    assert not {name for name in set(os.listdir("/dev/shm")) - before if "dwdp" in name}
+    assert "vllm-dwdp" not in open("/proc/net/unix").read()
+
+
+@pytest.mark.gpu
+def test_memory_that_is_not_there_is_refused() -> None:
+    """More than the GPU has is refused with the figures, and what was taken before is given back."""
+    device = make_device("cuda", 0)
+    with pytest.raises(DWDPError, match="cannot allocate .* MiB .* are free"):
+        device.allocate(2**50 // device.page_bytes * device.page_bytes)
+    assert device.allocated_bytes == 0
+
+
+def test_rendezvous_port_in_use_is_named() -> None:
+    """Rank 0 says which address it could not open."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(DWDPError, match=f"127.0.0.1:{port}"):
+            Group.connect(rank=0, size=2, host="127.0.0.1", port=port, hosted=False, timeout_s=5)
