@@ -1,0 +1,86 @@
+"""Invariant: CUDA graphs are captured for batches that read in place, up to direct_max_tokens itself, and no others."""
+
+from types import SimpleNamespace
+
+import pytest
+from vllm.config import CompilationConfig, CUDAGraphMode
+
+from vllm_dwdp.config import Options
+from vllm_dwdp.graphs import default_direct_max_tokens, direct_max_tokens, limit_graphs
+
+SIZES = [1, 2, 4, 8, 16, 24, 32]
+
+
+def make_config(mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE, eager: bool = False, **text: int):
+    """What vLLM's config on CUDA has by then; its CPU platform switches graphs off."""
+    compilation = CompilationConfig(
+        cudagraph_mode=mode, cudagraph_capture_sizes=list(SIZES), max_cudagraph_capture_size=SIZES[-1],
+    )
+    compilation.post_init_cudagraph_sizes()
+    model = SimpleNamespace(
+        enforce_eager=eager, hf_text_config=SimpleNamespace(**text), get_num_experts=lambda: text.get("num_experts", 0)
+    )
+    return SimpleNamespace(compilation_config=compilation, model_config=model)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "tokens"),
+    [(128, 8, 21), (256, 8, 43), (12, 2, 7), (8, 2, 4), (32, 4, 10), (2, 1, 2), (128, 127, 1), (8, 8, 1), (4, 6, 1), (1, 1, 1)],
+)
+def test_break_even(num_experts: int, top_k: int, tokens: int) -> None:
+    """The default is the largest batch that routes to three quarters of the experts, and at least one token."""
+    assert default_direct_max_tokens(num_experts, top_k) == tokens
+    missed = 1 - top_k / num_experts
+    assert tokens == 1 or missed**tokens >= 0.25 * (1 - 1e-9) > missed ** (tokens + 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "tokens"),
+    [
+        ({}, {"num_experts": 128, "num_experts_per_tok": 8}, 21),
+        ({}, {"num_experts": 128, "moe_topk": 4}, 43),
+        ({}, {"num_experts": 128}, 21),
+        ({}, {"num_experts_per_tok": 8}, 1),
+        ({"direct_max_tokens": 0}, {"num_experts": 128, "num_experts_per_tok": 8}, 0),
+        ({"direct_max_tokens": 5000}, {"num_experts": 128, "num_experts_per_tok": 8}, 5000),
+    ],
+    ids=str,
+)
+def test_direct_max_tokens(options: dict, text: dict, tokens: int) -> None:
+    """The user's number wins, 0 included; else the model's experts and top-k decide, whatever its config calls them."""
+    assert direct_max_tokens(make_config(**text), Options(**options)) == tokens
+
+
+@pytest.mark.parametrize("largest", [1, 7, 8, 21, 31])
+def test_captured_sizes(largest: int) -> None:
+    """Every captured size is at most direct_max_tokens, which is captured itself; smaller ones stay."""
+    made = make_config()
+    limit_graphs(made, largest)
+    compilation = made.compilation_config
+    assert compilation.cudagraph_capture_sizes == [size for size in SIZES if size < largest] + [largest]
+    assert compilation.max_cudagraph_capture_size == largest
+    assert compilation.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
+
+
+@pytest.mark.parametrize("largest", [32, 33, 5000])
+def test_nothing_to_limit(largest: int) -> None:
+    """Sizes that vLLM would not capture anyway are not added."""
+    made = make_config()
+    limit_graphs(made, largest)
+    assert made.compilation_config.cudagraph_capture_sizes == SIZES
+
+
+def test_no_graphs_left() -> None:
+    """Without a direct view there is nothing to capture, so graphs are off."""
+    made = make_config()
+    limit_graphs(made, 0)
+    assert made.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+    assert made.compilation_config.cudagraph_capture_sizes == []
+
+
+@pytest.mark.parametrize("off", [{"eager": True}, {"mode": CUDAGraphMode.NONE}], ids=str)
+def test_graphs_off(off: dict) -> None:
+    """A config without graphs is left as it is."""
+    made = make_config(**off)
+    limit_graphs(made, 8)
+    assert made.compilation_config.cudagraph_capture_sizes == SIZES

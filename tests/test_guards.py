@@ -1,0 +1,76 @@
+"""Invariant: an engine or a layer that DWDP cannot turn into a rank stops, and says which hook or layer it was."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.experts import _refuse_unstreamable, refuse_bypass
+from vllm_dwdp.worker import membership
+
+
+@pytest.mark.parametrize(
+    ("dwdp", "parallel", "named"),
+    [
+        (None, {}, "create_engine_config"),
+        ({}, {}, "create_engine_config"),
+        ({"size": 2}, {"data_parallel_size": 2}, "run_engine_core or wait_for_engine_startup"),
+        ({"size": 2}, {"data_parallel_index": 2}, "rank=2 .* size=2"),
+        ({"size": 2, "rank": 3}, {"data_parallel_index": 0}, "rank=3 .* size=2"),
+    ],
+    ids=str,
+)
+def test_membership(dwdp: dict | None, parallel: dict, named: str) -> None:
+    """An engine that was not launched as one independent rank names the hook that failed it."""
+    with pytest.raises(DWDPError, match=named):
+        membership(engine_config(dwdp, **parallel))
+
+
+@pytest.mark.parametrize(("given", "rank"), [({}, 1), ({"rank": 0}, 0)])
+def test_rank(given: dict, rank: int) -> None:
+    """The rank is the user's, else the launcher's."""
+    options, found = membership(engine_config({"size": 2, **given}, data_parallel_index=1))
+    assert (found, options.size) == (rank, 2)
+
+
+def engine_config(dwdp: dict | None, **parallel: int) -> SimpleNamespace:
+    """The two parts of an engine's config that tell a rank who it is."""
+    return SimpleNamespace(
+        additional_config={} if dwdp is None else {"dwdp": dwdp},
+        parallel_config=SimpleNamespace(**{"data_parallel_size": 1, "data_parallel_index": 0} | parallel),
+    )
+
+
+class DbrxExperts(torch.nn.Module):
+    pass
+
+
+def layer(kind: type = torch.nn.Module, movable: bool = True, **parameters: torch.Tensor) -> torch.nn.Module:
+    module = kind()
+    module.layer_name, module.quant_method = "model.layers.3.mlp.experts", SimpleNamespace(supports_eplb=movable)
+    for name, value in parameters.items():
+        module.register_parameter(name, torch.nn.Parameter(value))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("kind", "movable", "parameters", "named"),
+    [
+        (torch.nn.Module, False, [], "SimpleNamespace keeps its experts"),
+        (torch.nn.Module, True, ["w13_weight", "w13_input_scale"], "w13_input_scale"),
+        (DbrxExperts, True, [], "DbrxExperts"),
+    ],
+)
+def test_unstreamable_layer(kind: type, movable: bool, parameters: list[str], named: str) -> None:
+    """A layer that a rank cannot hold in part is refused by name, with the reason."""
+    _refuse_unstreamable(layer(w13_weight=torch.ones(2)))
+    with pytest.raises(DWDPError, match=f"model.layers.3.mlp.experts: .*{named}"):
+        _refuse_unstreamable(layer(kind, movable, **{name: torch.ones(2) for name in parameters}))
+
+
+def test_bypass() -> None:
+    """A MoE model that built none of the streamed layers is refused by name."""
+    refuse_bypass([layer()], SimpleNamespace(model="org/model"))
+    with pytest.raises(DWDPError, match="org/model built no RoutedExperts"):
+        refuse_bypass([], SimpleNamespace(model="org/model"))

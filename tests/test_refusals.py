@@ -1,0 +1,164 @@
+"""Invariant: what DWDP cannot serve is refused in one line that names the setting, before anything is loaded."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+import vllm_dwdp.entrypoints.plugin as plugin
+from vllm_dwdp import checks, config
+from vllm_dwdp.errors import DWDPError
+
+APART = {"data_parallel_size": 1}
+
+
+@pytest.fixture(scope="module")
+def configure(models):
+    """`configure(dwdp, **engine_args)`: the config that vLLM makes, on two ranks unless told otherwise."""
+    plugin.register()
+
+    def make(dwdp: dict | None = None, **engine_args: Any):
+        settings = dict(
+            model=models("qwen3_moe"), skip_tokenizer_init=True, enforce_eager=True, dtype="float32", max_model_len=64,
+            data_parallel_size=2, additional_config={"dwdp": dwdp or {}},
+        )
+        return EngineArgs(**settings | engine_args).create_engine_config()
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> str:
+    import transformers
+
+    folder: Path = tmp_path_factory.mktemp("dense")
+    transformers.Qwen3Config(
+        vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+        intermediate_size=128, max_position_embeddings=512, architectures=["Qwen3ForCausalLM"],
+    ).save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen3"
+    return str(folder)
+
+
+def assert_refused(raised: pytest.ExceptionInfo, *named: str) -> None:
+    text = str(raised.value)
+    assert "\n" not in text and len(text) < 500, text
+    assert not [name for name in named if name not in text], text
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "dwdp", "named"),
+    [
+        ({"data_parallel_size": 1}, {}, "--data-parallel-size"),
+        ({"data_parallel_size": 13}, {}, "12 experts"),
+        ({"tensor_parallel_size": 2}, {}, "--tensor-parallel-size 2"),
+        ({"pipeline_parallel_size": 2}, {}, "--pipeline-parallel-size 2"),
+        ({"enable_expert_parallel": True}, {}, "--enable-expert-parallel"),
+        ({"enable_lora": True}, {}, "--enable-lora"),
+        ({"cpu_offload_gb": 1}, {}, "offload"),
+        ({"offload_group_size": 2, "offload_num_in_group": 1}, {}, "offload"),
+        ({"weight_transfer_config": {"backend": "nccl"}}, {}, "weight transfer"),
+        ({"moe_backend": "mega_moe"}, {}, "--moe-backend mega_moe"),
+        ({"moe_backend": "deep_gemm_mega_moe"}, {}, "--moe-backend deep_gemm_mega_moe"),
+        ({"data_parallel_external_lb": True, "data_parallel_rank": 0}, {}, "--dwdp-rendezvous"),
+        ({"data_parallel_hybrid_lb": True, "data_parallel_size_local": 1}, {}, "--dwdp-rendezvous"),
+        ({"data_parallel_size_local": 1}, {}, "--dwdp-rendezvous"),
+        (APART, {"size": 2, "rank": 0}, "--dwdp-rendezvous"),
+        (APART, {"size": 2, "rendezvous": "127.0.0.1:1"}, "rank"),
+        ({}, {"experts_per_rank": 5}, "experts_per_rank=5"),
+        ({}, {"experts_per_rank": 13}, "experts_per_rank=13"),
+        ({}, {"slotz": 2}, "slotz"),
+        ({}, {"slots": 1}, "$.slots"),
+        ({}, {"slots": 9}, "$.slots"),
+        ({}, {"slots": "many"}, "$.slots"),
+        ({}, {"cache_gib": -1}, "$.cache_gib"),
+        ({}, {"cache_gib": "all"}, "$.cache_gib"),
+        ({}, {"rendezvous": "nowhere"}, "$.rendezvous"),
+        ({}, {"startup_timeout_s": 0}, "$.startup_timeout_s"),
+    ],
+    ids=str,
+)
+def test_engine_args(configure, engine_args: dict, dwdp: dict, named: str) -> None:
+    """A setting that vLLM takes and DWDP does not is refused while the config is made."""
+    with pytest.raises(DWDPError) as raised:
+        configure(dwdp, **engine_args)
+    assert_refused(raised, named)
+
+
+def test_dense_model(configure, dense: str) -> None:
+    """A model without experts is refused by name."""
+    with pytest.raises(DWDPError) as raised:
+        configure(model=dense)
+    assert_refused(raised, dense, "no MoE layers")
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "named"),
+    [
+        ("parallel_config", "enable_eplb", True, "--enable-eplb"),
+        ("parallel_config", "enable_elastic_ep", True, "--enable-elastic-ep"),
+        ("parallel_config", "enable_dbo", True, "--enable-dbo"),
+        ("parallel_config", "data_parallel_backend", "ray", "--data-parallel-backend ray"),
+        ("parallel_config", "prefill_context_parallel_size", 2, "context parallelism"),
+        ("parallel_config", "decode_context_parallel_size", 2, "context parallelism"),
+        ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
+        ("model_config", "enable_cumem_allocator", True, "cumem"),
+    ],
+)
+def test_settings_that_this_platform_lacks(configure, monkeypatch, part: str, field: str, value: Any, named: str) -> None:
+    """What vLLM itself takes on CUDA only is refused too: set on a config that was good."""
+    made = configure()
+    options = config.parse(made.additional_config)
+    checks.refuse_unsupported(made, options)
+    monkeypatch.setattr(getattr(made, part), field, value)  # the model's config is a cached object
+    with pytest.raises(DWDPError) as raised:
+        checks.refuse_unsupported(made, options)
+    assert_refused(raised, named)
+
+
+@pytest.mark.parametrize("draft", ["moe", "dense", "ngram"])
+def test_speculation(configure, models, dense: str, draft: str) -> None:
+    """A draft model with experts of its own is refused; a dense one and ngram, which has no model, are not."""
+    drafts = {"moe": models("qwen3_moe"), "dense": dense}
+    method = {"method": "draft_model", "model": drafts[draft]} if draft in drafts else {"method": "ngram"}
+    speculative = {**method, "num_speculative_tokens": 1}
+    if draft == "moe":
+        with pytest.raises(DWDPError) as raised:
+            configure(speculative_config=speculative)
+        assert_refused(raised, "speculative draft model")
+    else:
+        assert configure(speculative_config=speculative).additional_config["dwdp"]["size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "dwdp"),
+    [
+        ({}, {}),
+        ({"data_parallel_external_lb": True, "data_parallel_rank": 1}, {"rendezvous": "127.0.0.1:1"}),
+        (APART, {"size": 2, "rank": 0, "rendezvous": "127.0.0.1:1"}),
+        ({"data_parallel_size": 12}, {"experts_per_rank": 1}),
+        ({}, {"experts_per_rank": 12}),
+    ],
+    ids=str,
+)
+def test_what_is_served(configure, engine_args: dict, dwdp: dict) -> None:
+    """The neighbours of what is refused pass, become DWDP ranks, and keep the user's options."""
+    made = configure(dwdp, **engine_args)
+    assert made.parallel_config.worker_cls == "vllm_dwdp.worker.DWDPWorker"
+    size = dwdp.get("size", engine_args.get("data_parallel_size", 2))
+    assert made.additional_config["dwdp"] == {**dwdp, "size": size, "direct_max_tokens": 7}
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0", "0.320.0"])
+def test_version(configure, monkeypatch, version: str) -> None:
+    """A vLLM that was not tested is refused by version, unless DWDP_ALLOW_UNTESTED_VLLM=1."""
+    monkeypatch.setattr("vllm.__version__", version)
+    monkeypatch.setenv(checks.UNTESTED, "0")
+    with pytest.raises(DWDPError, match=f"vLLM {re.escape(version)}.*DWDP_ALLOW_UNTESTED_VLLM=1") as raised:
+        configure()
+    assert_refused(raised)
+    monkeypatch.setenv(checks.UNTESTED, "1")
+    configure()

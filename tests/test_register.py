@@ -1,0 +1,127 @@
+"""Invariant: without the switch vLLM is untouched; with it every hook is in place, or DWDP stops and names the one."""
+
+import logging
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+
+from vllm_dwdp.entrypoints import plugin
+
+ARGUMENTS = "import sys; from vllm.engine import arg_utils; from vllm_dwdp.entrypoints.plugin import register\n"
+
+
+def fresh(code: str, **values: object) -> str:
+    """Run `code` in a new interpreter, where nothing has been hooked yet; what it printed."""
+    given = "".join(f"{name} = {value!r}\n" for name, value in values.items())
+    command = [sys.executable, "-c", given + textwrap.dedent(code)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stdout + ended.stderr
+
+
+def test_idempotent_and_fast() -> None:
+    """A second call changes nothing, and a call costs at most 50 ms."""
+    fresh(ARGUMENTS + """
+import time
+stock = [arg_utils.EngineArgs.__dict__[name] for name in ("add_cli_args", "create_engine_config")]
+start = time.perf_counter(); register(); took = time.perf_counter() - start
+once = [arg_utils.EngineArgs.__dict__[name] for name in ("add_cli_args", "create_engine_config")]
+register()
+twice = [arg_utils.EngineArgs.__dict__[name] for name in ("add_cli_args", "create_engine_config")]
+assert all(a is not b for a, b in zip(stock, once)), "not hooked"
+def inner(f):
+    return getattr(f, "__func__", f)
+assert all(inner(a) is inner(b) for a, b in zip(once, twice)), "hooked twice"
+assert isinstance(twice[0], staticmethod)
+assert took < 0.05, took
+""")
+
+
+def test_nothing_to_hook() -> None:
+    """In a process that has not imported vLLM's arguments, register returns without importing vLLM."""
+    fresh("""
+        import sys
+        from vllm_dwdp.entrypoints.plugin import register
+        register()
+        assert not [name for name in sys.modules if name.split(".")[0] in ("vllm", "torch")]
+    """)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "other", "named"),
+    [
+        ("add_cli_args", None, "has no vllm.engine.arg_utils.EngineArgs.add_cli_args"),
+        ("create_engine_config", None, "has no vllm.engine.arg_utils.EngineArgs.create_engine_config"),
+        ("add_cli_args", staticmethod(lambda p: p), "EngineArgs.add_cli_args no longer takes parser"),
+        ("create_engine_config", lambda this: None, "EngineArgs.create_engine_config no longer takes self"),
+    ],
+)
+def test_another_vllm(monkeypatch, attribute: str, other: Any, named: str) -> None:
+    """Where an attribute is gone or takes other parameters, register warns, names it and leaves it alone."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.delattr(EngineArgs, attribute)
+    if other is not None:
+        monkeypatch.setattr(EngineArgs, attribute, other, raising=False)
+    warnings = []
+    monkeypatch.setattr(logging.getLogger("vllm.dwdp"), "warning", lambda text, *args: warnings.append(text % args))
+    plugin.register()
+    assert len(warnings) == 1 and "vllm-dwdp is off" in warnings[0] and named in warnings[0]
+    assert EngineArgs.__dict__.get(attribute) is other
+
+
+WATCHED = ARGUMENTS + """
+from vllm.v1.engine import core, utils
+def watched():
+    return (core.EngineCoreProc.run_engine_core, core.DPEngineCoreProc, utils.DPCoordinator,
+            utils.wait_for_engine_startup, sys.excepthook)
+def configure(additional):
+    return arg_utils.EngineArgs(
+        model=model, skip_tokenizer_init=True, dtype="float32", max_model_len=64, data_parallel_size=2,
+        **({} if additional is None else {"additional_config": additional}),
+    ).create_engine_config()
+"""
+
+
+def test_switch_off(models) -> None:
+    """A config without the switch keeps vLLM's worker, options, engine, launcher and excepthook."""
+    fresh(WATCHED + """
+cases = [None, {}, {"other": {"slots": 2}}]
+before, stocks = watched(), [configure(case) for case in cases]
+register()
+for case, stock in zip(cases, stocks):
+    made = configure(case)
+    assert watched() == before, case
+    assert made.parallel_config.worker_cls == stock.parallel_config.worker_cls != "vllm_dwdp.worker.DWDPWorker"
+    assert made.additional_config == stock.additional_config == (case or {})
+    assert made.compute_hash() == stock.compute_hash()
+    assert "vllm_dwdp.engine" not in sys.modules
+made = configure({"dwdp": {}})
+assert [a is not b for a, b in zip(watched(), before)] == [True, False, True, True, True], "the test sees no hook"
+assert made.parallel_config.worker_cls == "vllm_dwdp.worker.DWDPWorker"
+""", model=models("qwen3_moe"))
+
+
+def test_launch_hook_not_taken(models) -> None:
+    """A launch hook that is not in place stops the launch and is named: vLLM would run coordinated ranks."""
+    fresh(WATCHED + """
+register()
+from vllm_dwdp import hooks
+from vllm_dwdp.errors import DWDPError
+take, stock = hooks.wrap, watched()
+for path in ("EngineCoreProc.run_engine_core", "DPCoordinator", "wait_for_engine_startup"):
+    core.EngineCoreProc.run_engine_core, _, utils.DPCoordinator, utils.wait_for_engine_startup, _ = stock
+    core.EngineCoreProc.run_engine_core = staticmethod(stock[0])
+    hooks.wrap = lambda module, at, *rest: None if at == path else take(module, at, *rest)
+    try:
+        configure({"dwdp": {}})
+    except DWDPError as error:
+        assert f"hook {path} did not take" in str(error), error
+    else:
+        raise SystemExit(f"went on without {path}")
+hooks.wrap = take
+configure({"dwdp": {}})
+""", model=models("qwen3_moe"))

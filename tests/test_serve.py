@@ -1,0 +1,164 @@
+"""The real server: two independent ranks behind vLLM's own API and load balancer."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from harness import free_port
+
+VLLM = str(Path(sys.executable).with_name("vllm"))
+ARGUMENTS = [
+    "--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8",
+    "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", str(64 << 20), "--no-enable-prefix-caching",
+]
+
+
+class Server:
+    """`vllm serve` in a session of its own. `url` answers once the constructor returns."""
+
+    def __init__(self, model: str, folder: Path, *arguments: str):
+        self.url = f"http://127.0.0.1:{(port := free_port())}"
+        self.log = folder / f"serve-{port}.log"
+        command = [VLLM, "serve", model, "--host", "127.0.0.1", "--port", str(port), *ARGUMENTS, *arguments]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        deadline = time.monotonic() + 240
+        while not self.alive():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.25)
+
+    def alive(self) -> bool:
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(f"{self.url}/health", timeout=5).status == 200
+        return False
+
+    def complete(self, prompt: str, tokens: int, rank: int | None = None) -> tuple[str, float, float]:
+        """(text, start, end): a greedy completion, on the rank named or on the one that vLLM chooses."""
+        headers = {"content-type": "application/json"} | ({} if rank is None else {"X-data-parallel-rank": str(rank)})
+        body = {"model": self.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        request = urllib.request.Request(f"{self.url}/v1/completions", json.dumps(body).encode(), headers)
+        start = time.monotonic()
+        answer = json.load(urllib.request.urlopen(request, timeout=120))
+        return answer["choices"][0]["text"], start, time.monotonic()
+
+    @property
+    def model(self) -> str:
+        return json.load(urllib.request.urlopen(f"{self.url}/v1/models", timeout=30))["data"][0]["id"]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that carry these labels."""
+        text = urllib.request.urlopen(f"{self.url}/metrics", timeout=30).read().decode()
+        lines = [line for line in text.splitlines() if line.startswith(name + "{")]
+        chosen = [line for line in lines if all(f'{k}="{v}"' in line for k, v in labels.items())]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in chosen)
+
+    def steps(self, rank: int) -> float:
+        return self.metric("vllm:dwdp_forwards_total", engine=str(rank))
+
+    def engines(self) -> list[int]:
+        """Process ids of the engines, rank 0 first."""
+        found = re.findall(r"\(EngineCore_DP(\d) pid=(\d+)\)", self.log.read_text())
+        return [int(pid) for _, pid in sorted(set(found))]
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("serve")
+
+
+@pytest.fixture(scope="module")
+def server(models, folder: Path):
+    server = Server(models("qwen3_moe"), folder, "--data-parallel-size", "2", "--parallel", "dwdp",
+                    "--dwdp-direct-max-tokens", "0")
+    yield server
+    server.close()
+
+
+def test_both_ranks_serve_and_answer_alike(server: Server) -> None:
+    """vLLM's load balancer uses both ranks; either gives the same text; each streamed its missing experts."""
+    before = [server.steps(rank) for rank in (0, 1)]
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda i: server.complete("A mixture of experts", 8)[0], range(16)))
+    assert len(set(texts)) == 1 and len(texts[0]) > 3
+    assert all(server.steps(rank) > was for rank, was in zip((0, 1), before, strict=True))
+    assert server.complete("A mixture of experts", 8, rank=0)[0] == server.complete("A mixture of experts", 8, rank=1)[0]
+    for rank in ("0", "1"):
+        assert server.metric("vllm:dwdp_prefetch_bytes_total", engine=rank) > 0
+        assert server.metric("vllm:dwdp_experts", engine=rank, kind="owned") == 6
+        assert server.metric("vllm:dwdp_refills_total", engine=rank) == 0
+
+
+def test_an_idle_rank_takes_no_steps(server: Server) -> None:
+    """No dummy batch and no wave: while rank 0 works, rank 1 runs nothing at all; one step a token on rank 0."""
+    time.sleep(0.2)  # lets the counters of the test before settle; what follows compares counts, not times
+    before = [server.steps(rank) for rank in (0, 1)]
+    server.complete("Once upon a time", 40, rank=0)
+    after = [server.steps(rank) for rank in (0, 1)]
+    assert after[1] == before[1] and after[0] - before[0] in (40, 41)
+    assert "execute_dummy_batch" not in server.log.read_text()
+
+
+def test_a_busy_rank_delays_no_other(server: Server) -> None:
+    """While one rank works through long prompts, the other answers several short ones, start to end."""
+    long = "the quick brown fox " * 20
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(server.complete, long, 100, 0)
+        short = []
+        while not busy.done():
+            short.append(server.complete("hi", 2, rank=1))
+        _, start, end = busy.result()
+    inside = [s for s in short if start < s[1] and s[2] < end]
+    assert len(inside) >= 3, f"{len(inside)} short answers while the long one took {end - start:.1f} s"
+
+
+def test_help_shows_the_switch() -> None:
+    """`vllm serve --help=parallel` finds the option."""
+    shown = subprocess.run([VLLM, "serve", "--help=parallel"], capture_output=True, text=True, timeout=120).stdout
+    assert "--parallel {dwdp}" in shown or "--parallel" in shown and "Stream MoE experts" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [(["--data-parallel-size", "2", "--enable-expert-parallel"], "--enable-expert-parallel"), ([], "--data-parallel-size")],
+    ids=["expert-parallel", "one-rank"],
+)
+def test_refusals_are_the_last_line(models, arguments: list[str], word: str) -> None:
+    """A wrong setting ends `vllm serve` with one line of ours, before anything is loaded."""
+    command = [VLLM, "serve", models("qwen3_moe"), *ARGUMENTS, "--parallel", "dwdp", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    last = ended.stderr.strip().splitlines()[-1]
+    assert ended.returncode != 0 and last.startswith("vllm-dwdp: error: ") and word in last
+    assert "Traceback" not in ended.stderr and "Loading safetensors" not in ended.stderr
+
+
+def test_killed_rank_ends_the_server_and_a_restart_works(models, folder: Path, server: Server) -> None:
+    """Kill -9 of one engine: vLLM's front end stops the whole server, as for any engine. Nothing is left behind."""
+    os.kill(server.engines()[1], signal.SIGKILL)
+    assert server.process.wait(60) != 0
+    assert "vllm-dwdp" not in Path("/proc/net/unix").read_text()
+    members = subprocess.run(["ps", "-o", "stat=,pid=", "-s", str(server.process.pid)], capture_output=True, text=True)
+    assert not [line for line in members.stdout.splitlines() if not line.startswith("Z")]
+    again = Server(models("qwen3_moe"), folder, "--data-parallel-size", "2", "--parallel", "dwdp")
+    try:
+        assert len(again.complete("A mixture of experts", 8)[0]) > 3
+    finally:
+        again.close()
