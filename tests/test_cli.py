@@ -54,6 +54,7 @@ def test_merge(engine_parser, serve_parser, models, given: list[str], expected: 
     model = models("qwen3_moe")
     for parser, arguments in ((engine_parser, ["--model", model]), (serve_parser, ["serve", model])):
         namespace = parser.parse_args([*arguments, *given])
+        namespace.model = model  # as the serve command does with its positional argument
         assert (namespace.additional_config or {}) == expected
         assert (AsyncEngineArgs.from_cli_args(namespace).additional_config or {}) == expected
 

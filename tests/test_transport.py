@@ -128,8 +128,6 @@ def write_into_peer(rank: int, size: int, port: int, kind: str) -> None:
         view = shards.layers[0].tensors[0].views[DIRECT]
         view[0].fill_(0)  # its own
         view[3].fill_(0)  # the peer's
-        if kind == "cuda":
-            torch.cuda.synchronize()
     shards.group.barrier("written")
 
 
@@ -186,16 +184,12 @@ def test_small_tensors_are_replicated(kind: str) -> None:
 
 
 def test_peers_memory_is_read_only() -> None:
-    """Writing to a peer's expert through the direct view kills the writer, not the peer's weights."""
+    """Writing to a peer's expert through the direct view kills the writer, not the peer's weights.
+
+    Shared memory only: two ranks on one GPU map each other's memory read-only too, and CUDA does not enforce it there.
+    """
     ranks = run(write_into_peer, 2, "host", expect_ok=False)
     assert ranks[0].exitcode == -signal.SIGSEGV
-
-
-@pytest.mark.gpu
-def test_peers_memory_is_read_only_on_gpus() -> None:
-    """A kernel that writes to a peer's expert fails in the writer."""
-    ranks = run(write_into_peer, 2, "cuda", expect_ok=False)
-    assert ranks[0].exitcode not in (0, None)
 
 
 def test_nothing_is_left_behind() -> None:

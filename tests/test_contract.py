@@ -1,0 +1,159 @@
+"""Invariant: the installed vLLM has every class, function, attribute and parameter that the plugin touches.
+
+A new vLLM that moves one fails here by name, and is refused at start-up until `checks.TESTED_VLLM` lists it.
+"""
+
+import ast
+import importlib
+import inspect
+
+import pytest
+import torch
+import vllm
+from conftest import ROOT
+
+from vllm_dwdp import checks
+
+ARGUMENTS, CORE, UTILS = "vllm.engine.arg_utils:", "vllm.v1.engine.core:", "vllm.v1.engine.utils:"
+MOE, CONFIG = "vllm.model_executor.layers.fused_moe.", "vllm.config:"
+WORKER = "vllm.v1.worker.gpu_worker:Worker."
+
+# What is called or replaced, and the parameters that are given or relied on.
+CALLED = {
+    ARGUMENTS + "EngineArgs.add_cli_args": "parser",
+    ARGUMENTS + "EngineArgs.create_engine_config": "self",
+    CORE + "EngineCoreProc.run_engine_core": "dp_rank local_dp_rank kwargs",
+    CORE + "EngineCoreProc.__init__": "vllm_config engine_index",
+    CORE + "DPEngineCoreProc.__init__": "vllm_config",
+    UTILS + "DPCoordinator.__init__": "parallel_config enable_wave_coordination",
+    UTILS + "wait_for_engine_startup": "parallel_config coordinated_dp",
+    CONFIG + "ParallelConfig.reconfigure_for_independent_dp_rank": "self",
+    CONFIG + "ModelConfig.get_num_experts": "self",
+    CONFIG + "CompilationConfig.post_init_cudagraph_sizes": "self",
+    MOE + "routed_experts:RoutedExperts.__init__": "layer_name params_dtype moe_config expert_map_manager",
+    MOE + "routed_experts:RoutedExperts.forward_modular": "x",
+    MOE + "routed_experts:RoutedExperts.forward_monolithic": "x",
+    MOE + "fused_moe_method_base:FusedMoEMethodBase.get_fused_moe_quant_config": "layer",
+    MOE + "modular_kernel:FusedMoEKernel.__init__": "prepare_finalize fused_experts",
+    MOE + "modular_kernel:FusedMoEExperts.__init__": "moe_config quant_config",
+    "vllm.model_executor.model_loader.default_loader:DefaultModelLoader._init_ep_weight_filter": "model_config",
+    "vllm.model_executor.models.gpt_oss:GptOssModel.load_weights": "weights",
+    "vllm.v1.worker.cpu_worker:CPUWorker.load_model": "self",
+    "vllm.v1.worker.cpu_worker:CPUWorker.execute_model": "scheduler_output",
+    "vllm.v1.worker.cpu_worker:CPUWorker.shutdown": "self",
+    WORKER + "load_model": "self",
+    WORKER + "execute_model": "scheduler_output",
+    WORKER + "shutdown": "self",
+    **{WORKER + name: "self" for name in (
+        "reload_weights", "start_weight_update", "update_weights", "reset_weights", "compute_weight_checksums", "sleep",
+        "save_sharded_state", "save_tensorized_model", "wake_up", "discard", "checkpoint_prepare", "add_lora",
+    )},
+}
+# Attributes that are read or set, by the class whose body or constructor names them.
+ATTRIBUTES = {
+    CONFIG + "VllmConfig": "model_config parallel_config cache_config kernel_config offload_config lora_config "
+                           "speculative_config weight_transfer_config compilation_config load_config additional_config",
+    CONFIG + "ParallelConfig": "worker_cls tensor_parallel_size pipeline_parallel_size prefill_context_parallel_size "
+                               "decode_context_parallel_size enable_expert_parallel enable_eplb enable_elastic_ep "
+                               "enable_dbo data_parallel_backend data_parallel_size data_parallel_size_local "
+                               "data_parallel_rank_local data_parallel_index data_parallel_external_lb "
+                               "data_parallel_hybrid_lb data_parallel_master_ip data_parallel_master_port "
+                               "_coord_store_port",
+    CONFIG + "ModelConfig": "is_moe model dtype quantization hf_config hf_text_config enforce_eager enable_sleep_mode "
+                            "enable_cumem_allocator",
+    CONFIG + "CompilationConfig": "cudagraph_mode cudagraph_capture_sizes max_cudagraph_capture_size",
+    CONFIG + "CUDAGraphMode": "NONE",
+    CONFIG + "CacheConfig": "gpu_memory_utilization",
+    CONFIG + "KernelConfig": "moe_backend",
+    CONFIG + "LoadConfig": "load_format",
+    "vllm.config.offload:OffloadConfig": "uva prefetch",
+    "vllm.config.offload:UVAOffloadConfig": "cpu_offload_gb",
+    "vllm.config.offload:PrefetchOffloadConfig": "offload_group_size",
+    CONFIG + "SpeculativeConfig": "draft_model_config method",
+    MOE + "expert_map_manager:ExpertMapManager": "_local_num_experts _expert_map global_num_experts num_fused_shared_experts",
+    MOE + "routed_experts:RoutedExperts": "layer_name quant_method moe_config _expert_map local_num_experts "
+                                          "global_num_experts",
+    MOE + "config:FusedMoEConfig": "num_experts num_local_experts",
+    MOE + "fused_moe_method_base:FusedMoEMethodBase": "supports_eplb moe_kernel moe_quant_config",
+    MOE + "modular_kernel:FusedMoEKernel": "prepare_finalize fused_experts",
+    MOE + "runner.moe_runner:MoERunner": "_forward_entry shared_experts",
+    "vllm.model_executor.model_loader.default_loader:DefaultModelLoader": "local_expert_ids",
+    "vllm.v1.core.sched.output:SchedulerOutput": "total_num_scheduled_tokens",
+}
+
+
+def absent(where: str, *, parameters: str = "", attributes: str = "") -> list[str]:
+    """The dotted names under `where`, itself included, that this vLLM does not have."""
+    module, path = where.split(":")
+    name = where.replace(":", ".")
+    try:
+        found = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError):
+        return [name]
+    if parameters:
+        accepted = inspect.signature(found).parameters
+        return [f"{name}({p})" for p in parameters.split() if p not in accepted]
+    written = set()
+    for base in found.__mro__:
+        for node in ast.walk(ast.parse(inspect.getsource(base))) if base.__module__.startswith("vllm") else ():
+            if isinstance(node, (ast.Attribute, ast.Name)) and isinstance(node.ctx, ast.Store):
+                written.add(node.attr if isinstance(node, ast.Attribute) else node.id)
+            elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "register_buffer":
+                written.add(ast.literal_eval(node.args[0]))
+    return [f"{name}.{a}" for a in attributes.split() if not (hasattr(found, a) or a in written)]
+
+
+@pytest.mark.parametrize("where", CALLED)
+def test_called(where: str) -> None:
+    """What the plugin calls or wraps is there and takes these parameters."""
+    assert absent(where, parameters=CALLED[where]) == []
+
+
+@pytest.mark.parametrize("where", ATTRIBUTES)
+def test_attributes(where: str) -> None:
+    """What the plugin reads or sets is a field, property or attribute of that class."""
+    assert absent(where, attributes=ATTRIBUTES[where]) == []
+
+
+def imports() -> list[str]:
+    trees = [ast.parse(p.read_text()) for d in ("vllm_dwdp", "kernels", "entrypoints") for p in (ROOT / d).glob("*.py")]
+    return sorted({
+        f"{node.module}:{name.name}" for tree in trees for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm" for name in node.names
+    })
+
+
+@pytest.mark.parametrize("where", imports())
+def test_imports(where: str) -> None:
+    """Every name that the package imports from vLLM is there."""
+    module, name = where.split(":")
+    assert hasattr(importlib.import_module(module), name), where
+
+
+@pytest.mark.parametrize("op", ["moe_forward", "moe_forward_shared"])
+def test_custom_ops(op: str) -> None:
+    """The custom ops that hide a MoE layer from torch.compile are registered."""
+    importlib.import_module(MOE + "runner.moe_runner")
+    assert hasattr(torch.ops.vllm, op)
+
+
+def test_version() -> None:
+    """This vLLM is one that the plugin takes."""
+    checks.refuse_version(vllm.__version__, allow_untested=False)
+
+
+@pytest.mark.parametrize(
+    ("where", "given", "named"),
+    [
+        (CORE + "EngineCoreProc.gone", {"parameters": "a"}, "vllm.v1.engine.core.EngineCoreProc.gone"),
+        ("vllm.gone:Thing", {"attributes": "a"}, "vllm.gone.Thing"),
+        (CORE + "EngineCoreProc.run_engine_core", {"parameters": "dp_rank gone"},
+         "vllm.v1.engine.core.EngineCoreProc.run_engine_core(gone)"),
+        (CONFIG + "ParallelConfig", {"attributes": "worker_cls gone"}, "vllm.config.ParallelConfig.gone"),
+    ],
+)
+def test_names_what_moved(where: str, given: dict, named: str) -> None:
+    """Something that vLLM does not have is reported by its full name, alone."""
+    assert absent(where, **given) == [named]

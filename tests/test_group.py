@@ -1,0 +1,135 @@
+"""Invariant: ranks that differ, fail or stay away stop every rank soon, in one line that says who and why."""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Group, Rank, free_port
+
+BROKEN = "the disk of rank 1 broke"
+
+
+@contextmanager
+def ranks(models: list[str], own: list[dict], setup: Callable | None = None, **shared: Any) -> Iterator[Group]:
+    """Rank processes with models and options of their own. All must end by themselves once they have failed."""
+    group = Group.__new__(Group)
+    settings = {"size": 2, "rendezvous": f"127.0.0.1:{free_port()}", **shared}
+    group.ranks = [Rank(o["rank"], m, settings | o, {}, setup) for m, o in zip(models, own, strict=True)]
+    try:
+        yield group
+        for rank in group.ranks:
+            rank.process.join(30)
+        assert not [rank for rank in group.ranks if rank.process.is_alive()], "a rank that failed goes on running"
+    finally:
+        for rank in group.ranks:
+            rank.process.kill()
+            rank.process.join()
+
+
+def another_version(rank: int) -> None:
+    import vllm_dwdp
+
+    vllm_dwdp.__version__ += f".{rank}"
+
+
+def while_loading(rank: int, then: Callable[[], None]) -> None:
+    """`then` happens on this rank when it reads its weights: the peers have met already."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    DefaultModelLoader.load_weights = lambda *_: then()
+
+
+def break_rank_1(rank: int) -> None:
+    def fail() -> None:
+        raise OSError(BROKEN)
+
+    if rank == 1:
+        while_loading(rank, fail)
+
+
+def kill_rank_0(rank: int) -> None:
+    if rank == 0:
+        while_loading(rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def kill_rank_1(rank: int) -> None:
+    if rank == 1:
+        while_loading(rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def other_weights(model: str, folder: Path) -> str:
+    """The same model with one value changed in a tensor that every rank holds."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("differs", "named"),
+    [
+        ("option", "ranks disagree in hello: options is slots: 4 and 3 on rank 0 and rank 1"),
+        ("model", "ranks disagree in hello: model is "),
+        ("version", "ranks disagree in hello: plugin is '0.1.0.0' and '0.1.0.1' on rank 0 and rank 1"),
+        ("weights", "ranks disagree in manifest: digest is "),
+    ],
+)
+def test_disagreement(models, tmp_path: Path, differs: str, named: str) -> None:
+    """Every rank refuses to serve with a peer that has other options, another model, version or other weights."""
+    model, own = models("qwen3_moe"), [{"rank": 0}, {"rank": 1}]
+    folders = [model, model]
+    if differs == "option":
+        own = [{"rank": 0, "slots": 4}, {"rank": 1, "slots": 3}]
+    elif differs == "model":
+        folders[1] = models("qwen3_moe", num_experts=10)
+    elif differs == "weights":
+        folders[1] = other_weights(model, tmp_path / "other")
+    with ranks(folders, own, another_version if differs == "version" else None) as group:
+        for outcome in group.outcomes(120):
+            assert named in outcome and "\n" not in outcome
+
+
+@pytest.mark.parametrize(
+    ("comes", "named"),
+    [(0, ["waits for rank 1 to say 'hello'", "startup_timeout_s=5"]), (1, ["found no rendezvous", "within 5 s", "rank 0"])],
+)
+def test_a_rank_that_never_comes(models, comes: int, named: list[str]) -> None:
+    """A rank without its peer gives up after startup_timeout_s and names whom it missed."""
+    with ranks([models("qwen3_moe")], [{"rank": comes}], startup_timeout_s=5) as group:
+        (outcome,) = group.outcomes(60)
+    assert not [part for part in named if part not in outcome], outcome
+
+
+def test_a_rank_that_fails(models) -> None:
+    """Rank 0 stops at once with the reason of rank 1, half an hour before it would give up."""
+    with ranks([models("qwen3_moe")] * 2, [{"rank": 0}, {"rank": 1}], break_rank_1) as group:
+        outcomes = group.outcomes(120)
+    assert outcomes == [f"DWDPError: rank 1 stopped: {BROKEN}", f"OSError: {BROKEN}"]
+
+
+def test_rank_1_is_killed(models) -> None:
+    """A peer that is gone without a word is named once startup_timeout_s has passed, not sooner."""
+    with ranks([models("qwen3_moe")] * 2, [{"rank": 0}, {"rank": 1}], kill_rank_1, startup_timeout_s=10) as group:
+        group.ranks[1].process.join(120)
+        gone = time.monotonic()
+        outcomes = group.outcomes(60)
+        assert 5 < time.monotonic() - gone < 20
+    assert outcomes[1] == f"ended with {-signal.SIGKILL}"
+    assert "waits for rank 1" in outcomes[0] and "startup_timeout_s=10" in outcomes[0]
+
+
+def test_rank_0_is_killed(models) -> None:
+    """The rank that hosts the rendezvous is missed at once."""
+    with ranks([models("qwen3_moe")] * 2, [{"rank": 0}, {"rank": 1}], kill_rank_0) as group:
+        outcomes = group.outcomes(120)
+    assert outcomes[0] == f"ended with {-signal.SIGKILL}"
+    assert "rank 1 lost the rendezvous, its host has ended" in outcomes[1]
