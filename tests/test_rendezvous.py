@@ -110,7 +110,9 @@ def test_reported_failure() -> None:
 
     start = time.monotonic()
     answers = together(work, timeout_s=300.0)
-    assert answers == ["rank 1 stopped: the disk is full", "the disk\n  is full", "rank 1 stopped: the disk is full"]
+    assert answers.pop(1) == "the disk\n  is full"
+    for said in answers:  # a peer may hear it from another that has stopped for it
+        assert said.endswith("rank 1 stopped: the disk is full") and "\n" not in said
     assert time.monotonic() - start < 20
 
 
@@ -146,7 +148,8 @@ def test_handles() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answers", "named"), [(True, "rank 1 ended while it handed over layer 3's memory"), (False, "did not hand over layer 3")]
+    ("answers", "named"),
+    [(True, "rank 1 ended while it handed over layer 3's memory"), (False, "rank 1 did not hand over layer 3")],
 )
 def test_lost_handles(answers: bool, named: str) -> None:
     """A peer that closes early or says nothing is named with the layer, and what had arrived is closed."""
