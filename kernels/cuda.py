@@ -214,7 +214,8 @@ class CudaStream(CopyStream):
 
     def plan(self, copies: Sequence[tuple[int, int, int]]) -> Callable[[], None]:
         """A few copies are issued one by one, 7 us each; many become a graph of copies that one call launches."""
-        arguments = [(driver.CUdeviceptr(target), driver.CUdeviceptr(source), n, self._raw) for target, source, n in copies]
+        at = driver.CUdeviceptr
+        arguments = [(at(target), at(source), nbytes, self._raw) for target, source, nbytes in copies]
 
         def issue() -> None:
             for each in arguments:

@@ -131,7 +131,7 @@ class Device(abc.ABC):
 
     @abc.abstractmethod
     def release_cached(self) -> None:
-        """Wait for the device, and make memory that the framework has cached but does not use available to `allocate`."""
+        """Wait for the device, and give memory that the framework caches without using it back to `allocate`."""
 
     @abc.abstractmethod
     def stream(self, *, timing: bool) -> CopyStream: ...

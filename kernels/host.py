@@ -102,7 +102,7 @@ class HostDevice(Device):
 
 
 class HostEvent:
-    """Like a CUDA event: `record` starts a new flag, a wait holds on to the flag that was current when it was issued."""
+    """Like a CUDA event: `record` starts a new flag, a wait keeps the flag that was current when it was issued."""
 
     def __init__(self) -> None:
         self.flag = threading.Event()

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")  # vLLM takes 8 s to import: once for all ranks
-CONTEXT.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.model_executor.models.qwen3_moe"])
+CONTEXT.set_forkserver_preload(
+    ["vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.model_executor.models.qwen3_moe"]
+)
 ENGINE = dict(
     dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8, max_num_batched_tokens=256,
     kv_cache_memory_bytes=64 << 20, distributed_executor_backend="uni", seed=0, disable_log_stats=True,
@@ -30,7 +32,9 @@ def make_prompts(lengths: Sequence[int], seed: int = 0, vocab: int = 250) -> lis
     return [{"prompt_token_ids": [rng.randrange(1, vocab) for _ in range(n)]} for n in lengths]
 
 
-def generate(llm: Any, lengths: Sequence[int] = (5, 64, 17, 40), tokens: int = 24, one_by_one: bool = False, seed: int = 0):
+def generate(
+    llm: Any, lengths: Sequence[int] = (5, 64, 17, 40), tokens: int = 24, one_by_one: bool = False, seed: int = 0
+) -> list[list[int]]:
     """Greedy token ids for seeded prompts of these lengths."""
     from vllm import SamplingParams
 

@@ -262,6 +262,7 @@ def test_a_signal_ends_everything_that_was_started(tmp_path, number, status):
     process = subprocess.Popen(
         [sys.executable, "-m", "vllm_dwdp.entrypoints.cli", *command], cwd=tmp_path, env=os.environ | CPU,
         stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     await_that(lambda: len(processes_in(tmp_path)) >= 4, "the ranks to start")
     time.sleep(2)  # ranks that listen

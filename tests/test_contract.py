@@ -70,7 +70,8 @@ ATTRIBUTES = {
     "vllm.config.offload:UVAOffloadConfig": "cpu_offload_gb",
     "vllm.config.offload:PrefetchOffloadConfig": "offload_group_size",
     CONFIG + "SpeculativeConfig": "draft_model_config method",
-    MOE + "expert_map_manager:ExpertMapManager": "_local_num_experts _expert_map global_num_experts num_fused_shared_experts",
+    MOE + "expert_map_manager:ExpertMapManager": "_local_num_experts _expert_map global_num_experts "
+                                                 "num_fused_shared_experts",
     MOE + "routed_experts:RoutedExperts": "layer_name quant_method moe_config _expert_map local_num_experts "
                                           "global_num_experts",
     MOE + "config:FusedMoEConfig": "num_experts num_local_experts",

@@ -25,7 +25,8 @@ def make_config(mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE, eager: b
 
 @pytest.mark.parametrize(
     ("num_experts", "top_k", "tokens"),
-    [(128, 8, 21), (256, 8, 43), (12, 2, 7), (8, 2, 4), (32, 4, 10), (2, 1, 2), (128, 127, 1), (8, 8, 1), (4, 6, 1), (1, 1, 1)],
+    [(128, 8, 21), (256, 8, 43), (12, 2, 7), (8, 2, 4), (32, 4, 10), (2, 1, 2), (128, 127, 1), (8, 8, 1),
+     (4, 6, 1), (1, 1, 1)],
 )
 def test_break_even(num_experts: int, top_k: int, tokens: int) -> None:
     """The default is the largest batch that routes to three quarters of the experts, and at least one token."""

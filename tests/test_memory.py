@@ -1,4 +1,4 @@
-"""Invariant: a rank holds replicated part + shard + residents + K slots, while loading too, and reads only its shard."""
+"""Invariant: a rank holds replicas + shard + residents + K slots, also while loading, and reads its shard only."""
 
 import os
 
@@ -50,7 +50,7 @@ def measured(llm) -> dict:
     return {"held": held, "peak": PEAK["bytes"], "read": sorted(READ)}
 
 
-@pytest.mark.parametrize("options", [{}, {"cache_gib": 0.01}, {"slots": 3, "experts_per_rank": 8}], ids=lambda o: "-".join(o))
+@pytest.mark.parametrize("options", [{}, {"cache_gib": 0.01}, {"slots": 3, "experts_per_rank": 8}])
 def test_memory_is_what_the_formula_says(models, options: dict) -> None:
     """Measured by the kernel: shard + residents + slots (+ under two pages a tensor); the peak is within one layer."""
     with Group(models("qwen3_moe", **BIG), 2, options, setup=watch) as group:

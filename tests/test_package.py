@@ -1,4 +1,4 @@
-"""Invariant: the wheel holds this package, its license and entry points, nothing else, and works without the checkout."""
+"""Invariant: the wheel holds this package, its license and entry points, no more, and works without the checkout."""
 
 import shutil
 import subprocess
@@ -24,8 +24,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(ROOT / name, copy / name, ignore=SKIP)
         else:
             shutil.copy(ROOT / name, copy)
-    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-w", str(out)]
-    built = subprocess.run([*pip, str(copy)], capture_output=True, text=True, timeout=300)
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index"]
+    built = subprocess.run([*pip, "-w", str(out), str(copy)], capture_output=True, text=True, timeout=300)
     assert built.returncode == 0, built.stderr
     (found,) = out.iterdir()
     return found
@@ -49,7 +49,7 @@ def test_installed(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = """if True:
         import sys
-        sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+        sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
         sys.path.insert(0, sys.argv[1])
         import importlib.metadata as metadata
         (found,) = metadata.distributions(name="vllm-dwdp", path=[sys.argv[1]])

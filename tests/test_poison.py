@@ -87,7 +87,7 @@ def test_poisoned_slots_change_nothing(models, setup) -> None:
     with Group(model, 2, {"direct_max_tokens": 0}, setup=setup) as group:
         assert group.run(generate, **question) == [expected] * 2
         assert [s["refills"] for s in group.run(stats)] == [0, 0]
-        assert [s["slot_tags"] for s in group.run(stats)] == [[0, 1]] * 2, "the next forward's first layers are in place"
+        assert [s["slot_tags"] for s in group.run(stats)] == [[0, 1]] * 2, "the next forward's first layers"
         assert group.run(cut_short) == ["injected"] * 2
         assert group.run(generate, **question) == [expected] * 2
         after_cut = [s["refills"] for s in group.run(stats)]

@@ -108,7 +108,7 @@ def test_dense_model(configure, dense: str) -> None:
         ("model_config", "enable_cumem_allocator", True, "cumem"),
     ],
 )
-def test_settings_that_this_platform_lacks(configure, monkeypatch, part: str, field: str, value: Any, named: str) -> None:
+def test_settings_of_other_platforms(configure, monkeypatch, part: str, field: str, value: Any, named: str) -> None:
     """What vLLM itself takes on CUDA only is refused too: set on a config that was good."""
     made = configure()
     options = config.parse(made.additional_config)

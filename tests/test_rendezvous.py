@@ -120,7 +120,7 @@ def test_reported_failure() -> None:
 def test_nobody_there(hosted: bool, opener: str) -> None:
     """A rank that finds no store says where it looked, how long, and who should have opened it."""
     port = free_port()
-    with pytest.raises(DWDPError, match=f"rank 1 found no rendezvous at 127.0.0.1:{port} within 1 s: {opener} opens it"):
+    with pytest.raises(DWDPError, match=f"no rendezvous at 127.0.0.1:{port} within 1 s: {opener} opens it"):
         Group.connect(rank=1, size=2, host="127.0.0.1", port=port, hosted=hosted, timeout_s=1.0)
 
 

@@ -57,11 +57,13 @@ class Shards:
             for name, row in rows.items():
                 layout = Layout(placement=placement, expert_bytes=4 * row, page_bytes=self.device.page_bytes,
                                 residents=residents)
-                spec = TensorSpec(name=name, shape=(num_experts, row), stride=(row, 1), dtype=torch.int32, layout=layout)
+                shape = (num_experts, row)
+                spec = TensorSpec(name=name, shape=shape, stride=(row, 1), dtype=torch.int32, layout=layout)
                 tensor = FullTensor(spec, rank)
                 self.truth[i, name] = truth(i, name, spec.shape)
                 owned = placement.owned(rank)
-                tensor.migrate(self.device, self.truth[i, name][owned.start : owned.stop].clone().to(torch_device(self.device)))
+                mine = self.truth[i, name][owned.start : owned.stop].clone()
+                tensor.migrate(self.device, mine.to(torch_device(self.device)))
                 tensors.append(tensor)
             self.layers.append(LayerWeights(i, f"layer{i}", tensors))
             empty = torch.empty(0, dtype=torch.int32, device=torch_device(self.device))
@@ -78,7 +80,8 @@ class Shards:
             layer.copies = [copy for tensor in layer.tensors for copy in tensor.copies]
             layer.copied_bytes = sum(n for _, _, n in layer.copies)
         self.group.barrier("complete")
-        self.prefetcher = Prefetcher(self.layers, self.device.stream(timing=True), num_slots=num_slots, direct_max_tokens=0)
+        stream = self.device.stream(timing=True)
+        self.prefetcher = Prefetcher(self.layers, stream, num_slots=num_slots, direct_max_tokens=0)
         self.prefetcher.start()
 
     def same(self, layer: LayerWeights, view: str) -> bool:

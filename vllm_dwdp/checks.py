@@ -16,8 +16,8 @@ def refuse_version(version: str, allow_untested: bool) -> None:
     """Raises DWDPError for a vLLM whose hooks were not tested."""
     if not allow_untested and ".".join(version.split(".")[:2]) not in TESTED_VLLM:
         raise DWDPError(
-            f"vLLM {version} is not one that vllm-dwdp was tested with ({', '.join(TESTED_VLLM)}): install one of those, "
-            f"or set {UNTESTED}=1 to try"
+            f"vLLM {version} is not one that vllm-dwdp was tested with ({', '.join(TESTED_VLLM)}): install one of "
+            f"those, or set {UNTESTED}=1 to try"
         )
 
 
@@ -48,7 +48,8 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
          "--data-parallel-backend ray: only the default backend (mp) starts independent ranks here; drop it"),
         (model.enable_sleep_mode or model.enable_cumem_allocator,
          "--enable-sleep-mode / cumem allocator: it would move weights that peers have mapped; drop it"),
-        (vllm_config.lora_config is not None, "--enable-lora: adapters wrap the expert layers that are streamed; drop it"),
+        (vllm_config.lora_config is not None,
+         "--enable-lora: adapters wrap the expert layers that are streamed; drop it"),
         (vllm_config.weight_transfer_config is not None,
          "weight transfer: it would rewrite weights that peers have mapped; drop it"),
         (offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0,

@@ -19,6 +19,7 @@ from vllm_dwdp import checks, config, graphs, hooks
 
 WORKER = "vllm_dwdp.worker.DWDPWorker"
 CORE, UTILS = "vllm.v1.engine.core", "vllm.v1.engine.utils"
+_WAVES, _LOCKSTEP = "enable_wave_coordination", "coordinated_dp"
 
 
 def prepare(vllm_config: VllmConfig) -> None:
@@ -43,10 +44,12 @@ def prepare(vllm_config: VllmConfig) -> None:
 
 def install() -> None:
     """Put the launch hooks in place and make sure that they are."""
-    hooks.wrap(CORE, "EngineCoreProc.run_engine_core", ("dp_rank", "vllm_config"), lambda _: run_engine_core)
-    hooks.wrap(UTILS, "DPCoordinator", ("parallel_config", "enable_wave_coordination"), _without("enable_wave_coordination"))
-    hooks.wrap(UTILS, "wait_for_engine_startup", ("parallel_config", "coordinated_dp"), _without("coordinated_dp"))
-    for module, path in ((CORE, "EngineCoreProc.run_engine_core"), (UTILS, "DPCoordinator"), (UTILS, "wait_for_engine_startup")):
+    for module, path, parameters, wrapper in (
+        (CORE, "EngineCoreProc.run_engine_core", ("dp_rank", "vllm_config"), lambda _: run_engine_core),
+        (UTILS, "DPCoordinator", ("parallel_config", _WAVES), _without(_WAVES)),
+        (UTILS, "wait_for_engine_startup", ("parallel_config", _LOCKSTEP), _without(_LOCKSTEP)),
+    ):
+        hooks.wrap(module, path, parameters, wrapper)
         hooks.verify(module, path)
 
 
@@ -81,7 +84,7 @@ _run_engine_core = core.EngineCoreProc.run_engine_core
 
 
 def run_engine_core(*args: Any, **kwargs: Any) -> None:
-    """The engine process's entry point. A spawned child unpickles it by this module's name, and so imports DWDP first."""
+    """The engine process's entry point. A spawned child unpickles it by this module's name: it imports DWDP first."""
     if config.parse(kwargs["vllm_config"].additional_config) is not None:
         core.DPEngineCoreProc = IndependentEngineCore
     _run_engine_core(*args, **kwargs)

@@ -79,13 +79,13 @@ def refuse_bypass(layers: Sequence[RoutedExperts], model_config: Any) -> None:
     """Raises DWDPError when a MoE model has built none of the layers that DWDP streams."""
     if not layers:
         raise DWDPError(
-            f"{model_config.model} built no RoutedExperts layer: its experts take a fused path of their own, which DWDP "
-            f"cannot stream; choose another --moe-backend or --model-impl, or drop --parallel dwdp"
+            f"{model_config.model} built no RoutedExperts layer: its experts take a fused path of their own, which "
+            f"DWDP cannot stream; choose another --moe-backend or --model-impl, or drop --parallel dwdp"
         )
 
 
 def _own_experts_only(manager: Any, owned: range) -> Any:
-    """A copy of vLLM's map from global to local expert that knows the owned ones only; it makes loaders drop the rest."""
+    """A copy of vLLM's map from global to local expert that knows the owned ones only: loaders drop the rest."""
     if manager.num_fused_shared_experts:
         raise DWDPError("shared experts fused into the routed ones cannot be streamed: switch shared-expert fusion off")
     manager = copy.copy(manager)
@@ -105,8 +105,8 @@ def _refuse_unstreamable(layer: RoutedExperts) -> None:
     method = layer.quant_method
     if type(layer).__name__ in LOADS_ALL_EXPERTS:
         raise DWDPError(
-            f"{layer.layer_name}: {type(layer).__name__} copies checkpoint tensors of all experts at once, a rank cannot "
-            f"load its share; try --model-impl transformers"
+            f"{layer.layer_name}: {type(layer).__name__} copies checkpoint tensors of all experts at once, a rank "
+            f"cannot load its share; try --model-impl transformers"
         )
     if not method.supports_eplb:
         raise DWDPError(
@@ -141,7 +141,9 @@ def expert_parameters(layer: RoutedExperts, rank: int) -> tuple[list[str], list[
     return streamed, [name for name in rows if name not in streamed]
 
 
-def bind(layer: RoutedExperts, weights: LayerWeights, replicated: dict[str, torch.Tensor], prefetcher: Prefetcher) -> None:
+def bind(
+    layer: RoutedExperts, weights: LayerWeights, replicated: dict[str, torch.Tensor], prefetcher: Prefetcher
+) -> None:
     """Show `layer` all E experts: parameters over the full tensors, a kernel built for E, and a forward that waits.
 
     `replicated` maps parameter names to [E, ...] tensors.

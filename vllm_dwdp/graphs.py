@@ -52,7 +52,8 @@ def limit_graphs(vllm_config: VllmConfig, largest: int) -> None:
         return
     kept = [size for size in compilation.cudagraph_capture_sizes if size < largest] + [largest] * (largest > 0)
     logger.info_once(
-        "DWDP keeps CUDA graphs to batches of %d tokens (direct view); larger ones stream weights without graphs", largest
+        "DWDP keeps CUDA graphs to batches of %d tokens (direct view); larger ones stream weights without graphs",
+        largest,
     )
     compilation.cudagraph_capture_sizes = kept
     compilation.max_cudagraph_capture_size = largest

@@ -94,7 +94,7 @@ def split(span: range, cuts: list[int]) -> list[range]:
 
 
 def interleave(pieces: list[tuple[int, range]], rank: int, size: int, slice_bytes: int) -> list[range]:
-    """The order in which `rank` copies byte ranges: sources rotated to start at rank + 1, then one slice of each in turn.
+    """The order in which `rank` copies byte ranges: sources from rank + 1 on, then one slice of each in turn.
 
     Whole pieces when `slice_bytes` is 0. Rotation keeps N ranks from pulling on one source at once; slices bound the
     time for which a collision lasts.

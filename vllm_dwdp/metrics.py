@@ -50,5 +50,6 @@ class Metrics:
 
     def _labelled(self, kind: type, name: str, text: str, labels: dict[str, str], **extra: str):
         if name not in self._families:
-            self._families[name] = kind(f"vllm:dwdp_{name}", text, labelnames=["engine", *labels], registry=None, **extra)
+            names = ["engine", *labels]
+            self._families[name] = kind(f"vllm:dwdp_{name}", text, labelnames=names, registry=None, **extra)
         return self._families[name].labels(self._engine, *labels.values())

@@ -88,7 +88,7 @@ class Prefetcher:
             self._fill(slot, following if following < len(self._layers) else layer.ordinal % len(self.slots))
 
     def count_step(self) -> None:
-        """A step with tokens has run: a direct one unless its layers were streamed (a graph's replay calls no `acquire`)."""
+        """A step with tokens has run: direct unless its layers were streamed (a graph's replay calls no `acquire`)."""
         self.forwards[DIRECT] += self.forwards[STREAMED] == self._streamed_before
         self._streamed_before = self.forwards[STREAMED]
 

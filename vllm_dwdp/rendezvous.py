@@ -78,7 +78,7 @@ class Group:
 
     @classmethod
     def connect(cls, *, rank: int, size: int, host: str, port: int, hosted: bool, timeout_s: float) -> "Group":
-        """Join at `host`:`port`; `hosted` says that somebody else (vLLM's launcher) runs the store there, else rank 0 does.
+        """Join at `host`:`port`, where vLLM's launcher runs the store if `hosted`, else rank 0.
 
         Raises DWDPError after `timeout_s` without an answer.
         """

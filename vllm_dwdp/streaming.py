@@ -111,14 +111,14 @@ class StreamedModel:
     def memory_bytes(self) -> dict[str, int]:
         """Expert memory on this rank by kind. `padding` is what whole pages add to the bytes of owned experts."""
         tensors = [tensor for layer in self.layers for tensor in layer.tensors]
-        placed = [(t.spec.layout, sum(b.nbytes for _, b in t.shard), sum(b.nbytes for _, b in t.residents)) for t in tensors]
-        shard = sum(len(layout.bytes_of(layout.placement.owned(self.rank))) for layout, _, _ in placed)
+        layouts = [tensor.spec.layout for tensor in tensors]
+        shard = sum(len(layout.bytes_of(layout.placement.owned(self.rank))) for layout in layouts)
         return {
             "shard": shard,
-            "resident": sum(resident for _, _, resident in placed),
+            "resident": sum(block.nbytes for tensor in tensors for _, block in tensor.residents),
             "slots": self.slots.nbytes if self.slots else 0,
             "replicated": self.replicated_bytes,
-            "padding": sum(pages for _, pages, _ in placed) - shard,
+            "padding": sum(block.nbytes for tensor in tensors for _, block in tensor.shard) - shard,
         }
 
     def stats(self) -> dict[str, Any]:
@@ -185,7 +185,8 @@ def resident_experts(
     if wanted > room:
         raise DWDPError(
             f"cache_gib={options.cache_gib} and {options.slots} slots do not fit beside the shard within "
-            f"gpu_memory_utilization={memory_utilization}: the largest cache_gib that does is {max(room, 0) / 2**30:.2f}"
+            f"gpu_memory_utilization={memory_utilization}: the largest cache_gib that does is "
+            f"{max(room, 0) / 2**30:.2f}"
         )
     affordable = min(group.gather("resident experts", int(wanted // per_expert)), default=0)
     logger.info(

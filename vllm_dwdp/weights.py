@@ -156,7 +156,7 @@ class LayerWeights:
 
 
 class Slots:
-    """The K buffers: for every tensor name, one block below and one above the held pages, as large as any layer needs."""
+    """The K buffers: for every tensor name a block below and one above the held pages, as large as any layer needs."""
 
     def __init__(self, device: Device, layers: Sequence[LayerWeights], num_slots: int, rank: int):
         self._blocks: dict[tuple[int, str, int], Block] = {}

@@ -7,7 +7,6 @@ import hashlib
 import socket
 from typing import Any
 
-import msgspec
 import torch
 import vllm
 from vllm.config import VllmConfig
@@ -74,8 +73,8 @@ class DWDPWorker(PlatformWorker):
 
     def _refuse(self, *args: Any, **kwargs: Any) -> None:
         raise DWDPError(
-            "DWDP ranks map each other's experts and stream them through slots: they cannot be saved, moved or rewritten "
-            "while the group serves; restart it instead"
+            "DWDP ranks map each other's experts and stream them through slots: they cannot be saved, moved or "
+            "rewritten while the group serves; restart it instead"
         )
 
     reload_weights = start_weight_update = update_weights = reset_weights = compute_weight_checksums = _refuse
@@ -137,7 +136,8 @@ def connect(vllm_config: VllmConfig, options: config.Options, rank: int) -> Grou
 
 def introduce(vllm_config: VllmConfig, options: config.Options, rank: int, device: Device) -> Hello:
     model = vllm_config.model_config
-    said = [model.hf_config.to_json_string(), str(model.dtype), str(model.quantization), str(vllm_config.load_config.load_format)]
+    load_format = vllm_config.load_config.load_format
+    said = [model.hf_config.to_json_string(), str(model.dtype), str(model.quantization), str(load_format)]
     return Hello(
         rank=rank,
         size=options.size,
