@@ -12,7 +12,7 @@ import torch
 import vllm
 from conftest import ROOT
 
-from vllm_dwdp import checks
+from vllm_dwdp import checks, engine
 
 ARGUMENTS, CORE, UTILS = "vllm.engine.arg_utils:", "vllm.v1.engine.core:", "vllm.v1.engine.utils:"
 MOE, CONFIG = "vllm.model_executor.layers.fused_moe.", "vllm.config:"
@@ -93,6 +93,8 @@ def absent(where: str, *, parameters: str = "", attributes: str = "") -> list[st
             found = getattr(found, part)
     except (ImportError, AttributeError):
         return [name]
+    if found is engine.run_engine_core:  # another test has put the hook in place
+        found = engine._run_engine_core
     if parameters:
         accepted = inspect.signature(found).parameters
         return [f"{name}({p})" for p in parameters.split() if p not in accepted]

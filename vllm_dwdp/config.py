@@ -57,7 +57,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def shared(self) -> dict[str, Any]:
         """The options that every rank of a group must have alike."""
         mine = {"rank", "rendezvous", "timing"}
-        return {name: value for name, value in msgspec.to_builtins(self).items() if name not in mine}
+        return {name: value for name, value in msgspec.structs.asdict(self).items() if name not in mine}
 
 
 def parse(additional_config: dict[str, Any]) -> Options | None:
