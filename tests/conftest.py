@@ -1,7 +1,6 @@
-"""What every test shares: vLLM's environment on a machine without a GPU, tiny models, free ports."""
+"""What every test shares: vLLM's environment on a machine without a GPU, tiny models."""
 
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -35,10 +34,3 @@ def models(tmp_path_factory: pytest.TempPathFactory):
         return str(make_model(family, folder / name, **overrides))
 
     return get
-
-
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

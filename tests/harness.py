@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import random
+import secrets
 import socket
 import time
 import traceback
@@ -22,9 +23,11 @@ START_S = 180.0
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port below those that the kernel hands out by itself, so that nothing takes it before its user is up."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port := secrets.randbelow(10_000) + 20_000))
+            return port
 
 
 def make_prompts(lengths: Sequence[int], seed: int = 0, vocab: int = 250) -> list[dict[str, list[int]]]:

@@ -113,7 +113,7 @@ def test_a_rank_that_fails(models) -> None:
     """Rank 0 stops at once with the reason of rank 1, half an hour before it would give up."""
     with ranks([models("qwen3_moe")] * 2, [{"rank": 0}, {"rank": 1}], break_rank_1) as group:
         outcomes = group.outcomes(120)
-    assert outcomes == [f"DWDPError: rank 1 stopped: {BROKEN}", f"OSError: {BROKEN}"]
+    assert outcomes == [f"PeerStopped: rank 1 stopped: {BROKEN}", f"OSError: {BROKEN}"]
 
 
 def test_rank_1_is_killed(models) -> None:
@@ -132,4 +132,4 @@ def test_rank_0_is_killed(models) -> None:
     with ranks([models("qwen3_moe")] * 2, [{"rank": 0}, {"rank": 1}], kill_rank_0) as group:
         outcomes = group.outcomes(120)
     assert outcomes[0] == f"ended with {-signal.SIGKILL}"
-    assert "rank 1 lost the rendezvous, its host has ended" in outcomes[1]
+    assert "rank 1 lost the rendezvous: rank 0, which hosts it, has ended" in outcomes[1]

@@ -25,6 +25,7 @@ logger = init_logger("vllm.dwdp.rendezvous")
 T = TypeVar("T")
 _POLL_S = 0.05
 _REPORT_S = 15.0
+_FAREWELL_S = 5.0
 _FDS_PER_MESSAGE = 128  # the kernel takes 253
 
 
@@ -67,11 +68,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     layers: list[LayerManifest]
 
 
-class Group:
-    """This rank's connection to its peers while the group starts."""
+class PeerStopped(DWDPError):
+    """A peer's own reason for stopping, passed on word for word."""
 
-    def __init__(self, store: Store, *, rank: int, size: int, timeout_s: float):
-        self.rank, self.size, self.timeout_s = rank, size, timeout_s
+
+class Group:
+    """This rank's connection to its peers while the group starts. `host` names who runs the store."""
+
+    def __init__(self, store: Store, *, rank: int, size: int, host: str, timeout_s: float):
+        self.rank, self.size, self.host, self.timeout_s = rank, size, host, timeout_s
         self.peers = [(rank + step) % size for step in range(1, size)]
         self._store = PrefixStore("dwdp", store)
         self._gathered: set[str] = set()
@@ -91,7 +96,7 @@ class Group:
                     host, port, is_master=rank == 0 and not hosted, wait_for_workers=False,
                     timeout=timedelta(seconds=patience),
                 )
-                return cls(store, rank=rank, size=size, timeout_s=timeout_s)
+                return cls(store, rank=rank, size=size, host=where, timeout_s=timeout_s)
             except RuntimeError as error:
                 if rank == 0 and not hosted:
                     raise DWDPError(f"rank 0 cannot open its rendezvous at {host}:{port}: {_one_line(error)}") from None
@@ -136,24 +141,38 @@ class Group:
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:
-        """Tell the peers why this rank stops, if the body raises, so that none waits out its timeout."""
+        """Tell the peers why this rank stops, if the body raises, so that none waits out its timeout.
+
+        The rank that hosts the store takes it along when it ends: it stays until its peers have heard, a few seconds
+        at most.
+        """
         try:
             yield
         except BaseException as error:
+            reason = "" if isinstance(error, PeerStopped) else f"rank {self.rank} stopped: {_one_line(error)}"
             with contextlib.suppress(Exception):
-                self._store.set(f"failed/{self.rank}", f"rank {self.rank} stopped: {_one_line(error)}")
+                self._store.set(f"stopped/{self.rank}", reason)
+                deadline = time.monotonic() + _FAREWELL_S
+                while self.host == f"rank {self.rank}" and time.monotonic() < deadline:
+                    if all(self._store.check([f"stopped/{peer}"]) for peer in self.peers):
+                        break
+                    time.sleep(_POLL_S)
             raise
 
     def _raise_reported(self) -> None:
         for peer in self.peers:
-            if self._call(lambda peer=peer: self._store.check([f"failed/{peer}"])):
-                raise DWDPError(self._store.get(f"failed/{peer}").decode())
+            if self._call(lambda peer=peer: self._store.check([f"stopped/{peer}"])):
+                if reason := self._call(lambda peer=peer: self._store.get(f"stopped/{peer}")).decode():
+                    raise PeerStopped(reason)
 
     def _call(self, request: Callable[[], Any]) -> Any:
         try:
             return request()
         except RuntimeError as error:
-            raise DWDPError(f"rank {self.rank} lost the rendezvous, its host has ended: {_one_line(error)}") from None
+            raise DWDPError(
+                f"rank {self.rank} lost the rendezvous: {self.host}, which hosts it, has ended; see its log "
+                f"({_one_line(error)})"
+            ) from None
 
 
 def agree(group: Group, what: str, mine: T, *, own: Sequence[str] = ()) -> list[T]:
