@@ -5,6 +5,7 @@ every rank can export one (multi-node NVLink).
 """
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -51,13 +52,13 @@ class CudaRegion(Region):
     def __init__(self, device: torch.device, nbytes: int, page_bytes: int):
         self.device, self.nbytes = device, nbytes
         self.address = int(_check("cuMemAddressReserve", driver.cuMemAddressReserve(nbytes, page_bytes, 0, 0)))
-        self._mapped: list[tuple[int, int]] = []  # (address, bytes)
+        self._mapped: dict[int, int] = {}  # offset: bytes
 
     def map(self, at: int, block: Block, *, writable: bool) -> None:
         assert isinstance(block, CudaBlock) and at + block.nbytes <= self.nbytes
         address = self.address + at
         _check("cuMemMap", driver.cuMemMap(address, block.nbytes, 0, block.handle, 0))
-        self._mapped.append((address, block.nbytes))
+        self._mapped[at] = block.nbytes
         access = driver.CUmemAccessDesc()
         access.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         access.location.id = self.device.index
@@ -71,10 +72,12 @@ class CudaRegion(Region):
                 f"all GPUs of the group; `nvidia-smi topo -p2p r` shows which pairs have it"
             ) from None
 
+    def unmap(self, at: int) -> None:
+        _check("cuMemUnmap", driver.cuMemUnmap(self.address + at, self._mapped.pop(at)))
+
     def close(self) -> None:
-        for address, nbytes in self._mapped:
-            _check("cuMemUnmap", driver.cuMemUnmap(address, nbytes))
-        self._mapped.clear()
+        for at in list(self._mapped):
+            self.unmap(at)
         if self.address:
             _check("cuMemAddressFree", driver.cuMemAddressFree(self.address, self.nbytes))
             self.address = 0
@@ -149,8 +152,11 @@ class CudaDevice(Device):
     def memory(self) -> tuple[int, int]:
         return torch.cuda.mem_get_info(self.device)
 
-    def release_cached(self) -> None:
+    def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
+
+    def release_cached(self) -> None:
+        self.synchronize()
         torch.cuda.empty_cache()
 
     def stream(self, *, timing: bool) -> "CudaStream":
@@ -228,7 +234,13 @@ class CudaStream(CopyStream):
         issue()
         graph = _check("cuStreamEndCapture", driver.cuStreamEndCapture(self._raw))
         executable = _check("cuGraphInstantiate", driver.cuGraphInstantiate(graph, 0))
-        return lambda: _check("cuGraphLaunch", driver.cuGraphLaunch(executable, self._raw))
+        _check("cuGraphDestroy", driver.cuGraphDestroy(graph))
+
+        def launch() -> None:
+            _check("cuGraphLaunch", driver.cuGraphLaunch(executable, self._raw))
+
+        weakref.finalize(launch, driver.cuGraphExecDestroy, executable).atexit = False
+        return launch
 
     def copy(self, plan: Callable[[], None]) -> None:
         with self._copies.measure(self._raw) if self._copies else contextlib.nullcontext():
@@ -247,6 +259,13 @@ class CudaStream(CopyStream):
         stream = self._compute()
         with self._waits.measure(stream) if self._waits else contextlib.nullcontext():
             _check("cuStreamWaitEvent", driver.cuStreamWaitEvent(stream, event, 0))
+
+    def is_done(self, event: Any) -> bool:
+        (code,) = driver.cuEventQuery(event)
+        if code == driver.CUresult.CUDA_ERROR_NOT_READY:
+            return False
+        _check("cuEventQuery", (code,))
+        return True
 
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()

@@ -33,6 +33,10 @@ class Region(abc.ABC):
         """Map the whole of `block` at byte offset `at`, a page multiple."""
 
     @abc.abstractmethod
+    def unmap(self, at: int) -> None:
+        """Unmap the block mapped at byte offset `at`. Nothing may be reading it."""
+
+    @abc.abstractmethod
     def close(self) -> None:
         """Unmap everything and give the addresses back. No tensor over it may be used any more. Repeats safely."""
 
@@ -84,6 +88,10 @@ class CopyStream(abc.ABC):
         """The computing stream waits for `event`."""
 
     @abc.abstractmethod
+    def is_done(self, event: Any) -> bool:
+        """Whether the latest record of `event` has been reached, without waiting."""
+
+    @abc.abstractmethod
     def is_capturing(self) -> bool:
         """Whether the computing stream is being captured into a graph."""
 
@@ -128,6 +136,10 @@ class Device(abc.ABC):
     @abc.abstractmethod
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes of this device, as the driver or the kernel sees them."""
+
+    @abc.abstractmethod
+    def synchronize(self) -> None:
+        """Wait for everything that the device has been given to do."""
 
     @abc.abstractmethod
     def release_cached(self) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+import psutil
 import torch
 
 from vllm_dwdp.errors import DWDPError
@@ -22,6 +23,7 @@ _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
+_RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 _WAIT_TIMEOUT_S = 120.0
 
 
@@ -48,12 +50,17 @@ class HostRegion(Region):
     def __init__(self, nbytes: int):
         self.device = torch.device("cpu")
         self.nbytes = nbytes
-        self.address = _mmap(None, nbytes, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)
+        self._mapped: dict[int, int] = {}  # offset: bytes
+        self.address = _mmap(None, nbytes, 0, _RESERVED, -1)
 
     def map(self, at: int, block: Block, *, writable: bool) -> None:
         assert isinstance(block, HostBlock) and at + block.nbytes <= self.nbytes
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         _mmap(self.address + at, block.nbytes, protection, mmap.MAP_SHARED | _MAP_FIXED, block.fd)
+        self._mapped[at] = block.nbytes
+
+    def unmap(self, at: int) -> None:
+        _mmap(self.address + at, self._mapped.pop(at), 0, _RESERVED | _MAP_FIXED, -1)
 
     def close(self) -> None:
         if self.address:
@@ -91,8 +98,11 @@ class HostDevice(Device):
         ctypes.memmove(target, source, nbytes)
 
     def memory(self) -> tuple[int, int]:
-        page = os.sysconf("SC_PAGE_SIZE")
-        return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+        memory = psutil.virtual_memory()
+        return memory.available, memory.total
+
+    def synchronize(self) -> None:
+        pass
 
     def release_cached(self) -> None:
         pass
@@ -168,6 +178,9 @@ class HostStream(CopyStream):
                 raise DWDPError(f"the copy thread failed: {self._error}")
             if time.monotonic() > deadline:
                 raise DWDPError(f"waited {_WAIT_TIMEOUT_S:.0f} s for {whom}")
+
+    def is_done(self, event: HostEvent) -> bool:
+        return event.flag.is_set()
 
     def is_capturing(self) -> bool:
         return False

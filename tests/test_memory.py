@@ -41,6 +41,16 @@ def watch(rank: int) -> None:
     DefaultModelLoader.get_all_weights = watched_weights
 
 
+def small_device(rank: int) -> None:
+    """24 of 64 MiB are free, of which vLLM leaves 8% of the whole alone; and no tensor can be read."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    from vllm_dwdp.kernels.host import HostDevice
+
+    HostDevice.memory = lambda self: (24 << 20, 64 << 20)
+    DefaultModelLoader.get_all_weights = None
+
+
 def measured(llm) -> dict:
     """Bytes of this process's shared memory, by the kernel's count; what was seen while loading."""
     model = streamed_model(llm)
@@ -73,3 +83,21 @@ def test_memory_is_what_the_formula_says(models, options: dict) -> None:
         experts = [name for name in m["read"] if ".experts." in name]
         assert len(experts) == layers * owned * 3, f"rank {rank} reads only its own experts"
         assert all(any(part in name for part in mine) for name in experts)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"slots": 8}, "8 slots of 0.01 GiB do not fit beside the shard within gpu_memory_utilization=0.92: 0.05 GiB"),
+        ({"cache_gib": 1}, "cache_gib=1 and 2 slots do not fit beside the shard"),
+        ({"cache_gib": 1, "cache_policy": "hot"}, "the largest cache_gib that does is 0.0"),
+        ({"cache_gib": 0.0001, "cache_policy": "hot"}, "so small a cache: set --dwdp-cache-gib to "),
+    ],
+    ids=["slots", "cache", "hot", "small"],
+)
+def test_what_cannot_fit_is_refused(models, options: dict, named: str) -> None:
+    """One line with figures, and - but for a cache too small to swap in - before any tensor is read."""
+    setup = watch if options.get("cache_gib") == 0.0001 else small_device
+    with Group(models("qwen3_moe", **BIG), 2, options, setup=setup, wait=False) as group:
+        outcomes = group.outcomes(60)
+    assert all(named in outcome and "\n" not in outcome for outcome in outcomes), outcomes

@@ -39,6 +39,9 @@ class Trace(CopyStream):
     def compute_wait(self, event) -> None:
         self.calls.append(("compute_wait", event))
 
+    def is_done(self, event) -> bool:
+        return True
+
     def is_capturing(self) -> bool:
         return self.capturing
 

@@ -47,7 +47,7 @@ class Shards:
 
     def __init__(self, rank: int, size: int, port: int, kind: str, *, num_experts: int, rows: dict[str, int],
                  num_layers: int = 3, num_slots: int = 2, residents: int = 0, per_rank: int | None = None,
-                 slice_bytes: int = 0):
+                 slice_bytes: int = 0, bundle: int = 0):
         self.device = make_device(kind, rank)
         self.group = Group.connect(rank=rank, size=size, host="127.0.0.1", port=port, hosted=True, timeout_s=60)
         placement = Placement(num_experts=num_experts, size=size, experts_per_rank=per_rank)
@@ -56,7 +56,7 @@ class Shards:
             tensors = []
             for name, row in rows.items():
                 layout = Layout(placement=placement, expert_bytes=4 * row, page_bytes=self.device.page_bytes,
-                                residents=residents)
+                                residents=residents, bundle=bundle)
                 shape = (num_experts, row)
                 spec = TensorSpec(name=name, shape=shape, stride=(row, 1), dtype=torch.int32, layout=layout)
                 tensor = FullTensor(spec, rank)
@@ -76,12 +76,11 @@ class Shards:
         self.slots = Slots(self.device, self.layers, num_slots, rank)
         for layer in self.layers:
             for tensor in layer.tensors:
-                tensor.compose(self.device, self.slots.of(layer, tensor.spec.name), slice_bytes, size)
-            layer.copies = [copy for tensor in layer.tensors for copy in tensor.copies]
-            layer.copied_bytes = sum(n for _, _, n in layer.copies)
+                tensor.compose(self.device, self.slots.of(layer, tensor.spec.name))
+            layer.plan(slice_bytes)
         self.group.barrier("complete")
-        stream = self.device.stream(timing=True)
-        self.prefetcher = Prefetcher(self.layers, stream, num_slots=num_slots, direct_max_tokens=0)
+        self.stream = self.device.stream(timing=True)
+        self.prefetcher = Prefetcher(self.layers, self.stream, num_slots=num_slots, direct_max_tokens=0)
         self.prefetcher.start()
 
     def same(self, layer: LayerWeights, view: str) -> bool:

@@ -8,7 +8,7 @@ import contextlib
 import copy
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,11 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models import gpt_oss
 
+from vllm_dwdp.budget import LayerSize
 from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.hot import HotCache
 from vllm_dwdp.placement import Placement
-from vllm_dwdp.prefetch import Prefetcher
+from vllm_dwdp.prefetch import DIRECT, Prefetcher
 from vllm_dwdp.weights import LayerWeights
 
 # Parameters of RoutedExperts without a row for every expert.
@@ -32,10 +34,12 @@ SMALL = 1 / 64
 
 
 @contextlib.contextmanager
-def sharded(rank: int, size: int, experts_per_rank: int | None) -> Iterator[list[RoutedExperts]]:
+def sharded(
+    rank: int, size: int, experts_per_rank: int | None, before_reading: Callable[[list[RoutedExperts]], None],
+) -> Iterator[list[RoutedExperts]]:
     """While the body builds and loads a model, every RoutedExperts holds only this rank's experts.
 
-    Yields the list of layers built, in order. Raises DWDPError, before any weight is read, for a layer that cannot be
+    Yields the list of layers built, in order; `before_reading` gets it before a checkpoint is read. Raises DWDPError, before any weight is read, for a layer that cannot be
     streamed, and when the model has built none.
     """
     layers: list[RoutedExperts] = []
@@ -56,6 +60,7 @@ def sharded(rank: int, size: int, experts_per_rank: int | None) -> Iterator[list
     @functools.wraps(select_files)
     def select_owned(self: DefaultModelLoader, model_config: Any) -> None:
         refuse_bypass(layers, model_config)
+        before_reading(layers)
         select_files(self, model_config)
         self.local_expert_ids = set().union(*(layer.dwdp_placement.owned(rank) for layer in layers))
 
@@ -121,17 +126,22 @@ def _refuse_unstreamable(layer: RoutedExperts) -> None:
         )
 
 
-def expert_parameters(layer: RoutedExperts, rank: int) -> tuple[list[str], list[str]]:
-    """(streamed, replicated) names of the parameters that have a row for every expert, in registration order.
-
-    Raises DWDPError when a streamed one is not contiguous by expert.
-    """
+def per_expert(layer: RoutedExperts, rank: int) -> dict[str, torch.nn.Parameter]:
+    """The parameters that have a row for every expert that `rank` owns, in registration order."""
     owned = layer.dwdp_placement.owned(rank)
-    rows = {
+    return {
         name: parameter
         for name, parameter in layer.named_parameters()
         if name not in NOT_PER_EXPERT and parameter.dim() and parameter.shape[0] == len(owned)
     }
+
+
+def expert_parameters(layer: RoutedExperts, rank: int) -> tuple[list[str], list[str]]:
+    """(streamed, replicated) names of the parameters per expert, in registration order.
+
+    Raises DWDPError when a streamed one is not contiguous by expert.
+    """
+    rows = per_expert(layer, rank)
     largest = max(p[0].numel() * p.element_size() for p in rows.values())
     streamed = [n for n, p in rows.items() if p[0].numel() * p.element_size() > SMALL * largest]
     for name in streamed:
@@ -141,8 +151,15 @@ def expert_parameters(layer: RoutedExperts, rank: int) -> tuple[list[str], list[
     return streamed, [name for name in rows if name not in streamed]
 
 
+def size_of(layer: RoutedExperts, names: Iterable[str]) -> LayerSize:
+    """The memory of the parameters `names` of `layer`, as they are now."""
+    rows = (getattr(layer, name)[0] for name in names)
+    return LayerSize(placement=layer.dwdp_placement, expert_bytes=[row.numel() * row.element_size() for row in rows])
+
+
 def bind(
-    layer: RoutedExperts, weights: LayerWeights, replicated: dict[str, torch.Tensor], prefetcher: Prefetcher
+    layer: RoutedExperts, weights: LayerWeights, replicated: dict[str, torch.Tensor], prefetcher: Prefetcher,
+    hot: HotCache | None,
 ) -> None:
     """Show `layer` all E experts: parameters over the full tensors, a kernel built for E, and a forward that waits.
 
@@ -156,8 +173,13 @@ def bind(
     layer.moe_config.num_local_experts = layer.local_num_experts = num_experts
     layer._expert_map = None
     _rebuild_kernel(layer)
+    if hot is not None and layer.quant_method.is_monolithic:
+        raise DWDPError(
+            f"cache_policy=hot needs the routed experts, which {type(layer.quant_method.moe_kernel).__name__} of "
+            f"{layer.layer_name} keeps to itself: use --dwdp-cache-policy even, or --moe-backend triton"
+        )
     for name in ("forward_modular", "forward_monolithic"):
-        setattr(layer, name, _ahead_of_use(getattr(layer, name), weights, prefetcher))
+        setattr(layer, name, _ahead_of_use(getattr(layer, name), weights, prefetcher, hot))
 
 
 def keep_opaque(model: torch.nn.Module) -> None:
@@ -179,10 +201,14 @@ def _rebuild_kernel(layer: RoutedExperts) -> None:
     method.moe_kernel = mk.FusedMoEKernel(kernel.prepare_finalize, experts)
 
 
-def _ahead_of_use(forward: Callable, weights: LayerWeights, prefetcher: Prefetcher) -> Callable:
+def _ahead_of_use(
+    forward: Callable, weights: LayerWeights, prefetcher: Prefetcher, hot: HotCache | None
+) -> Callable:
     @functools.wraps(forward)
     def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         view = prefetcher.acquire(weights, x.shape[0])
+        if hot is not None and view == DIRECT:
+            hot.count(weights, kwargs["topk_ids"])
         output = forward(x, *args, **kwargs)
         prefetcher.release(weights, view)
         return output

@@ -21,6 +21,7 @@ class Metrics:
         self._forwards = {
             view: self._counter("forwards", "Forward passes by view.", view=view) for view in model.prefetcher.forwards
         }
+        self._swapped = self._counter("swapped", "Bundles of experts that the hot cache took in.")
         self._seen: dict[Counter, int] = {}
         stats = model.stats()
         for kind, nbytes in stats["memory_bytes"].items():
@@ -34,6 +35,8 @@ class Metrics:
         prefetcher = self._model.prefetcher
         self._advance(self._bytes, prefetcher.prefetched_bytes)
         self._advance(self._refills, prefetcher.refills)
+        if self._model.hot is not None:
+            self._advance(self._swapped, self._model.hot.swapped)
         for view, count in prefetcher.forwards.items():
             self._advance(self._forwards[view], count)
 

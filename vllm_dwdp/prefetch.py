@@ -104,6 +104,10 @@ class Prefetcher:
         self._stream.record(slot.ready)
         self.prefetched_bytes += self._layers[ordinal].copied_bytes
 
+    def replan(self, layer: Layer) -> None:
+        """`layer.copies` has changed. Only between steps, with the stream drained."""
+        self._plans[layer.ordinal] = self._stream.plan(layer.copies)
+
     def drain(self) -> None:
         """Wait for the copies under way."""
         self._stream.drain()

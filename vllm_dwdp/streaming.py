@@ -7,11 +7,12 @@ import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-from vllm_dwdp import experts
+from vllm_dwdp import budget, experts
+from vllm_dwdp.budget import LayerSize
 from vllm_dwdp.config import Options
-from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.kernels.device import Device
-from vllm_dwdp.layout import Layout
+from vllm_dwdp.hot import HotCache
+from vllm_dwdp.layout import Layout, bundle_size
 from vllm_dwdp.placement import spread_residents
 from vllm_dwdp.prefetch import Prefetcher
 from vllm_dwdp.rendezvous import Group, LayerManifest, Manifest, TensorManifest, agree
@@ -30,6 +31,7 @@ class StreamedModel:
         self._group, self._device = group, device
         self.slots: Slots | None = None
         self.prefetcher: Prefetcher | None = None
+        self.hot: HotCache | None = None
         self.replicated_bytes = 0
 
     @classmethod
@@ -44,11 +46,18 @@ class StreamedModel:
         Raises DWDPError on every rank when ranks disagree (before anything is freed) or memory does not suffice.
         """
         names = [experts.expert_parameters(module, group.rank) for module in modules]
-        residents = resident_experts(modules, names, group, device, options, memory_utilization)
+        sizes = [experts.size_of(module, streamed) for module, (streamed, _) in zip(modules, names, strict=True)]
+        cache = min(group.gather("cache", budget.cache_bytes(sizes, device, options, memory_utilization)))
+        logger.info("DWDP cache_gib=%s (%s): %.3f GiB", options.cache_gib, options.cache_policy, cache / budget.GIB)
+        residents = residents_of(cache, sizes)
+        bundle = 0
+        if options.cache_policy == "hot" and any(n < size.remote_experts for n, size in zip(residents, sizes)):
+            residents = [0] * len(modules)
+            bundle = bundle_size([nbytes for size in sizes for nbytes in size.expert_bytes], device.page_bytes)
         agree(group, "manifest", describe(model, modules, names, residents, device.page_bytes))
         layers = [
             LayerWeights(i, module.layer_name, [
-                FullTensor(spec_of(module, name, residents[i], device), group.rank) for name in streamed
+                FullTensor(spec_of(module, name, residents[i], bundle, device), group.rank) for name in streamed
             ])
             for i, (module, (streamed, _)) in enumerate(zip(modules, names, strict=True))
         ]
@@ -57,11 +66,13 @@ class StreamedModel:
             small = self._replicate(modules, names)
             for module, layer in zip(modules, layers, strict=True):
                 self._migrate(module, layer)
-            self._share(options)
+            self._share(options, cache if bundle else 0)
             for module, layer, (_, replicated) in zip(modules, layers, names, strict=True):
                 tensors = {name: small[module.layer_name, name] for name in replicated}
-                experts.bind(module, layer, tensors, self.prefetcher)
+                experts.bind(module, layer, tensors, self.prefetcher, self.hot)
             experts.keep_opaque(model)
+            if self.hot is not None:
+                self.hot.start()
             self.prefetcher.start()
             self._report()
         except BaseException:
@@ -88,7 +99,7 @@ class StreamedModel:
             parameter.data = parameter.data.new_empty(0)
             self._device.release_cached()
 
-    def _share(self, options: Options) -> None:
+    def _share(self, options: Options, hot_bytes: int) -> None:
         """Import the peers' shards, complete edge pages and residents, make the slots and both views."""
         self._group.barrier("shard in place")
         exchange(self._group, self._device, self.layers)
@@ -98,15 +109,22 @@ class StreamedModel:
         self.slots = Slots(self._device, self.layers, options.slots, self.rank)
         for layer in self.layers:
             for tensor in layer.tensors:
-                tensor.compose(self._device, self.slots.of(layer, tensor.spec.name), options.slice_bytes, self.size)
-            layer.copies = [copy for tensor in layer.tensors for copy in tensor.copies]
-            layer.copied_bytes = sum(nbytes for _, _, nbytes in layer.copies)
-        self._group.barrier("pages complete")
+                tensor.compose(self._device, self.slots.of(layer, tensor.spec.name))
+            layer.plan(options.slice_bytes)
         remote = any(layer.copies for layer in self.layers)
+        stream = self._device.stream(timing=options.timing)
         self.prefetcher = Prefetcher(
-            self.layers, self._device.stream(timing=options.timing), num_slots=options.slots,
+            self.layers, stream, num_slots=options.slots,
             direct_max_tokens=(options.direct_max_tokens or 0) if remote else EVERYTHING,
         )
+        if hot_bytes:
+            self.hot = HotCache(
+                self.layers, self._device, stream, self.prefetcher, rank=self.rank, slice_bytes=options.slice_bytes,
+                num_pages=hot_bytes // self._device.page_bytes,
+            )
+        everyone = self._group.gather("pages complete", self.memory_bytes())
+        if self.rank == 0:
+            logger.info("DWDP expert memory\n%s", budget.table(everyone))
 
     def memory_bytes(self) -> dict[str, int]:
         """Expert memory on this rank by kind. `padding` is what whole pages add to the bytes of owned experts."""
@@ -115,7 +133,8 @@ class StreamedModel:
         shard = sum(len(layout.bytes_of(layout.placement.owned(self.rank))) for layout in layouts)
         return {
             "shard": shard,
-            "resident": sum(block.nbytes for tensor in tensors for _, block in tensor.residents),
+            "resident": sum(block.nbytes for tensor in tensors for _, block in tensor.residents)
+            + (self.hot.nbytes if self.hot else 0),
             "slots": self.slots.nbytes if self.slots else 0,
             "replicated": self.replicated_bytes,
             "padding": sum(block.nbytes for tensor in tensors for _, block in tensor.shard) - shard,
@@ -124,6 +143,8 @@ class StreamedModel:
     def stats(self) -> dict[str, Any]:
         prefetcher = self.prefetcher
         prefetcher.drain()
+        if self.hot is not None:
+            self.hot.bill()
         layout = self.layers[0].tensors[0].spec.layout
         owned, held = layout.placement.owned(self.rank), layout.placement.held(self.rank, layout.residents)
         return {
@@ -141,14 +162,14 @@ class StreamedModel:
             "refills": prefetcher.refills,
             "exposed_wait_ms": prefetcher.exposed_wait_ms,
             "copy_ms": prefetcher.copy_ms,
+            "direct_bytes": self.hot and self.hot.direct_bytes,
+            "swapped": self.hot and self.hot.swapped,
         }
 
     def _report(self) -> None:
-        gib = {kind: nbytes / 2**30 for kind, nbytes in self.memory_bytes().items()}
         logger.info(
-            "DWDP rank %d of %d: %d MoE layers, expert memory %s GiB, %d slots, direct view up to %d tokens",
-            self.rank, self.size, len(self.layers), ", ".join(f"{kind} {size:.3f}" for kind, size in gib.items()),
-            len(self.prefetcher.slots), self.prefetcher.direct_max_tokens,
+            "DWDP rank %d of %d: %d MoE layers, %d slots, direct view up to %d tokens", self.rank, self.size,
+            len(self.layers), len(self.prefetcher.slots), self.prefetcher.direct_max_tokens,
         )
 
     def close(self) -> None:
@@ -159,48 +180,33 @@ class StreamedModel:
         self._device.release_cached()
         for tensor in (tensor for layer in self.layers for tensor in layer.tensors):
             tensor.close()
-        if self.slots is not None:
-            self.slots.close()
+        for memory in (self.slots, self.hot):
+            if memory is not None:
+                memory.close()
 
 
-def resident_experts(
-    modules: Sequence[RoutedExperts], names: Sequence[tuple[list[str], list[str]]], group: Group, device: Device,
-    options: Options, memory_utilization: float,
-) -> list[int]:
-    """Resident experts per layer that `cache_gib` pays for: the same on every rank, so the least that any can afford.
+def refuse_oversize(
+    modules: Sequence[RoutedExperts], rank: int, device: Device, options: Options, memory_utilization: float
+) -> None:
+    """Raises DWDPError when slots or cache will not fit beside the shards, whose memory `modules` have taken already.
 
-    Raises DWDPError when slots and cache do not fit beside the shard, naming the largest cache that would.
+    Layers that are quantized while they load have no memory yet; `StreamedModel.build` checks them.
     """
-    per_expert = max(
-        sum(getattr(m, n)[0].nbytes for n in streamed) for m, (streamed, _) in zip(modules, names, strict=True)
-    )
-    remote = max(m.dwdp_placement.num_experts - len(m.dwdp_placement.owned(group.rank)) for m in modules)
-    device.release_cached()
-    free, total = device.memory()
-    room = free - (1 - memory_utilization) * total - options.slots * remote * per_expert
-    if options.cache_gib == "auto":
-        wanted = max(room - options.cache_floor_gib * 2**30, 0.0)
-    else:
-        wanted = options.cache_gib * 2**30
-    if wanted > room:
-        raise DWDPError(
-            f"cache_gib={options.cache_gib} and {options.slots} slots do not fit beside the shard within "
-            f"gpu_memory_utilization={memory_utilization}: the largest cache_gib that does is "
-            f"{max(room, 0) / 2**30:.2f}"
-        )
-    affordable = min(group.gather("resident experts", int(wanted // per_expert)), default=0)
-    logger.info(
-        "DWDP cache_gib=%s: room for %.2f GiB beside shard and slots, %d resident experts over %d layers",
-        options.cache_gib, room / 2**30, min(affordable, remote * len(modules)), len(modules),
-    )
-    return spread_residents(affordable, len(modules))
+    if not any(parameter.is_meta for module in modules for parameter in module.parameters()):
+        sizes = [experts.size_of(module, experts.per_expert(module, rank)) for module in modules]
+        budget.cache_bytes(sizes, device, options, memory_utilization)
 
 
-def spec_of(module: RoutedExperts, name: str, residents: int, device: Device) -> TensorSpec:
+def residents_of(cache: int, sizes: Sequence[LayerSize]) -> list[int]:
+    """Resident experts per layer that `cache` bytes pay for."""
+    return spread_residents(cache // max(sum(size.expert_bytes) for size in sizes), len(sizes))
+
+
+def spec_of(module: RoutedExperts, name: str, residents: int, bundle: int, device: Device) -> TensorSpec:
     parameter, placement = getattr(module, name), module.dwdp_placement
     layout = Layout(
         placement=placement, expert_bytes=parameter[0].numel() * parameter.element_size(),
-        page_bytes=device.page_bytes, residents=residents,
+        page_bytes=device.page_bytes, residents=residents, bundle=bundle,
     )
     shape = (placement.num_experts, *parameter.shape[1:])
     return TensorSpec(name=name, shape=shape, stride=tuple(parameter.stride()), dtype=parameter.dtype, layout=layout)

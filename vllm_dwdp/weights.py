@@ -6,7 +6,8 @@ Each streamed tensor of each layer gets two address ranges, both of them one con
                                                                     all layers that use slot k
     direct view     peers' pages | the same held pages | peers' pages    static, mapped read-only
 
-Held pages are the shard's segments, which peers import, and this rank's residents, which they do not.
+Held pages are the shard's segments, which peers import, and this rank's residents, which they do not. The hot cache
+(hot.py) puts pages of its own in the place of a peer's in the direct view, from which slots are filled.
 """
 
 import dataclasses
@@ -42,8 +43,10 @@ class FullTensor:
         self.residents: list[tuple[range, Block]] = []  # (pages, block): this rank's own
         self._peers: list[tuple[int, range, Block]] = []  # (owner, pages, imported block)
         self._regions: list[Region] = []
+        self._direct: Region
+        self._missing: list[tuple[int, range]] = []  # (owner, pages): the direct view's segments of peers
+        self._localized: set[int] = set()  # first pages of the segments that the hot cache has taken over
         self.views: dict[str, torch.Tensor] = {}
-        self.copies: list[tuple[int, int, int]] = []
 
     @property
     def held(self) -> list[tuple[range, Block]]:
@@ -98,33 +101,70 @@ class FullTensor:
         here.close()
         there.close()
 
-    def compose(self, device: Device, slot: "tuple[Block | None, Block | None]", slice_bytes: int, size: int) -> None:
-        """Build both views and the copies between them. `slot` is the slot's block below the held pages and above."""
+    def compose(self, device: Device, slot: "tuple[Block | None, Block | None]") -> None:
+        """Build both views. `slot` is the slot's block below the held pages and above."""
         layout, page = self.spec.layout, device.page_bytes
         below, above = layout.missing(self._rank)
         before = (slot[0].nbytes if slot[0] else 0) - len(below) * page  # a slot block may be larger than this layer
         streamed = self._region(device, before + layout.cuts[-1] * page + (slot[1].nbytes if slot[1] else 0))
-        direct = self._region(device, layout.cuts[-1] * page)
+        direct = self._direct = self._region(device, layout.cuts[-1] * page)
         for pages, block in self.held:
             streamed.map(before + pages.start * page, block, writable=True)
             direct.map(pages.start * page, block, writable=True)
-        pieces: list[tuple[int, range]] = []
         for part, block, at in ((below, slot[0], 0), (above, slot[1], before + above.start * page)):
             if part and block:
                 streamed.map(at, block, writable=True)
-            for owner, pages in layout.sources(self._rank, part):
-                source = next(b for o, p, b in self._peers if o == owner and p == pages)
-                direct.map(pages.start * page, source, writable=False)
-                pieces.append((owner, range(pages.start * page, min(pages.stop * page, layout.total_bytes))))
-        self.copies = [
-            (streamed.address + before + span.start, direct.address + span.start, len(span))
-            for span in interleave(pieces, self._rank, size, slice_bytes)
-        ]
+            self._missing += layout.sources(self._rank, part)
+        for owner, pages in self._missing:
+            direct.map(pages.start * page, self._block_of(owner, pages), writable=False)
         spec = self.spec
         self.views = {
             STREAMED: streamed.tensor(before, spec.shape, spec.stride, spec.dtype),
             DIRECT: direct.tensor(0, spec.shape, spec.stride, spec.dtype),
         }
+
+    @property
+    def direct_address(self) -> int:
+        return self._direct.address
+
+    def _block_of(self, owner: int, pages: range) -> Block:
+        return next(b for o, p, b in self._peers if o == owner and p == pages)
+
+    def missing(self) -> list[tuple[int, range]]:
+        """(bundle, pages) of every segment that is a peer's."""
+        return [(self.spec.layout.bundle_of(pages), pages) for _, pages in self._missing]
+
+    def localize(self, pages: range, blocks: Sequence[Block]) -> None:
+        """Show `blocks` of this rank, one a page, in place of the peer's segment `pages`. Nothing may read it now."""
+        direct, page = self._direct, self.spec.layout.page_bytes
+        direct.unmap(pages.start * page)
+        for number, block in zip(pages, blocks, strict=True):
+            direct.map(number * page, block, writable=False)
+        self._localized.add(pages.start)
+
+    def restore(self, pages: range) -> None:
+        """Show the peer's segment again. Nothing may read it now."""
+        direct, page = self._direct, self.spec.layout.page_bytes
+        for number in pages:
+            direct.unmap(number * page)
+        owner = next(owner for owner, there in self._missing if there == pages)
+        direct.map(pages.start * page, self._block_of(owner, pages), writable=False)
+        self._localized.remove(pages.start)
+
+    def copies(self, slice_bytes: int) -> tuple[list[tuple[int, int, int]], int]:
+        """What fills the slot, as (destination, source, bytes) addresses in order, and the bytes that peers serve."""
+        layout = self.spec.layout
+        pieces: list[tuple[int, range]] = []  # (source, bytes)
+        for owner, pages in self._missing:
+            source = self._rank if pages.start in self._localized else owner
+            span = range(pages.start * layout.page_bytes, min(pages.stop * layout.page_bytes, layout.total_bytes))
+            if pieces and pieces[-1][0] == source and pieces[-1][1].stop == span.start:
+                span = range(pieces.pop()[1].start, span.stop)
+            pieces.append((source, span))
+        streamed, direct = self.views[STREAMED].data_ptr(), self.direct_address
+        order = interleave(pieces, self._rank, layout.placement.size, slice_bytes)
+        served = sum(len(span) for source, span in pieces if source != self._rank)
+        return [(streamed + span.start, direct + span.start, len(span)) for span in order], served
 
     def _region(self, device: Device, nbytes: int) -> Region:
         self._regions.append(device.reserve(nbytes))
@@ -144,8 +184,14 @@ class LayerWeights:
         self.ordinal, self.name, self.tensors = ordinal, name, tensors
         self.parameters: list[torch.nn.Parameter] = []
         self.copies: list[tuple[int, int, int]] = []
-        self.copied_bytes = 0
+        self.copied_bytes = 0  # those that peers serve
         self._view: str | None = None
+
+    def plan(self, slice_bytes: int) -> None:
+        """Bring `copies` and `copied_bytes` up to date with where the direct view's bytes lie."""
+        plans = [tensor.copies(slice_bytes) for tensor in self.tensors]
+        self.copies = [copy for copies, _ in plans for copy in copies]
+        self.copied_bytes = sum(served for _, served in plans)
 
     def bind(self, view: str) -> None:
         """Point the layer's parameters at `view`. A host-side assignment, and only when the view changes."""

@@ -20,7 +20,7 @@ from vllm_dwdp.experts import refuse_bypass, sharded
 from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.metrics import Metrics
 from vllm_dwdp.rendezvous import Group, Hello, agree
-from vllm_dwdp.streaming import StreamedModel
+from vllm_dwdp.streaming import StreamedModel, refuse_oversize
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -46,16 +46,21 @@ class DWDPWorker(PlatformWorker):
         with group.reporting():
             hello = introduce(self.vllm_config, options, rank, device)
             choose_handles(device, agree(group, "hello", hello, own=("rank", "host", "handles")))
-            with sharded(rank, options.size, options.experts_per_rank) as layers:
+            utilization = self.vllm_config.cache_config.gpu_memory_utilization
+            with sharded(
+                rank, options.size, options.experts_per_rank,
+                before_reading=lambda layers: refuse_oversize(layers, rank, device, options, utilization),
+            ) as layers:
                 super().load_model(**kwargs)
             refuse_bypass(layers, self.model_config)
             self.dwdp = StreamedModel.build(
-                self.model_runner.get_model(), layers, group, device, options,
-                self.vllm_config.cache_config.gpu_memory_utilization,
+                self.model_runner.get_model(), layers, group, device, options, utilization
             )
         self._metrics = Metrics(self.dwdp)
 
     def execute_model(self, scheduler_output: Any) -> Any:
+        if self.dwdp.hot is not None:
+            self.dwdp.hot.advance()
         output = super().execute_model(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens:
             self.dwdp.prefetcher.count_step()

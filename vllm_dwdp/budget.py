@@ -1,0 +1,69 @@
+"""Budget: what slots and cache take beside the shard, and what there is for them. Refuses what cannot fit."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from vllm_dwdp.config import Options
+from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.kernels.device import Device
+from vllm_dwdp.placement import Placement
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSize:
+    """One MoE layer: who owns its experts, and the bytes of one expert in each streamed tensor."""
+
+    placement: Placement
+    expert_bytes: list[int]
+
+    @property
+    def remote_experts(self) -> int:
+        """The most that any rank does not own."""
+        return self.placement.num_experts - min(len(self.placement.owned(r)) for r in range(self.placement.size))
+
+    @property
+    def remote_bytes(self) -> int:
+        return self.remote_experts * sum(self.expert_bytes)
+
+
+def cache_bytes(layers: Sequence[LayerSize], device: Device, options: Options, memory_utilization: float) -> int:
+    """Bytes of cache that `cache_gib` asks for and that fit beside the shard, which is allocated, and the slots.
+
+    `memory_utilization` is vLLM's gpu_memory_utilization, the part of the device that this engine may fill. Raises
+    DWDPError when slots or cache do not fit, naming what is missing or the largest cache that would fit.
+    """
+    device.release_cached()
+    free, total = device.memory()
+    remote = max(layer.remote_bytes for layer in layers)
+    room = int(free - (1 - memory_utilization) * total - options.slots * remote)
+    within = f"beside the shard within gpu_memory_utilization={memory_utilization}"
+    if room < 0:
+        raise DWDPError(
+            f"{options.slots} slots of {remote / GIB:.2f} GiB do not fit {within}: {-room / GIB:.2f} GiB are "
+            f"missing; use more ranks, --dwdp-slots 2 or a higher --gpu-memory-utilization"
+        )
+    if options.cache_gib == "auto":
+        wanted = max(room - int(options.cache_floor_gib * GIB), 0)
+    else:
+        wanted = int(options.cache_gib * GIB)
+    wanted = min(wanted, remote * len(layers))
+    if wanted > room:
+        raise DWDPError(
+            f"cache_gib={options.cache_gib} and {options.slots} slots do not fit {within}: the largest cache_gib that "
+            f"does is {room // (GIB // 100) / 100:.2f}"
+        )
+    return wanted
+
+
+def table(ranks: Sequence[dict[str, int]]) -> str:
+    """Every rank's expert memory by kind, in GiB, as aligned text; `ranks` are StreamedModel.memory_bytes."""
+    columns = [*ranks[0], "total"]
+    rows = [[*(f"{nbytes / GIB:.3f}" for nbytes in (*kinds.values(), sum(kinds.values())))] for kinds in ranks]
+    widths = [max(len(column), 7) for column in columns]
+    lines = [("GiB", columns), *((f"rank {rank}", row) for rank, row in enumerate(rows))]
+    return "\n".join(
+        "  ".join([name.ljust(8), *(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))])
+        for name, cells in lines
+    )
