@@ -31,7 +31,7 @@ CALLED = {
     CONFIG + "ModelConfig.get_num_experts": "self",
     CONFIG + "CompilationConfig.post_init_cudagraph_sizes": "self",
     MOE + "routed_experts:RoutedExperts.__init__": "layer_name params_dtype moe_config expert_map_manager",
-    MOE + "routed_experts:RoutedExperts.forward_modular": "x",
+    MOE + "routed_experts:RoutedExperts.forward_modular": "x topk_ids",
     MOE + "routed_experts:RoutedExperts.forward_monolithic": "x",
     MOE + "fused_moe_method_base:FusedMoEMethodBase.get_fused_moe_quant_config": "layer",
     MOE + "modular_kernel:FusedMoEKernel.__init__": "prepare_finalize fused_experts",
@@ -75,7 +75,8 @@ ATTRIBUTES = {
     MOE + "routed_experts:RoutedExperts": "layer_name quant_method moe_config _expert_map local_num_experts "
                                           "global_num_experts",
     MOE + "config:FusedMoEConfig": "num_experts num_local_experts",
-    MOE + "fused_moe_method_base:FusedMoEMethodBase": "supports_eplb moe_kernel moe_quant_config",
+    MOE + "fused_moe_method_base:FusedMoEMethodBase": "supports_eplb moe_kernel moe_quant_config "
+                                                             "is_monolithic",
     MOE + "modular_kernel:FusedMoEKernel": "prepare_finalize fused_experts",
     MOE + "runner.moe_runner:MoERunner": "_forward_entry shared_experts",
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader": "local_expert_ids",

@@ -56,6 +56,8 @@ def check_swaps(rank: int, size: int, port: int, kind: str, cached: float, **sha
     tail = sum(-t.spec.layout.total_bytes % page for layer in layers for t in layer.tensors)
     served = sum(layer.copied_bytes for layer in layers)
     assert remote_pages * page - local - tail <= served <= remote_pages * page - local, "slots are filled from here, too"
+    if kind == "host":  # whose plans are the copies themselves
+        assert shards.prefetcher._plans == [layer.copies for layer in layers], "no copy spans a peer's pages and ours"
     shards.group.barrier("swapped")
     cache.close()
     shards.close()

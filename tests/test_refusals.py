@@ -76,6 +76,8 @@ def assert_refused(raised: pytest.ExceptionInfo, *named: str) -> None:
         ({}, {"slots": "many"}, "$.slots"),
         ({}, {"cache_gib": -1}, "$.cache_gib"),
         ({}, {"cache_gib": "all"}, "$.cache_gib"),
+        ({}, {"cache_policy": "hot"}, "cache_policy=hot has no cache to fill"),
+        ({}, {"cache_policy": "lru", "cache_gib": 1}, "$.cache_policy"),
         ({}, {"rendezvous": "nowhere"}, "$.rendezvous"),
         ({}, {"startup_timeout_s": 0}, "$.startup_timeout_s"),
     ],
