@@ -73,7 +73,8 @@ class Layout:
 
     def bundle_of(self, pages: range) -> int:
         """The bundle that a segment belongs to: the last one that begins in its first page or before."""
-        return ((pages.start + 1) * self.page_bytes - 1) // self.expert_bytes // self.bundle
+        last_byte = min((pages.start + 1) * self.page_bytes, self.total_bytes) - 1
+        return last_byte // self.expert_bytes // self.bundle
 
     def fills(self, rank: int) -> list[tuple[int, range]]:
         """(owner, bytes) pieces that `rank` holds without owning: the edges of its edge pages, and its residents."""
