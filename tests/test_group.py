@@ -1,6 +1,9 @@
 """Invariant: ranks that differ, fail or stay away stop every rank soon, in one line that says who and why."""
 
+import errno
+import itertools
 import os
+import re
 import shutil
 import signal
 import time
@@ -51,6 +54,18 @@ def break_rank_1(rank: int) -> None:
 
     if rank == 1:
         while_loading(rank, fail)
+
+
+def fill_memory_of_rank_1(rank: int) -> None:
+    """Shared memory runs out in the middle of the migration."""
+    fallocate, blocks = os.posix_fallocate, itertools.count()
+
+    def allocate(fd: int, offset: int, nbytes: int) -> None:
+        if rank == 1 and next(blocks) == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fallocate(fd, offset, nbytes)
+
+    os.posix_fallocate = allocate
 
 
 def kill_rank_0(rank: int) -> None:
@@ -114,6 +129,14 @@ def test_a_rank_that_fails(models) -> None:
     with ranks([models("qwen3_moe")] * 2, [{"rank": 0}, {"rank": 1}], break_rank_1) as group:
         outcomes = group.outcomes(120)
     assert outcomes == [f"PeerStopped: rank 1 stopped: {BROKEN}", f"OSError: {BROKEN}"]
+
+
+def test_memory_runs_out_while_migrating(models) -> None:
+    """Both ranks stop at once and say how much was wanted, and of what."""
+    with ranks([models("qwen3_moe")] * 2, [{"rank": 0}, {"rank": 1}], fill_memory_of_rank_1) as group:
+        outcomes = group.outcomes(120)
+    assert re.fullmatch(r"DWDPError: cannot allocate \d+ bytes of shared memory: No space left on device", outcomes[1])
+    assert outcomes[0] == outcomes[1].replace("DWDPError: ", "PeerStopped: rank 1 stopped: ")
 
 
 def test_rank_1_is_killed(models) -> None:
