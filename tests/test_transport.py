@@ -20,6 +20,7 @@ from vllm_dwdp.prefetch import DIRECT, STREAMED, Prefetcher
 from vllm_dwdp.rendezvous import Group
 from vllm_dwdp.weights import FullTensor, LayerWeights, Slots, TensorSpec, exchange, replicate
 
+SMALL = {1: torch.float32, 33: torch.bfloat16, 12: torch.float8_e4m3fn, 600_000: torch.float32}  # values a row: dtype
 DEVICES = ["host", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -113,14 +114,13 @@ def check_views(rank: int, size: int, port: int, kind: str, **shape) -> None:
 
 
 def check_replicas(rank: int, size: int, port: int, kind: str) -> None:
-    device = make_device(kind, rank)
     group = Group.connect(rank=rank, size=size, host="127.0.0.1", port=port, hosted=True, timeout_s=60)
     placement = Placement(num_experts=7, size=size)
     owned = placement.owned(rank)
-    whole = [torch.arange(7 * n, dtype=torch.float32).reshape(7, n).to(torch_device(device)) for n in (1, 33)]
-    found = replicate(group, device, [w[owned.start : owned.stop].clone() for w in whole], [placement.owned] * 2)
-    assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
-    assert device.allocated_bytes == 0
+    where = torch_device(make_device(kind, rank))
+    whole = [torch.arange(7 * n, device=where).reshape(7, n).to(dtype) for n, dtype in SMALL.items()]
+    found = replicate(group, [w[owned.start : owned.stop].clone() for w in whole], [placement] * len(whole))
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(found, whole, strict=True))
     group.barrier("done")
 
 
@@ -181,7 +181,7 @@ def test_views_are_exact(kind: str, size: int, shape: dict) -> None:
 
 @pytest.mark.parametrize("kind", DEVICES)
 def test_small_tensors_are_replicated(kind: str) -> None:
-    """Every rank ends with all rows of the small tensors and holds no shared memory for them."""
+    """Every rank ends with all rows of the small tensors, whatever their dtype and size."""
     run(check_replicas, 3, kind)
 
 

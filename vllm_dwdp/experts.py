@@ -39,8 +39,8 @@ def sharded(
 ) -> Iterator[list[RoutedExperts]]:
     """While the body builds and loads a model, every RoutedExperts holds only this rank's experts.
 
-    Yields the list of layers built, in order; `before_reading` gets it before a checkpoint is read. Raises DWDPError, before any weight is read, for a layer that cannot be
-    streamed, and when the model has built none.
+    Yields the list of layers built, in order; `before_reading` gets it before a checkpoint is read. Raises DWDPError,
+    also before that, for a layer that cannot be streamed, and when the model has built none.
     """
     layers: list[RoutedExperts] = []
     build, select_files = RoutedExperts.__init__, DefaultModelLoader._init_ep_weight_filter

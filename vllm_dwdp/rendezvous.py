@@ -26,6 +26,7 @@ T = TypeVar("T")
 _POLL_S = 0.05
 _REPORT_S = 15.0
 _FAREWELL_S = 5.0
+_PART_BYTES = 4 * 2**20
 _FDS_PER_MESSAGE = 128  # the kernel takes 253
 
 
@@ -114,7 +115,7 @@ class Group:
         """
         assert what not in self._gathered, f"'{what}' was gathered before: its keys would answer for the past"
         self._gathered.add(what)
-        self._call(lambda: self._store.set(f"{what}/{self.rank}", msgspec.msgpack.encode(mine)))
+        self._call(lambda: self._publish(f"{what}/{self.rank}", msgspec.msgpack.encode(mine)))
         missing = list(range(self.size))
         start = reported = time.monotonic()
         while missing := [r for r in missing if not self._call(lambda r=r: self._store.check([f"{what}/{r}"]))]:
@@ -132,9 +133,19 @@ class Group:
             time.sleep(_POLL_S)
         kind = type(mine)
         return [
-            msgspec.msgpack.decode(self._call(lambda r=r: self._store.get(f"{what}/{r}")), type=kind)
+            msgspec.msgpack.decode(self._call(lambda r=r: self._published(f"{what}/{r}")), type=kind)
             for r in range(self.size)
         ]
+
+    def _publish(self, key: str, value: bytes) -> None:
+        """The store takes 8 MiB at a time: parts first, then their number under the key itself."""
+        starts = range(0, len(value), _PART_BYTES)
+        for number, at in enumerate(starts):
+            self._store.set(f"{key}/{number}", value[at : at + _PART_BYTES])
+        self._store.set(key, str(len(starts)))
+
+    def _published(self, key: str) -> bytes:
+        return b"".join(self._store.get(f"{key}/{number}") for number in range(int(self._store.get(key))))
 
     def barrier(self, what: str) -> None:
         self.gather(what, self.rank)

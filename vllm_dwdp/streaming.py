@@ -84,9 +84,9 @@ class StreamedModel:
         keys = [(m.layer_name, n) for m, (_, replicated) in zip(modules, names, strict=True) for n in replicated]
         by_name = {m.layer_name: m for m in modules}
         full = replicate(
-            self._group, self._device,
+            self._group,
             [getattr(by_name[layer], name).data for layer, name in keys],
-            [by_name[layer].dwdp_placement.owned for layer, _ in keys],
+            [by_name[layer].dwdp_placement for layer, _ in keys],
         )
         self.replicated_bytes = sum(tensor.nbytes for tensor in full)
         return dict(zip(keys, full, strict=True))

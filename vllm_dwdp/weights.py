@@ -12,12 +12,13 @@ Held pages are the shard's segments, which peers import, and this rank's residen
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from vllm_dwdp.kernels.device import Block, Device, Region
 from vllm_dwdp.layout import Layout, interleave
+from vllm_dwdp.placement import Placement
 from vllm_dwdp.prefetch import DIRECT, STREAMED
 from vllm_dwdp.rendezvous import Group, HandleClient, HandleServer
 
@@ -250,8 +251,9 @@ def exchange(group: Group, device: Device, layers: Sequence[LayerWeights]) -> No
         return
     server = HandleServer(group, export)
     try:
-        for peer, address in _addresses(group, server, "serving shards"):
-            client = HandleClient(group, peer, address)
+        addresses = group.gather("serving shards", server.address)
+        for peer in group.peers:
+            client = HandleClient(group, peer, addresses[peer])
             for layer in layers:
                 count = sum(len(tensor.spec.layout.segments(peer)) for tensor in layer.tensors)
                 with client.fetch(layer.ordinal, count) as fds:
@@ -262,62 +264,18 @@ def exchange(group: Group, device: Device, layers: Sequence[LayerWeights]) -> No
         server.close()
 
 
-def _addresses(group: Group, server: HandleServer, what: str) -> list[tuple[int, str]]:
-    addresses = group.gather(what, server.address)
-    return [(peer, addresses[peer]) for peer in group.peers]
-
-
 def replicate(
-    group: Group, device: Device, tensors: Sequence[torch.Tensor], placements: Sequence[Callable[[int], range]]
+    group: Group, tensors: Sequence[torch.Tensor], placements: Sequence[Placement]
 ) -> list[torch.Tensor]:
-    """All-gather small per-expert tensors: each rank gives its owned rows, everyone gets the full [E, ...] tensors.
-
-    `placements[i](rank)` is the range of rows that `rank` owns of tensor i. The rows travel through one shared block
-    per rank, which is closed again before this returns.
-    """
-    if not tensors:
-        return []
-    spans: list[list[tuple[int, int]]] = [[] for _ in range(group.size)]  # per rank: (offset, bytes) of each tensor
-    for tensor, owned in zip(tensors, placements, strict=True):
-        row = tensor[0].numel() * tensor.element_size()
-        for rank, offsets in enumerate(spans):
-            at = sum(offsets[-1]) if offsets else 0
-            offsets.append((at, len(owned(rank)) * row))
-    size_of = [-(-sum(offsets[-1]) // device.page_bytes) * device.page_bytes for offsets in spans]
-    mine = device.allocate(size_of[group.rank])
-    region = device.reserve(mine.nbytes)
-    region.map(0, mine, writable=True)
-    for tensor, (at, nbytes) in zip(tensors, spans[group.rank], strict=True):
-        device.copy(region.address + at, tensor.contiguous().data_ptr(), nbytes)
-    region.close()
-    group.barrier("small tensors ready")
-    blocks = {group.rank: mine} | _fetch_packs(group, device, mine, size_of)
-    full = [
-        tensor.new_empty((max(owned(r).stop for r in range(group.size)), *tensor.shape[1:]))
-        for tensor, owned in zip(tensors, placements, strict=True)
-    ]
-    for rank, block in blocks.items():
-        region = device.reserve(block.nbytes)
-        region.map(0, block, writable=False)
-        for whole, owned, (at, nbytes) in zip(full, placements, spans[rank], strict=True):
-            device.copy(whole[owned(rank).start :].data_ptr(), region.address + at, nbytes)
-        region.close()
-        block.close()
+    """All-gather small per-expert tensors through the rendezvous: from [owned, ...] on every rank to [E, ...]."""
+    mine = [tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes() for tensor in tensors]
+    everyone = group.gather("small tensors", mine)
+    full = []
+    for number, (tensor, placement) in enumerate(zip(tensors, placements, strict=True)):
+        whole = tensor.new_empty((placement.num_experts, *tensor.shape[1:]))
+        for rank, said in enumerate(everyone):
+            owned = placement.owned(rank)
+            rows = torch.frombuffer(bytearray(said[number]), dtype=torch.uint8).view(tensor.dtype)
+            whole[owned.start : owned.stop] = rows.view(len(owned), *tensor.shape[1:]).to(tensor.device)
+        full.append(whole)
     return full
-
-
-def _fetch_packs(group: Group, device: Device, mine: Block, sizes: Sequence[int]) -> dict[int, Block]:
-    if device.handle_kind == "fabric":
-        handles = group.gather("small tensors", device.export(mine))
-        return {peer: device.adopt(handles[peer], sizes[peer]) for peer in group.peers}
-    server, blocks = HandleServer(group, lambda _: [device.export(mine)]), {}
-    try:
-        for peer, address in _addresses(group, server, "serving small tensors"):
-            client = HandleClient(group, peer, address)
-            with client.fetch(0, 1) as (fd,):
-                blocks[peer] = device.adopt(fd, sizes[peer])
-            client.close()
-        group.barrier("small tensors imported")
-    finally:
-        server.close()
-    return blocks
