@@ -130,6 +130,21 @@ def test_a_busy_rank_delays_no_other(server: Server) -> None:
     assert len(inside) >= 3, f"{len(inside)} short answers while the long one took {end - start:.1f} s"
 
 
+def test_ranks_started_apart(models, folder: Path, server: Server) -> None:
+    """Two `vllm serve` commands, one rank each, behind a balancer of the user's own, answer as the one server does."""
+    group = ["--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", str(free_port()), "--parallel", "dwdp",
+             "--dwdp-rendezvous", f"127.0.0.1:{free_port()}", "--data-parallel-size", "2", "--data-parallel-rank"]
+    with ThreadPoolExecutor(2) as pool:
+        ranks = list(pool.map(lambda rank: Server(models("qwen3_moe"), folder, *group, str(rank)), range(2)))
+    try:
+        expected = server.complete("A mixture of experts", 8)[0]
+        assert [rank.complete("A mixture of experts", 8)[0] for rank in ranks] == [expected] * 2
+        assert all(f"DWDP rank {number} of 2" in rank.log.read_text() for number, rank in enumerate(ranks))
+    finally:
+        for rank in ranks:
+            rank.close()
+
+
 def test_help_shows_the_switch() -> None:
     """`vllm serve --help=parallel` finds the option."""
     shown = subprocess.run([VLLM, "serve", "--help=parallel"], capture_output=True, text=True, timeout=120).stdout
