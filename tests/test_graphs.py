@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from harness import Group
 from vllm.config import CompilationConfig, CUDAGraphMode
 
 from vllm_dwdp.config import Options
@@ -85,3 +86,32 @@ def test_graphs_off(off: dict) -> None:
     made = make_config(**off)
     limit_graphs(made, 8)
     assert made.compilation_config.cudagraph_capture_sizes == SIZES
+
+
+def capture_on_cpu(rank: int) -> None:
+    """Give the config what it has on CUDA just before the model loads; CPU's worker captures nothing by itself."""
+    from vllm_dwdp.worker import DWDPWorker
+
+    load = DWDPWorker.load_model
+
+    def load_model(self, **kwargs) -> None:
+        made = make_config().compilation_config
+        self.vllm_config.compilation_config.__dict__ |= {
+            name: getattr(made, name)
+            for name in ("cudagraph_mode", "cudagraph_capture_sizes", "max_cudagraph_capture_size")
+        }
+        self.vllm_config.model_config.enforce_eager = False
+        load(self, **kwargs)
+
+    DWDPWorker.load_model = load_model
+
+
+def captured(llm) -> list[int]:
+    return llm.llm_engine.vllm_config.compilation_config.cudagraph_capture_sizes
+
+
+@pytest.mark.parametrize(("cache_gib", "sizes"), [(0, [1, 2, 4, 7]), (0.0004, [1, 2, 4, 7]), (1, SIZES)])
+def test_a_rank_that_holds_everything_captures_everything(models, cache_gib: float, sizes: list[int]) -> None:
+    """Graphs are limited once it is known whether anything is streamed: not at all when the cache takes every expert."""
+    with Group(models("qwen3_moe"), 2, {"cache_gib": cache_gib}, setup=capture_on_cpu) as group:
+        assert group.run(captured) == [sizes] * 2

@@ -2,7 +2,8 @@
 
 The direct view's addresses never change and it needs no event: a graph captures it as it is. Streamed weights are
 ordered by events and host-side tags, which a replay would skip. So vLLM captures up to `direct_max_tokens` and runs
-larger batches, whose steps last as long as the copies, compiled but without graphs.
+larger batches, whose steps last as long as the copies, compiled but without graphs. A rank that holds every expert
+streams none: all its batches are direct, and vLLM's own sizes stay.
 """
 
 import math

@@ -17,6 +17,7 @@ import vllm_dwdp
 from vllm_dwdp import config
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.experts import refuse_bypass, sharded
+from vllm_dwdp.graphs import limit_graphs
 from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.metrics import Metrics
 from vllm_dwdp.rendezvous import Group, Hello, agree
@@ -56,6 +57,7 @@ class DWDPWorker(PlatformWorker):
             self.dwdp = StreamedModel.build(
                 self.model_runner.get_model(), layers, group, device, options, utilization
             )
+        limit_graphs(self.vllm_config, self.dwdp.prefetcher.direct_max_tokens)
         self._metrics = Metrics(self.dwdp)
 
     def execute_model(self, scheduler_output: Any) -> Any:
