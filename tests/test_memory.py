@@ -56,11 +56,16 @@ def measured(llm) -> dict:
     model = streamed_model(llm)
     own = [block.fd for layer in model.layers for tensor in layer.tensors for _, block in tensor.held]
     own += [block.fd for block in model.slots._blocks.values()]
+    own += [block.fd for block in model.hot._blocks] if model.hot else []
     held = sum(os.fstat(fd).st_blocks * 512 for fd in own)
     return {"held": held, "peak": PEAK["bytes"], "read": sorted(READ)}
 
 
-@pytest.mark.parametrize("options", [{}, {"cache_gib": 0.01}, {"slots": 3, "experts_per_rank": 8}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cache_gib": 0.01}, {"cache_gib": 0.02, "cache_policy": "hot"}, {"slots": 3, "experts_per_rank": 8}],
+    ids=lambda o: "-".join(o) or "default",
+)
 def test_memory_is_what_the_formula_says(models, options: dict) -> None:
     """Measured by the kernel: shard + residents + slots (+ under two pages a tensor); the peak is within one layer."""
     with Group(models("qwen3_moe", **BIG), 2, options, setup=watch) as group:
