@@ -3,11 +3,15 @@
 import dataclasses
 from collections.abc import Sequence
 
+from vllm.logger import init_logger
+
 from vllm_dwdp.config import Options
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.kernels.device import Device
-from vllm_dwdp.placement import Placement
+from vllm_dwdp.layout import bundle_size
+from vllm_dwdp.placement import Placement, spread_residents
 
+logger = init_logger("vllm.dwdp.budget")
 GIB = 2**30
 
 
@@ -55,6 +59,26 @@ def cache_bytes(layers: Sequence[LayerSize], device: Device, options: Options, m
             f"does is {room // (GIB // 100) / 100:.2f}"
         )
     return wanted
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CachePlan:
+    """Fixed residents of each layer, or pages for the hot cache and the experts in one of its bundles."""
+
+    residents: list[int]
+    hot_pages: int = 0
+    bundle: int = 0
+
+
+def plan_cache(layers: Sequence[LayerSize], nbytes: int, policy: str, page_bytes: int) -> CachePlan:
+    """How to spend `nbytes`. An empty cache or one that takes every remote expert has nothing to choose."""
+    residents = spread_residents(nbytes // max(sum(layer.expert_bytes) for layer in layers), len(layers))
+    logger.info("DWDP cache: %.2f GiB, policy %s, %d resident experts", nbytes / GIB, policy, sum(residents))
+    is_full = all(count >= layer.remote_experts for count, layer in zip(residents, layers, strict=True))
+    if policy == "even" or is_full or not nbytes:
+        return CachePlan(residents=residents)
+    bundle = bundle_size([nbytes for layer in layers for nbytes in layer.expert_bytes], page_bytes)
+    return CachePlan(residents=[0] * len(layers), hot_pages=nbytes // page_bytes, bundle=bundle)
 
 
 def table(ranks: Sequence[dict[str, int]]) -> str:

@@ -8,12 +8,10 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from vllm_dwdp import budget, experts
-from vllm_dwdp.budget import LayerSize
 from vllm_dwdp.config import Options
-from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.hot import HotCache
-from vllm_dwdp.layout import Layout, bundle_size
-from vllm_dwdp.placement import spread_residents
+from vllm_dwdp.kernels.device import Device
+from vllm_dwdp.layout import Layout
 from vllm_dwdp.prefetch import Prefetcher
 from vllm_dwdp.rendezvous import Group, LayerManifest, Manifest, TensorManifest, agree
 from vllm_dwdp.weights import FullTensor, LayerWeights, Slots, TensorSpec, exchange, replicate
@@ -48,16 +46,12 @@ class StreamedModel:
         names = [experts.expert_parameters(module, group.rank) for module in modules]
         sizes = [experts.size_of(module, streamed) for module, (streamed, _) in zip(modules, names, strict=True)]
         cache = min(group.gather("cache", budget.cache_bytes(sizes, device, options, memory_utilization)))
-        logger.info("DWDP cache_gib=%s (%s): %.3f GiB", options.cache_gib, options.cache_policy, cache / budget.GIB)
-        residents = residents_of(cache, sizes)
-        bundle = 0
-        if options.cache_policy == "hot" and any(n < size.remote_experts for n, size in zip(residents, sizes)):
-            residents = [0] * len(modules)
-            bundle = bundle_size([nbytes for size in sizes for nbytes in size.expert_bytes], device.page_bytes)
-        agree(group, "manifest", describe(model, modules, names, residents, device.page_bytes))
+        plan = budget.plan_cache(sizes, cache, options.cache_policy, device.page_bytes)
+        agree(group, "manifest", describe(model, modules, names, plan.residents, device.page_bytes))
         layers = [
             LayerWeights(i, module.layer_name, [
-                FullTensor(spec_of(module, name, residents[i], bundle, device), group.rank) for name in streamed
+                FullTensor(spec_of(module, name, plan.residents[i], plan.bundle, device), group.rank)
+                for name in streamed
             ])
             for i, (module, (streamed, _)) in enumerate(zip(modules, names, strict=True))
         ]
@@ -66,7 +60,7 @@ class StreamedModel:
             small = self._replicate(modules, names)
             for module, layer in zip(modules, layers, strict=True):
                 self._migrate(module, layer)
-            self._share(options, cache if bundle else 0)
+            self._share(options, plan)
             for module, layer, (_, replicated) in zip(modules, layers, names, strict=True):
                 tensors = {name: small[module.layer_name, name] for name in replicated}
                 experts.bind(module, layer, tensors, self.prefetcher, self.hot)
@@ -99,7 +93,7 @@ class StreamedModel:
             parameter.data = parameter.data.new_empty(0)
             self._device.release_cached()
 
-    def _share(self, options: Options, hot_bytes: int) -> None:
+    def _share(self, options: Options, plan: budget.CachePlan) -> None:
         """Import the peers' shards, complete edge pages and residents, make the slots and both views."""
         self._group.barrier("shard in place")
         exchange(self._group, self._device, self.layers)
@@ -117,10 +111,10 @@ class StreamedModel:
             self.layers, stream, num_slots=options.slots,
             direct_max_tokens=(options.direct_max_tokens or 0) if remote else EVERYTHING,
         )
-        if hot_bytes:
+        if plan.bundle:
             self.hot = HotCache(
-                self.layers, self._device, stream, self.prefetcher, rank=self.rank, slice_bytes=options.slice_bytes,
-                num_pages=hot_bytes // self._device.page_bytes,
+                self.layers, self._device, stream, self.prefetcher, rank=self.rank, num_pages=plan.hot_pages,
+                slice_bytes=options.slice_bytes,
             )
         everyone = self._group.gather("pages complete", self.memory_bytes())
         if self.rank == 0:
@@ -195,11 +189,6 @@ def refuse_oversize(
     if not any(parameter.is_meta for module in modules for parameter in module.parameters()):
         sizes = [experts.size_of(module, experts.per_expert(module, rank)) for module in modules]
         budget.cache_bytes(sizes, device, options, memory_utilization)
-
-
-def residents_of(cache: int, sizes: Sequence[LayerSize]) -> list[int]:
-    """Resident experts per layer that `cache` bytes pay for."""
-    return spread_residents(cache // max(sum(size.expert_bytes) for size in sizes), len(sizes))
 
 
 def spec_of(module: RoutedExperts, name: str, residents: int, bundle: int, device: Device) -> TensorSpec:

@@ -1,0 +1,64 @@
+"""Invariant: cache and slots never take more than the room beside the shard, and what is refused says how much fits."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_dwdp.budget import GIB, LayerSize, cache_bytes, plan_cache, table
+from vllm_dwdp.config import Options
+from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.placement import Placement
+
+LAYERS = [LayerSize(placement=Placement(num_experts=128, size=2), expert_bytes=[6 << 20, 3 << 20])] * 48
+REMOTE = 64 * (9 << 20)  # bytes of a layer
+
+
+def device(free_gib: float) -> SimpleNamespace:
+    """80 GiB, of which vLLM leaves 10% alone."""
+    return SimpleNamespace(memory=lambda: (int(free_gib * GIB), 80 * GIB), release_cached=lambda: None)
+
+
+def test_room() -> None:
+    """Free memory less vLLM's margin and the slots: a number takes it up to what is remote, auto leaves its floor."""
+    room = 40 * GIB - 8 * GIB - 2 * REMOTE
+    assert cache_bytes(LAYERS, device(40), Options(size=2), 0.9) == 0
+    assert cache_bytes(LAYERS, device(40), Options(size=2, cache_gib=20), 0.9) == 20 * GIB
+    auto = Options(size=2, cache_gib="auto", cache_floor_gib=10)
+    assert abs(cache_bytes(LAYERS, device(40), auto, 0.9) - (room - 10 * GIB)) <= 1
+    assert cache_bytes(LAYERS, device(75), Options(size=2, cache_gib=60), 0.9) == 48 * REMOTE, "all that is remote"
+    assert cache_bytes(LAYERS, device(12), auto, 0.9) == 0
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "options", "named"),
+    [
+        (9, {"slots": 3}, "3 slots of 0.56 GiB do not fit .* 0.69 GiB are missing"),
+        (20, {"cache_gib": 12}, "cache_gib=12.* the largest cache_gib that does is 10.87"),
+    ],
+)
+def test_refusals(free_gib: float, options: dict, named: str) -> None:
+    """What does not fit is refused with what is missing, or the largest that would - which then does fit."""
+    with pytest.raises(DWDPError, match=named):
+        cache_bytes(LAYERS, device(free_gib), Options(size=2, **options), 0.9)
+    assert cache_bytes(LAYERS, device(20), Options(size=2, cache_gib=10.87), 0.9) == int(10.87 * GIB)
+
+
+@given(st.integers(0, 48 * REMOTE), st.sampled_from(["even", "hot"]))
+def test_plan(nbytes: int, policy: str) -> None:
+    """Residents or pages, never both, never more than the bytes; and everything when the bytes suffice."""
+    plan = plan_cache(LAYERS, nbytes, policy, 2 << 20)
+    assert sum(plan.residents) * (9 << 20) <= nbytes and plan.hot_pages * (2 << 20) <= nbytes
+    is_partial = 0 < nbytes < 48 * REMOTE
+    assert (plan.bundle > 0) == (policy == "hot" and is_partial) and not (plan.hot_pages and any(plan.residents))
+    assert plan_cache(LAYERS, 48 * REMOTE, policy, 2 << 20).residents == [64] * 48
+
+
+def test_table() -> None:
+    """Every rank's memory by kind, and its sum, in GiB."""
+    text = table([{"shard": GIB, "slots": GIB // 2}, {"shard": 3 * GIB, "slots": 0}]).splitlines()
+    assert [line.split() for line in text] == [
+        ["GiB", "shard", "slots", "total"], ["rank", "0", "1.000", "0.500", "1.500"],
+        ["rank", "1", "3.000", "0.000", "3.000"],
+    ]
