@@ -1,7 +1,8 @@
 """Metrics: what DWDP adds to vLLM's /metrics, labelled by engine.
 
 They are set in the worker and reach the front end through prometheus_client's multiprocess folder, which `vllm serve`
-makes when it starts more than one API server - its default with more than one rank.
+makes when it starts more than one API server - its default with more than one rank - and else takes from the variable
+PROMETHEUS_MULTIPROC_DIR.
 """
 
 from prometheus_client import Counter, Gauge
@@ -27,7 +28,7 @@ class Metrics:
         for kind, nbytes in stats["memory_bytes"].items():
             self._gauge("memory_bytes", "Expert memory by kind.", kind=kind).set(nbytes)
         for kind, count in stats["experts"].items():
-            self._gauge("experts", "Experts of the first layer by kind.", kind=kind).set(count)
+            self._gauge("experts", "Experts of the first layer by kind, the hot cache left out.", kind=kind).set(count)
         self._gauge("slots", "Buffers into which layers are streamed.").set(stats["num_slots"])
 
     def update(self) -> None:
