@@ -20,7 +20,7 @@ import msgspec
 from vllm_dwdp.entrypoints.bench_engines import EngineFailure, Engines, free_port
 from vllm_dwdp.entrypoints.bench_modes import Settings, Turn, load_commands, turns, visible_devices
 from vllm_dwdp.entrypoints.bench_rank import ReadStats, Run
-from vllm_dwdp.entrypoints.bench_report import Failure, Reading, Startup, average, chart, reading, summarize, table
+from vllm_dwdp.entrypoints.bench_report import Failure, Reading, Row, Startup, average, chart, reading, summarize, table
 from vllm_dwdp.errors import DWDPError
 
 WARMUP_STEPS = 2
@@ -177,20 +177,24 @@ class Bench:
         ))
         self.say(f"loaded in {load_s:.0f} s; warm up", turn)
         num_prompts = math.ceil(WARMUP_STEPS * turn.max_num_batched_tokens / self.settings.input_len) + 1
-        self._ask(engines, Run(num_prompts=num_prompts), "warm up")
+        self._ask(engines, Run(num_prompts=num_prompts, output_len=self.settings.output_len), "warm up")
 
     def _repeat(self, turn: Turn, engines: Engines) -> None:
-        before = self._read_stats(engines)
-        for repeat in range(1, self.settings.repeats + 1):
-            ranks = self._ask(engines, Run(), "run the prompts")
-            after = self._read_stats(engines)
-            read = reading(
-                mode=turn.mode, max_num_batched_tokens=turn.max_num_batched_tokens, round=turn.round, repeat=repeat,
-                num_gpus=self.settings.num_gpus(turn.mode), ranks=ranks, before=before, after=after,
-            )
-            self.readings.append(read)
-            before = after
-            self.say(f"{read.tokens_per_s_per_gpu:,.0f} tokens/s per GPU", turn)
+        settings = self.settings
+        for case in settings.cases(turn.max_num_batched_tokens):
+            num_prompts = case.batch or settings.num_prompts
+            for repeat in range(1, settings.repeats + 1):
+                prefill = Run(num_prompts=num_prompts, output_len=1)
+                prefilled = self._ask(engines, prefill, "run the prompts") if case.batch else []
+                before = self._read_stats(engines)
+                whole = Run(num_prompts=num_prompts, output_len=settings.output_len)
+                ranks = self._ask(engines, whole, "run the prompts")
+                read = reading(
+                    mode=turn.mode, case=case, round=turn.round, repeat=repeat, ranks=ranks, prefilled=prefilled,
+                    num_gpus=settings.num_gpus(turn.mode), before=before, after=self._read_stats(engines),
+                )
+                self.readings.append(read)
+                self.say(case.describe(read.value), turn)
 
     def _used_mib(self) -> list[int]:
         used = [] if self.devices is None else query_gpus(self.devices, "memory.used")
@@ -204,12 +208,13 @@ class Bench:
                 return self.say(f"GPU memory is still held after {RELEASE_S:.0f} s; going on")
             time.sleep(0.5)
 
+    def _rows(self) -> list[Row]:
+        cases = [case for tokens in self.settings.max_num_batched_tokens for case in self.settings.cases(tokens)]
+        return summarize(self.settings.modes, cases, self.readings, self.startups, self.failures)
+
     def write(self) -> None:
         """bench.json: everything read so far."""
         names = query_gpus(self.devices, "name,driver_version") if self.devices else []
-        rows = summarize(
-            self.settings.modes, self.settings.max_num_batched_tokens, self.readings, self.startups, self.failures
-        )
         content = msgspec.json.encode({
             "command": shlex.join(["vllm-dwdp", *sys.argv[1:]]),
             "settings": self.settings,
@@ -217,7 +222,7 @@ class Bench:
             "elapsed_s": time.monotonic() - self.start_s,
             "versions": versions(),
             "devices": [", driver ".join(name) for name in names] or [platform.processor() or platform.machine()],
-            "rows": rows,
+            "rows": self._rows(),
             "startups": self.startups,
             "failures": self.failures,
             "readings": self.readings,
@@ -227,10 +232,7 @@ class Bench:
     def report(self) -> None:
         """Print the table and say where the files are."""
         self.write()
-        settings = self.settings
-        rows = summarize(
-            settings.modes, settings.max_num_batched_tokens, self.readings, self.startups, self.failures
-        )
+        settings, rows = self.settings, self._rows()
         least = math.ceil(settings.ratio * settings.input_len)
         title = (
             f"{Path(settings.model).name}, size {settings.size}: {settings.num_prompts} prompts of "

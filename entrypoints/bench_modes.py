@@ -7,6 +7,7 @@ import msgspec
 
 from vllm_dwdp import config
 from vllm_dwdp.entrypoints.bench_rank import PROBE, Load, PromptSet
+from vllm_dwdp.entrypoints.bench_report import Case
 from vllm_dwdp.errors import DWDPError
 
 MODES = ("dwdp", "ep", "tp", "single")
@@ -26,6 +27,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ratio: float
     num_prompts: int
     max_num_batched_tokens: tuple[int, ...]
+    decode: tuple[int, ...]
     output_len: int
     rounds: int
     repeats: int
@@ -44,11 +46,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("size", "input_len", "num_prompts", "output_len", "rounds", "repeats", "timeout"):
             if getattr(self, name) <= 0:
                 raise DWDPError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be above 0")
-        if min(self.max_num_batched_tokens, default=0) <= 0:
-            raise DWDPError("--max-num-batched-tokens must name numbers above 0")
+        if min(self.max_num_batched_tokens, default=0) <= 0 or min(self.decode, default=1) <= 0:
+            raise DWDPError("--max-num-batched-tokens and --decode must name numbers above 0")
+        if self.decode and self.output_len < 2:
+            raise DWDPError("--output-len is 1: --decode needs at least 2, the first token being prefill's")
         if not 0 < self.ratio <= 1:
             raise DWDPError(f"--ratio is {self.ratio}: it must be above 0 and at most 1")
-        for name in ("modes", "max_num_batched_tokens"):
+        for name in ("modes", "max_num_batched_tokens", "decode"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise DWDPError(f"--{name.replace('_', '-')} names a value twice")
         if not self.modes or not set(self.modes) <= set(MODES):
@@ -62,6 +66,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def num_gpus(self, mode: str) -> int:
         return 1 if mode == "single" else self.size
+
+    def cases(self, max_num_batched_tokens: int) -> list[Case]:
+        """What is measured of one engine: its prefill, or decode steps of every batch size."""
+        return [
+            Case(max_num_batched_tokens=max_num_batched_tokens, batch=batch) for batch in self.decode or (None,)
+        ]
 
     def prompts(self, ranks: Sequence[int]) -> PromptSet:
         return PromptSet(
@@ -123,8 +133,7 @@ def load_commands(settings: Settings, turn: Turn, port: int) -> list[Load]:
     def load(engine: dict[str, Any], ranks: Sequence[int], environment: dict[str, str]) -> Load:
         own = engine | {"max_num_batched_tokens": turn.max_num_batched_tokens}
         return Load(
-            environment=environment, engine=common | settings.engine_args | own, prompts=settings.prompts(ranks),
-            output_len=settings.output_len,
+            environment=environment, engine=common | settings.engine_args | own, prompts=settings.prompts(ranks)
         )
 
     every = range(settings.size)

@@ -55,13 +55,13 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     environment: dict[str, str]
     engine: dict[str, Any]
     prompts: PromptSet
-    output_len: int
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Run the first `num_prompts` prompts, or all; answered by Ran."""
+    """Generate `output_len` tokens for `num_prompts` prompts of each rank, all at once; answered by Ran."""
 
-    num_prompts: int | None = None
+    num_prompts: int
+    output_len: int
 
 
 class ReadStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -120,14 +120,12 @@ class Rank:
 
     def load(self, command: Load) -> Loaded:
         os.environ.update(command.environment)
-        from vllm import LLM, SamplingParams
+        from vllm import LLM
 
         self.llm = LLM(**command.engine)
         token_ids = command.prompts.token_ids(self.llm.model_config.get_vocab_size())
         self.prompts = [{"prompt_token_ids": ids} for ids in token_ids]
-        self.sampling = SamplingParams(
-            max_tokens=command.output_len, temperature=0.0, ignore_eos=True, detokenize=False
-        )
+        self.num_ranks = len(command.prompts.ranks)
         probed = command.engine.get("worker_extension_cls") == PROBE
         cache = self.llm.llm_engine.vllm_config.cache_config
         return Loaded(
@@ -136,9 +134,14 @@ class Rank:
         )
 
     def run(self, command: Run) -> Ran:
-        prompts = self.prompts[: command.num_prompts]
+        from vllm import SamplingParams
+
+        prompts = self.prompts[: command.num_prompts * self.num_ranks]
+        sampling = SamplingParams(
+            max_tokens=command.output_len, temperature=0.0, ignore_eos=True, detokenize=False
+        )
         start_s = time.monotonic()
-        outputs = self.llm.generate(prompts, self.sampling, use_tqdm=False)
+        outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
         end_s = time.monotonic()
         return Ran(
             start_s=start_s,

@@ -39,11 +39,14 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     add("--model", required=True, help="name or folder; a config.json suffices with --load-format dummy")
     add("--size", type=int, default=2, help="GPUs, and ranks of dwdp and ep")
     add("--modes", type=words, default=",".join(MODES), help="which modes, in which order")
-    add("--input-len", type=int, default=8192, help="longest prompt, in tokens")
+    own = argparse.SUPPRESS  # the default depends on the workload
+    add("--input-len", type=int, default=own, help="longest prompt, in tokens (8192; 256 with --decode)")
     add("--ratio", type=float, default=0.8, help="prompt lengths are uniform in [RATIO * INPUT_LEN, INPUT_LEN]")
-    add("--num-prompts", type=int, default=24, help="prompts per GPU")
+    add("--num-prompts", type=int, default=own, help="prompts per GPU (24; the largest batch with --decode)")
     add("--max-num-batched-tokens", type=numbers, default="16384", help="tokens a step; a comma list makes row groups")
-    add("--output-len", type=int, default=1, help="tokens generated for each prompt; 1 measures prefill alone")
+    add("--decode", type=numbers, default="", metavar="BATCHES",
+        help="measure decode steps of so many requests per GPU instead of prefill; a comma list, such as 1,4,16,64")
+    add("--output-len", type=int, default=own, help="tokens for each prompt (1, prefill alone; 64 with --decode)")
     add("--rounds", type=int, default=2, help="times that the modes are gone through")
     add("--repeats", type=int, default=3, help="measurements each time that a mode is up")
     add("--side-by-side", action="store_true",
@@ -53,7 +56,7 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     add("--hf-overrides", type=json_object, default="{}", help="""JSON, such as {"num_hidden_layers": 12}""")
     add("--dtype", default="auto", help="as vLLM's")
     add("--load-format", default="auto", help="as vLLM's")
-    add("--eager", action=argparse.BooleanOptionalAction, default=True, help="without CUDA graphs")
+    add("--eager", action=argparse.BooleanOptionalAction, default=own, help="no CUDA graphs (yes; no with --decode)")
     add("--engine-args", type=json_object, default="{}", help="JSON, merged into every engine's arguments")
     add("--dwdp", type=json_object, default="{}", help="""JSON of DWDP options, such as {"slots": 3}""")
     add("--timeout", type=float, default=900.0, help="seconds that a mode may take to load, warm up or run once")
@@ -62,7 +65,17 @@ def add_bench(command: argparse.ArgumentParser) -> None:
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
-    return bench.run(Settings(**{name: getattr(arguments, name) for name in Settings.__struct_fields__}))
+    return bench.run(settings_of(arguments))
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """The settings asked for, with the defaults of the workload. Raises DWDPError for what cannot be."""
+    given = {name: vars(arguments).get(name) for name in Settings.__struct_fields__}
+    if given["decode"]:
+        workload = {"input_len": 256, "num_prompts": max(given["decode"]), "output_len": 64, "eager": False}
+    else:
+        workload = {"input_len": 8192, "num_prompts": 24, "output_len": 1, "eager": True}
+    return Settings(**given | {name: value for name, value in workload.items() if given[name] is None})
 
 
 def words(text: str) -> tuple[str, ...]:

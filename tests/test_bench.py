@@ -15,7 +15,7 @@ from vllm_dwdp.entrypoints import bench, bench_engines, cli
 from vllm_dwdp.entrypoints.bench_engines import EngineFailure, Engines, last_exception
 from vllm_dwdp.entrypoints.bench_modes import load_commands, turns, visible_devices
 from vllm_dwdp.entrypoints.bench_rank import PromptSet, Ran, ReadStats, Run
-from vllm_dwdp.entrypoints.bench_report import Failure, Startup, chart, reading, summarize, table
+from vllm_dwdp.entrypoints.bench_report import Case, Failure, Startup, chart, reading, summarize, table
 from vllm_dwdp.errors import DWDPError
 
 CONFIG = {
@@ -67,21 +67,23 @@ while True:
 """
 
 
+PREFILL = Case(max_num_batched_tokens=256)
+
+
 def settings(*options: str) -> bench.Settings:
-    arguments = cli.parser().parse_args(["bench", "--model", "m", *options])
-    return bench.Settings(**{name: getattr(arguments, name) for name in bench.Settings.__struct_fields__})
+    return cli.settings_of(cli.parser().parse_args(["bench", "--model", "m", *options]))
 
 
 def prompts(*ranks: int, num_prompts: int = 10, ratio: float = 0.5) -> PromptSet:
     return PromptSet(ranks=ranks, num_prompts=num_prompts, input_len=100, ratio=ratio)
 
 
-def run_of(tokens: int, start_s: float, end_s: float) -> Ran:
-    return Ran(start_s=start_s, end_s=end_s, prompt_tokens=tokens, output_tokens=1)
+def run_of(tokens: int, start_s: float, end_s: float, out: int = 1) -> Ran:
+    return Ran(start_s=start_s, end_s=end_s, prompt_tokens=tokens, output_tokens=out)
 
 
 def reading_of(mode: str, seconds: float, **changes):
-    given = {"max_num_batched_tokens": 256, "round": 1, "repeat": 1, "num_gpus": 1, "before": [], "after": []}
+    given = {"case": PREFILL, "round": 1, "repeat": 1, "num_gpus": 1, "before": [], "after": [], "prefilled": []}
     return reading(mode=mode, **(given | {"ranks": [run_of(1000, 0, seconds)]} | changes))
 
 
@@ -156,6 +158,8 @@ def test_modes_alternate_within_a_number_of_batched_tokens():
         (["--size", "1"], "at least 2"),
         (["--engine-args", '{"model": "x"}'], "sets model"),
         (["--dwdp", '{"slotz": 3}'], "slotz"),
+        (["--decode", "1,0"], "above 0"),
+        (["--decode", "4", "--output-len", "1"], "needs at least 2"),
     ],
 )
 def test_wrong_settings_are_refused_in_one_line(options, complaint, capsys):
@@ -170,8 +174,21 @@ def test_reading_spans_the_slowest_rank_and_takes_differences_of_statistics():
     after = [{"exposed_wait_ms": 7.0, "forwards": {"streamed": 5}, "prefetch_bytes": 4 * 10**9, "copy_ms": 11.0}, {}]
     ranks = [run_of(300, 10, 12), run_of(500, 11, 14)]
     read = reading_of("dwdp", 1, ranks=ranks, num_gpus=2, before=before, after=after)
-    assert read.elapsed_s == 4 and read.tokens_per_s_per_gpu == 100
+    assert read.value == 800 / 4 / 2
     assert read.exposed_wait_ms_per_step == 2 and read.copy_gb_per_s == 400
+
+
+def test_a_decode_step_is_what_each_further_token_takes():
+    case = Case(max_num_batched_tokens=256, batch=4)
+    prefilled, ranks = [run_of(400, 0, 1, 4), run_of(400, 0, 2, 4)], [run_of(400, 5, 8, 44), run_of(400, 5, 9, 44)]
+    views = [{"forwards": {"direct": 1, "streamed": 1}}, {"forwards": {"direct": 10, "streamed": 2}}]
+    read = reading_of("dwdp", 1, case=case, ranks=ranks, prefilled=prefilled, before=views[:1], after=views[1:])
+    assert read.value == 1000 * (4 - 2) / 10 and read.direct_share == 0.9
+    fast, slow = (reading_of(m, 1, case=case, ranks=[run_of(1, 0, s, 11)], prefilled=[run_of(1, 0, 0)])
+                  for m, s in (("dwdp", 1), ("ep", 2)))
+    dwdp, ep = summarize(["dwdp", "ep"], [case], [fast, slow], [], [])
+    assert (dwdp.value, ep.value, dwdp.ratio_to_ep) == (100, 200, 2)
+    assert table([dwdp, ep]).splitlines()[0] == "decode, 4 requests per GPU: ms a step"
 
 
 @pytest.mark.parametrize("stats", [{}, {"exposed_wait_ms": None, "forwards": {"streamed": 0}, "copy_ms": None}])
@@ -186,15 +203,15 @@ def test_rows_are_medians_with_ratios_and_failures(tmp_path):
                        expert_bytes_per_gpu=1.5 * 2**30)]
     failed = [Failure(mode=mode, max_num_batched_tokens=256, round=2, rank=0, phase="load", reason="Oops: " + "x" * 500,
                       log="") for mode in ("ep", "single")]
-    rows = summarize(["dwdp", "ep", "single"], [256], readings, started, failed)
+    rows = summarize(["dwdp", "ep", "single"], [PREFILL], readings, started, failed)
     dwdp, ep, single = rows
-    assert (dwdp.tokens_per_s_per_gpu, dwdp.lowest, dwdp.highest, dwdp.num_readings) == (500, 250, 1000, 3)
+    assert (dwdp.value, dwdp.lowest, dwdp.highest, dwdp.num_readings) == (500, 250, 1000, 3)
     assert dwdp.ratio_to_single == 0.5 and dwdp.ratio_to_ep is None and ep.num_readings == 0
     lines = table(rows).splitlines()
-    assert lines[0] == "256 batched tokens a step"
-    assert lines[2].split() == ["dwdp", "500", "250", "-", "1,000", "-", "0.50", "-", "-", "1.5", "12,345"]
+    assert lines[0] == "prefill, 256 batched tokens a step: tokens/s per GPU"
+    assert lines[2].split() == ["dwdp", "500", "250", "-", "1,000", "-", "0.50", "-", "-", "-", "1.5", "12,345"]
     assert lines[3].startswith("ep      failed: Oops: xxx") and len(lines[3]) < 180
-    assert lines[4].endswith("*") and lines[5].startswith("* single, 256: later failed: Oops")
+    assert lines[4].endswith("*") and "single, prefill, 256 batched tokens a step: later failed: Oops" in lines[5]
     pytest.importorskip("matplotlib")
     chart(rows, "title", tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
@@ -224,7 +241,7 @@ def test_modes_that_fail_do_not_end_the_bench(pretenders, capsys):
     assert tp["failed"] == "tp rank 0 has not finished to warm up after 1.5 s (--timeout)"
     assert dwdp["exposed_wait_ms_per_step"] == 0.5 and dwdp["copy_gb_per_s"] == 200
     assert dwdp["expert_bytes_per_gpu"] == 0.75 * 2**30 and single["expert_bytes_per_gpu"] == 2**30
-    assert dwdp["ratio_to_single"] == 1 and single["tokens_per_s_per_gpu"] == 4 * 90 / 2
+    assert dwdp["ratio_to_single"] == 1 and single["value"] == 4 * 90 / 2
     assert [r["mode"] for r in result["readings"]] == ["dwdp", "dwdp", "single", "single"] * 2
     assert "failed: NotImplementedError: no gather here" in said and "s in all" in said
 
@@ -248,7 +265,7 @@ def test_a_rank_that_dies_or_hangs_is_named(pretenders, model, reason):
         engines.ask(load_commands(asked, turn, 1), phase="load", timeout_s=20)
         assert len(engines.ask([ReadStats()] * 2, phase="stats", timeout_s=9)) == 2
         with pytest.raises(EngineFailure, match=reason):
-            engines.ask([Run()] * 2, phase="run", timeout_s=1)
+            engines.ask([Run(num_prompts=1, output_len=1)] * 2, phase="run", timeout_s=1)
     finally:
         engines.close(orderly=False)
         engines.close(orderly=False)
@@ -279,15 +296,18 @@ def await_that(condition, what: str, timeout_s: float = 60) -> None:
 
 
 @pytest.mark.skipif("cpu" not in importlib.metadata.version("vllm"), reason="stock expert parallel works on GPUs")
-def test_real_run_on_cpu_survives_expert_parallelism_that_cannot_run(tmp_path):
+@pytest.mark.parametrize("workload", ["prefill", "decode"])
+def test_real_run_on_cpu_survives_expert_parallelism_that_cannot_run(tmp_path, workload):
+    """Two real DWDP ranks, the single engine, and stock expert parallelism, which this backend lacks."""
+    decode = {"prefill": [], "decode": ["--decode", "1,2", "--output-len", "8"]}[workload]
     model = tmp_path / "tiny-moe"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(CONFIG))
     engine = {"kv_cache_memory_bytes": 2**26, "max_model_len": 256, "distributed_executor_backend": "uni"}
     command = [
-        "bench", "--model", str(model), "--modes", "single,ep", "--load-format", "dummy", "--dtype", "float32",
+        "bench", "--model", str(model), "--modes", "dwdp,ep,single", "--load-format", "dummy", "--dtype", "float32",
         "--input-len", "100", "--num-prompts", "6", "--max-num-batched-tokens", "256", "--rounds", "1",
-        "--repeats", "2", "--engine-args", json.dumps(engine), "--timeout", "300",
+        "--repeats", "2", "--engine-args", json.dumps(engine), "--timeout", "300", "--eager", *decode,
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "vllm_dwdp.entrypoints.cli", *command], cwd=tmp_path, env=os.environ | CPU,
@@ -295,11 +315,18 @@ def test_real_run_on_cpu_survives_expert_parallelism_that_cannot_run(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "dwdp-bench" / "bench.json").read_text())
-    single, ep = result["rows"]
-    assert single["num_readings"] == 2 and single["failed"] is None and single["tokens_per_s_per_gpu"] > 0
-    assert single["expert_bytes_per_gpu"] == 2 * 8 * 3 * 32 * 64 * 4 == 2 * ep["expert_bytes_per_gpu"]
-    assert single["kv_cache_tokens_per_gpu"] > 0
-    assert result["readings"][0]["output_tokens"] == 6 and result["readings"][0]["prompt_tokens"] == 540
-    assert ep["num_readings"] == 0 and "NotImplementedError" in ep["failed"]
+    rows = {(row["mode"], row["case"]["batch"]): row for row in result["rows"]}
+    cases = [1, 2] if decode else [None]
+    assert len(rows) == 3 * len(cases)
+    for case in cases:
+        dwdp, ep, single = (rows[mode, case] for mode in ("dwdp", "ep", "single"))
+        assert dwdp["num_readings"] == single["num_readings"] == 2 and dwdp["value"] > 0 < single["value"]
+        least = 7 / 9 if decode else 0  # one or two prefill steps, then seven that are read in place
+        assert least <= dwdp["direct_share"] <= least * 9 / 8 and dwdp["ratio_to_single"] > 0
+        assert single["expert_bytes_per_gpu"] == 2 * 8 * 3 * 32 * 64 * 4 == 2 * ep["expert_bytes_per_gpu"]
+        assert dwdp["expert_bytes_per_gpu"] >= single["expert_bytes_per_gpu"] and single["kv_cache_tokens_per_gpu"] > 0
+        assert ep["num_readings"] == 0 and "NotImplementedError" in ep["failed"]
+    tokens = [(ran["prompt_tokens"], ran["output_tokens"]) for ran in result["readings"][0]["ranks"]]
+    assert sorted(tokens)[0][1] == (8 if decode else 6) and (decode or tokens == [(540, 6)] * 2)
     assert f"ep      failed: {ep['failed']}" in done.stdout and "single  " in done.stdout
     assert processes_in(tmp_path) == []
