@@ -112,6 +112,6 @@ def captured(llm) -> list[int]:
 
 @pytest.mark.parametrize(("cache_gib", "sizes"), [(0, [1, 2, 4, 7]), (0.0004, [1, 2, 4, 7]), (1, SIZES)])
 def test_a_rank_that_holds_everything_captures_everything(models, cache_gib: float, sizes: list[int]) -> None:
-    """Graphs are limited once it is known whether anything is streamed: not at all when the cache takes every expert."""
+    """Graphs are limited once it is known whether anything is streamed: not when the cache takes every expert."""
     with Group(models("qwen3_moe"), 2, {"cache_gib": cache_gib}, setup=capture_on_cpu) as group:
         assert group.run(captured) == [sizes] * 2

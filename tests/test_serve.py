@@ -32,9 +32,11 @@ class Server:
         command = [VLLM, "serve", model, "--host", "127.0.0.1", "--port", str(port), *ARGUMENTS, *arguments]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 400
         while not self.alive():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-3000:]
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.close()
+                raise AssertionError(self.log.read_text()[-3000:])
             time.sleep(0.25)
 
     def alive(self) -> bool:
