@@ -1,104 +1,98 @@
 """What a benchmark runs: its settings, and each mode's ranks, devices and engine arguments. Pure."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from vllm_dwdp import config
-from vllm_dwdp.entrypoints.bench_rank import PROBE, Load, PromptSet
-from vllm_dwdp.entrypoints.bench_report import Case
+from vllm_dwdp.entrypoints.bench_rank import PROBE
 from vllm_dwdp.errors import DWDPError
 
-MODES = ("dwdp", "ep", "tp", "single")
 OWN_ARGUMENTS = frozenset({
     "model", "tensor_parallel_size", "data_parallel_size", "enable_expert_parallel", "max_num_batched_tokens",
     "additional_config", "worker_extension_cls",
 })
+DECODE_DEFAULTS = {"input_len": 128, "output_len": 64, "eager": False}
+
+Positive = Annotated[int, Meta(gt=0)]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What a person asked for; cli.py says what each option means. Raises DWDPError for what cannot be."""
+    """What a person may ask for: every field is an option of the command. `of` makes and checks one."""
 
-    model: str
-    size: int
-    modes: tuple[str, ...]
-    input_len: int
-    ratio: float
-    num_prompts: int
-    max_num_batched_tokens: tuple[int, ...]
-    decode: tuple[int, ...]
-    output_len: int
-    rounds: int
-    repeats: int
-    side_by_side: bool
-    gpu_memory_utilization: float
-    hf_overrides: dict[str, Any]
-    dtype: str
-    load_format: str
-    eager: bool
-    engine_args: dict[str, Any]
-    dwdp: dict[str, Any]
-    timeout: float
-    out: str
+    model: Annotated[str, Meta(description="name or folder; a config.json suffices with --load-format dummy")]
+    size: Annotated[Positive, Meta(description="GPUs, and ranks of dwdp and ep")] = 2
+    modes: Annotated[
+        tuple[Literal["dwdp", "ep", "tp", "single"], ...],
+        Meta(min_length=1, description="which modes, in which order"),
+    ] = ("dwdp", "ep", "tp", "single")
+    decode: Annotated[
+        tuple[Positive, ...],
+        Meta(description="measure decode steps instead of prefill, at these batch sizes per GPU, such as 1,4,16,64; "
+                         "then --input-len is 128, --output-len 64, and CUDA graphs are on, if not given"),
+    ] = ()
+    input_len: Annotated[Positive, Meta(description="longest prompt, in tokens")] = 8192
+    ratio: Annotated[
+        float, Meta(gt=0, le=1, description="prompt lengths are uniform in [RATIO * INPUT_LEN, INPUT_LEN]")
+    ] = 0.8
+    num_prompts: Annotated[Positive, Meta(description="prompts per GPU, for prefill")] = 24
+    max_num_batched_tokens: Annotated[
+        tuple[Positive, ...], Meta(min_length=1, description="tokens a step; a list measures each")
+    ] = (16384,)
+    output_len: Annotated[
+        Positive, Meta(description="tokens generated for each prompt; 1 measures prefill alone")
+    ] = 1
+    rounds: Annotated[Positive, Meta(description="times that the modes are gone through")] = 2
+    repeats: Annotated[Positive, Meta(description="measurements in each turn of a mode")] = 3
+    side_by_side: Annotated[
+        bool, Meta(description="keep all modes loaded and alternate without reloading; needs a small model")
+    ] = False
+    gpu_memory_utilization: Annotated[
+        float, Meta(gt=0, le=1, description="share of each GPU's memory, which modes side by side divide")
+    ] = 0.9
+    hf_overrides: Annotated[dict[str, Any], Meta(description="""JSON, such as {"num_hidden_layers": 12}""")] = {}
+    load_format: Annotated[str, Meta(description="as vLLM's")] = "auto"
+    eager: Annotated[bool, Meta(description="without CUDA graphs")] = True
+    engine_args: Annotated[dict[str, Any], Meta(description="JSON, merged into every engine's arguments")] = {}
+    dwdp: Annotated[dict[str, Any], Meta(description="""JSON of DWDP options, such as {"slots": 3}""")] = {}
+    timeout: Annotated[
+        float, Meta(gt=0, description="seconds that a mode may take to load, warm up or run once")
+    ] = 900.0
+    out: Annotated[str, Meta(description="folder for bench.json, bench.png and logs/")] = "./dwdp-bench"
 
-    def __post_init__(self) -> None:
-        for name in ("size", "input_len", "num_prompts", "output_len", "rounds", "repeats", "timeout"):
-            if getattr(self, name) <= 0:
-                raise DWDPError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be above 0")
-        if min(self.max_num_batched_tokens, default=0) <= 0 or min(self.decode, default=1) <= 0:
-            raise DWDPError("--max-num-batched-tokens and --decode must name numbers above 0")
-        if self.decode and self.output_len < 2:
-            raise DWDPError("--output-len is 1: --decode needs at least 2, the first token being prefill's")
-        if not 0 < self.ratio <= 1:
-            raise DWDPError(f"--ratio is {self.ratio}: it must be above 0 and at most 1")
-        for name in ("modes", "max_num_batched_tokens", "decode"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise DWDPError(f"--{name.replace('_', '-')} names a value twice")
-        if not self.modes or not set(self.modes) <= set(MODES):
-            raise DWDPError(f"--modes is '{','.join(self.modes)}': known modes are {', '.join(MODES)}")
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> "Settings":
+        """From option values, numbers as text or not. Raises DWDPError for what cannot be."""
+        try:
+            self = msgspec.convert((DECODE_DEFAULTS if given.get("decode") else {}) | given, cls, strict=False)
+        except msgspec.ValidationError as error:
+            raise DWDPError(str(error).replace("$.", "--").replace("_", "-")) from None
         if self.size < 2 and set(self.modes) != {"single"}:
             raise DWDPError(f"--size is {self.size}: every mode but single needs at least 2")
         if taken := OWN_ARGUMENTS.intersection(self.engine_args):
             raise DWDPError(f"--engine-args sets {', '.join(sorted(taken))}, which the modes set themselves")
-        if "dwdp" in self.modes:
-            config.parse({config.KEY: dwdp_options(self, rank=0, port=1)})
+        if self.decode and (self.output_len < 2 or len(self.max_num_batched_tokens) > 1):
+            raise DWDPError("--decode needs an --output-len above 1 and one --max-num-batched-tokens")
+        if max(self.decode, default=0) * self.input_len > self.max_num_batched_tokens[0]:
+            raise DWDPError(
+                f"{max(self.decode)} prompts of {self.input_len} tokens do not fit one step, so they would not decode "
+                f"together: raise --max-num-batched-tokens or lower --input-len"
+            )
+        config.parse({config.KEY: self.dwdp_options(rank=0, port=1)})
+        return self
+
+    def dwdp_options(self, rank: int, port: int) -> dict[str, Any]:
+        return self.dwdp | {"timing": True, "size": max(self.size, 2), "rank": rank, "rendezvous": f"127.0.0.1:{port}"}
 
     def num_gpus(self, mode: str) -> int:
         return 1 if mode == "single" else self.size
 
-    def cases(self, max_num_batched_tokens: int) -> list[Case]:
-        """What is measured of one engine: its prefill, or decode steps of every batch size."""
-        return [
-            Case(max_num_batched_tokens=max_num_batched_tokens, batch=batch) for batch in self.decode or (None,)
-        ]
-
-    def prompts(self, ranks: Sequence[int]) -> PromptSet:
-        return PromptSet(
-            ranks=tuple(ranks), num_prompts=self.num_prompts, input_len=self.input_len, ratio=self.ratio
-        )
-
-
-class Turn(msgspec.Struct, frozen=True, kw_only=True):
-    """One start of one mode."""
-
-    max_num_batched_tokens: int
-    round: int
-    mode: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.max_num_batched_tokens}-{self.mode}-round{self.round}"
-
-
-def turns(settings: Settings) -> list[Turn]:
-    """A B A B: within one number of batched tokens, each round goes through all modes."""
-    return [
-        Turn(max_num_batched_tokens=tokens, round=round, mode=mode)
-        for tokens in settings.max_num_batched_tokens
-        for round in range(1, settings.rounds + 1)
-        for mode in settings.modes
-    ]
+    def memory_share(self, mode: str) -> float:
+        """Of each GPU's memory. Side by side, single gets twice what others get: it holds all experts, not a part."""
+        parts = {each: 2 if each == "single" else 1 for each in self.modes}
+        return self.gpu_memory_utilization * (parts[mode] / sum(parts.values()) if self.side_by_side else 1)
 
 
 def visible_devices(mode: str, devices: Sequence[str] | None, size: int) -> list[str | None]:
@@ -109,46 +103,39 @@ def visible_devices(mode: str, devices: Sequence[str] | None, size: int) -> list
     return list(devices[:num_ranks]) if mode in ("dwdp", "single") else [",".join(devices)] * num_ranks
 
 
-def dwdp_options(settings: Settings, *, rank: int, port: int) -> dict[str, Any]:
-    """What `additional_config` carries to one rank."""
-    own = {"size": settings.size, "rank": rank, "rendezvous": f"127.0.0.1:{port}"}
-    return {"timing": True} | settings.dwdp | own
-
-
-def load_commands(settings: Settings, turn: Turn, port: int) -> list[Load]:
-    """One command a rank. `port` is where its ranks meet, free on this host."""
-    share = len(settings.modes) if settings.side_by_side else 1
+def load_arguments(settings: Settings, mode: str, tokens: int, port: int) -> list[dict[str, Any]]:
+    """What each rank of a mode loads (see bench_rank). `port` is where its ranks meet, free on this host."""
+    ranks = range(settings.size)
     common = {
-        "model": settings.model,
-        "dtype": settings.dtype,
         "load_format": settings.load_format,
         "enforce_eager": settings.eager,
         "hf_overrides": settings.hf_overrides,
-        "gpu_memory_utilization": settings.gpu_memory_utilization / share,
+        "gpu_memory_utilization": settings.memory_share(mode),
         "max_model_len": settings.input_len + settings.output_len,
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
     }
+    if settings.decode:
+        common["max_num_seqs"] = max(settings.decode) * settings.size
 
-    def load(engine: dict[str, Any], ranks: Sequence[int], environment: dict[str, str]) -> Load:
-        own = engine | {"max_num_batched_tokens": turn.max_num_batched_tokens}
-        return Load(
-            environment=environment, engine=common | settings.engine_args | own, prompts=settings.prompts(ranks)
-        )
+    def load(own: dict[str, Any], ranks: Sequence[int], environment: dict[str, str]) -> dict[str, Any]:
+        engine = common | settings.engine_args | {"model": settings.model, "max_num_batched_tokens": tokens} | own
+        return {
+            "environment": environment, "engine": engine, "ranks": list(ranks), "input_len": settings.input_len,
+            "ratio": settings.ratio, "num_prompts": max(settings.decode, default=settings.num_prompts),
+        }
 
-    every = range(settings.size)
     stock = {"worker_extension_cls": PROBE}
-    match turn.mode:
+    match mode:
         case "dwdp":
-            options = [dwdp_options(settings, rank=rank, port=port) for rank in every]
-            return [load({"additional_config": {config.KEY: options[rank]}}, [rank], {}) for rank in every]
+            return [load({"additional_config": {config.KEY: settings.dwdp_options(r, port)}}, [r], {}) for r in ranks]
         case "ep":
             group = {
                 "VLLM_DP_SIZE": str(settings.size), "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": str(port)
             }
-            own = [group | {"VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)} for rank in every]
-            return [load(stock | {"enable_expert_parallel": True}, [rank], own[rank]) for rank in every]
+            own = [group | {"VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)} for rank in ranks]
+            return [load(stock | {"enable_expert_parallel": True}, [rank], own[rank]) for rank in ranks]
         case "tp":
-            return [load(stock | {"tensor_parallel_size": settings.size}, every, {})]
+            return [load(stock | {"tensor_parallel_size": settings.size}, ranks, {})]
         case _:
             return [load(stock, [0], {})]

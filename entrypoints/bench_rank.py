@@ -1,14 +1,13 @@
-"""One rank of a benchmark: a process that builds an offline vLLM engine and obeys its parent.
+"""One rank of a benchmark: a process that builds an offline vLLM engine and does what its parent asks.
 
-One socket carries JSON messages both ways: a command, then its reply. A rank whose parent is gone, for whatever
-reason, kills its own process group, engine included.
+A request is a method of `Rank` with its keywords; the reply is what the method returns, or Failed. A rank whose parent
+is gone, for whatever reason, ends everything in its session, engine included.
 """
 
+import contextlib
 import os
 import queue
 import random
-import signal
-import sys
 import threading
 import time
 import traceback
@@ -16,92 +15,37 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import msgspec
+import psutil
+
+from vllm_dwdp import config
 
 PROBE = "vllm_dwdp.entrypoints.bench_rank.ExpertMemory"
 MIN_TOKEN = 10  # leaves out the special tokens that models keep at either end of the vocabulary
+KILL_S = 10.0
+TRACKER_S = 2.0
 
 
-class PromptSet(msgspec.Struct, frozen=True, kw_only=True):
-    """One engine's prompts: `num_prompts` for each of `ranks`, lengths uniform in [ratio * input_len, input_len]."""
-
-    ranks: tuple[int, ...]
-    num_prompts: int
-    input_len: int
-    ratio: float
-
-    def lengths(self, rank: int) -> list[int]:
-        """Tokens in each prompt of `rank`. Ranks get the same lengths in an order of their own, so equal work."""
-        least = self.ratio * self.input_len
-        step = (self.input_len - least) / self.num_prompts
-        lengths = [max(round(least + step * (i + 0.5)), 1) for i in range(self.num_prompts)]
-        random.Random(rank).shuffle(lengths)
-        return lengths
-
-    def token_ids(self, vocab_size: int) -> list[list[int]]:
-        """Random ids in [10, vocab_size - 10), the same at every call; raises ValueError for a tiny vocabulary."""
-        ids = range(MIN_TOKEN, vocab_size - MIN_TOKEN)
-        if not ids:
-            raise ValueError(f"a vocabulary of {vocab_size} tokens is too small: more than {2 * MIN_TOKEN} are needed")
-        prompts = []
-        for rank in self.ranks:
-            rng = random.Random(rank)
-            prompts += [rng.choices(ids, k=length) for length in self.lengths(rank)]
-        return prompts
-
-
-class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Build `LLM(**engine)` in `environment`; answered by Loaded."""
-
-    environment: dict[str, str]
-    engine: dict[str, Any]
-    prompts: PromptSet
-
-
-class Run(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Generate `output_len` tokens for `num_prompts` prompts of each rank, all at once; answered by Ran."""
-
-    num_prompts: int
-    output_len: int
-
-
-class ReadStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Answered by Stats. Only a DWDP engine has them."""
-
-
-class Quit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Shut the engine down and end; not answered."""
-
-
-class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """`expert_bytes` is summed over the engine's workers; None where DWDP's own statistics say it."""
-
-    kv_cache_tokens: int
-    expert_bytes: int | None
-
-
-class Ran(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """One run; times are seconds on the host's monotonic clock, which all ranks of a host share."""
+class Ran(msgspec.Struct, frozen=True, kw_only=True):
+    """One run. Seconds on the host's monotonic clock, which all ranks of a host share; `stats` accumulate."""
 
     start_s: float
     end_s: float
     prompt_tokens: int
     output_tokens: int
+    stats: dict[str, float]
 
 
-class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """What the worker's `dwdp_stats` answered."""
+class Held(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine's workers hold of experts, and the tokens that its KV cache has room for."""
 
-    values: dict[str, Any]
+    expert_bytes: float
+    kv_cache_tokens: float
 
 
-class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A command raised; the rank ends."""
+class Failed(msgspec.Struct, frozen=True):
+    """A request raised."""
 
     reason: str
-
-
-Command = Load | Run | ReadStats | Quit
-Reply = Loaded | Ran | Stats | Failed
 
 
 class ExpertMemory:
@@ -116,68 +60,67 @@ class ExpertMemory:
 
 
 class Rank:
-    """An engine, its prompts, and what each command does to them."""
+    """An engine and its prompts."""
 
-    def load(self, command: Load) -> Loaded:
-        os.environ.update(command.environment)
+    def load(
+        self, *, environment: dict[str, str], engine: dict[str, Any], ranks: list[int], num_prompts: int,
+        input_len: int, ratio: float,
+    ) -> Held:
+        """Build `LLM(**engine)` and the prompts of `ranks`."""
+        os.environ.update(environment)
         from vllm import LLM
 
-        self.llm = LLM(**command.engine)
-        token_ids = command.prompts.token_ids(self.llm.model_config.get_vocab_size())
-        self.prompts = [{"prompt_token_ids": ids} for ids in token_ids]
-        self.num_ranks = len(command.prompts.ranks)
-        probed = command.engine.get("worker_extension_cls") == PROBE
+        self.llm = LLM(**engine)
+        self.streams = config.KEY in engine.get("additional_config", {})
+        vocab_size = self.llm.model_config.get_vocab_size()
+        self.prompts = [make_prompts(rank, num_prompts, input_len, ratio, vocab_size) for rank in ranks]
+        if self.streams:
+            expert_bytes = sum(self.llm.collective_rpc("dwdp_stats")[0]["memory_bytes"].values())
+        else:
+            expert_bytes = sum(self.llm.collective_rpc("expert_bytes"))
         cache = self.llm.llm_engine.vllm_config.cache_config
-        return Loaded(
-            kv_cache_tokens=cache.num_gpu_blocks * cache.block_size,
-            expert_bytes=sum(self.llm.collective_rpc("expert_bytes")) if probed else None,
-        )
+        return Held(expert_bytes=expert_bytes, kv_cache_tokens=cache.num_gpu_blocks * cache.block_size)
 
-    def run(self, command: Run) -> Ran:
+    def run(self, *, num_prompts: int, output_len: int) -> Ran:
+        """Give the engine the first `num_prompts` prompts of each of its ranks at once."""
         from vllm import SamplingParams
 
-        prompts = self.prompts[: command.num_prompts * self.num_ranks]
-        sampling = SamplingParams(
-            max_tokens=command.output_len, temperature=0.0, ignore_eos=True, detokenize=False
-        )
+        prompts = [{"prompt_token_ids": ids} for own in self.prompts for ids in own[:num_prompts]]
+        sampling = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True, detokenize=False)
         start_s = time.monotonic()
         outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
         end_s = time.monotonic()
         return Ran(
-            start_s=start_s,
-            end_s=end_s,
-            prompt_tokens=sum(len(prompt["prompt_token_ids"]) for prompt in prompts),
+            start_s=start_s, end_s=end_s, stats=self.stats(),
+            prompt_tokens=sum(len(output.prompt_token_ids) for output in outputs),
             output_tokens=sum(len(output.outputs[0].token_ids) for output in outputs),
         )
 
-    def stats(self) -> Stats:
-        return Stats(values=self.llm.collective_rpc("dwdp_stats")[0])
+    def stats(self) -> dict[str, float]:
+        """DWDP's counters, with its forwards by view; empty for another mode."""
+        if not self.streams:
+            return {}
+        found = self.llm.collective_rpc("dwdp_stats")[0]
+        return {name: found[name] for name in ("exposed_wait_ms", "copy_ms", "prefetch_bytes")} | found["forwards"]
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
+        os._exit(0)  # the engine is down; what is left of vLLM and torch takes seconds to unload
 
 
-def obey(commands: queue.SimpleQueue[bytes], connection: Connection) -> None:
-    """Carry out commands until Quit; what a command raises goes to the parent first."""
-    rank = Rank()
-    try:
-        import vllm.entrypoints.llm  # noqa: F401 - the slow import runs while the parent loads another mode
+def prompt_lengths(rank: int, num_prompts: int, input_len: int, ratio: float) -> list[int]:
+    """Uniform in [ratio * input_len, input_len]; ranks get the same lengths in an order of their own, so equal work."""
+    least = ratio * input_len
+    lengths = [max(round(least + (input_len - least) * (i + 0.5) / num_prompts), 1) for i in range(num_prompts)]
+    random.Random(rank).shuffle(lengths)
+    return lengths
 
-        while True:
-            match command := msgspec.json.decode(commands.get(), type=Command):
-                case Load():
-                    reply = rank.load(command)
-                case Run():
-                    reply = rank.run(command)
-                case ReadStats():
-                    reply = rank.stats()
-                case Quit():
-                    return rank.close()
-            connection.send_bytes(msgspec.json.encode(reply))
-    except Exception as error:
-        traceback.print_exc()
-        connection.send_bytes(msgspec.json.encode(Failed(reason=one_line(error))))
-        raise SystemExit(1) from None
+
+def make_prompts(rank: int, num_prompts: int, input_len: int, ratio: float, vocab_size: int) -> list[list[int]]:
+    """Random token ids in [10, vocab_size - 10), the same at every call."""
+    rng = random.Random(rank)
+    ids = range(MIN_TOKEN, vocab_size - MIN_TOKEN)
+    return [rng.choices(ids, k=length) for length in prompt_lengths(rank, num_prompts, input_len, ratio)]
 
 
 def one_line(error: Exception) -> str:
@@ -186,27 +129,52 @@ def one_line(error: Exception) -> str:
     return f"{kind}: {text}" if text else f"{kind} in {traceback.extract_tb(error.__traceback__)[-1].name}"
 
 
-def listen(connection: Connection, commands: queue.SimpleQueue[bytes]) -> None:
-    """Queue what the parent says; when it is gone, end this process and everything that it started."""
-    while True:
-        try:
-            commands.put(connection.recv_bytes())
-        except (EOFError, OSError):
-            os.killpg(0, signal.SIGKILL)
+def kill_session(session: int) -> None:
+    """Kill all processes of a session but the caller; returns when none is left, or one is stuck in the driver.
+
+    Python's resource trackers may live on for `TRACKER_S`: they free the shared memory of the dead, then end.
+    """
+    start_s = time.monotonic()
+    while (members := session_members(session)) and time.monotonic() < start_s + KILL_S:
+        for process in members:
+            with contextlib.suppress(psutil.Error):
+                tracks = "multiprocessing.resource_tracker" in " ".join(process.cmdline())
+                if not tracks or time.monotonic() > start_s + TRACKER_S:
+                    process.kill()
+        time.sleep(0.02)
 
 
-def main() -> None:
-    """Serve the socket whose descriptor is the only argument."""
-    if os.getsid(0) != os.getpid():
-        raise SystemExit("this module is started by `vllm-dwdp bench`, in a session of its own")
-    descriptor = int(sys.argv[1])
+def session_members(session: int) -> list[psutil.Process]:
+    """A session's processes but the caller, without zombies, which hold nothing any more."""
+    members = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.Error):
+            mine = os.getsid(process.pid) == session and process.pid != os.getpid()
+            if mine and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process)
+    return members
+
+
+def listen(connection: Connection, requests: queue.SimpleQueue) -> None:
+    """Queue what the parent asks; when it is gone, end this session."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            requests.put(connection.recv())
+    kill_session(os.getsid(0))
+    os._exit(1)
+
+
+def main(descriptor: int) -> None:
+    """Serve the socket of this descriptor."""
     os.set_inheritable(descriptor, False)
     connection = Connection(descriptor)
-    commands: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=listen, args=(connection, commands), daemon=True).start()
-    obey(commands, connection)
-    os._exit(0)  # the engine is down; what is left of vLLM and torch takes seconds to unload
-
-
-if __name__ == "__main__":
-    main()
+    requests: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=listen, args=(connection, requests), daemon=True).start()
+    rank = Rank()
+    while True:
+        method, keywords = requests.get()
+        try:
+            connection.send(getattr(rank, method)(**keywords))
+        except Exception as error:  # noqa: BLE001 - the parent reports it and ends this rank
+            traceback.print_exc()
+            connection.send(Failed(one_line(error)))
