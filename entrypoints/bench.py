@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class Bench:
         self.start_s = time.monotonic()
         self.used_mib = self._used_mib()
         self.running: dict[str, Engines] = {}
+        self.loaded: set[str] = set()
         self.readings: list[Reading] = []
         self.held: dict[tuple[str, int], Held] = {}  # per GPU
         self.failures: dict[tuple[str, int], str] = {}
@@ -72,49 +73,72 @@ class Bench:
 
     def measure(self) -> None:
         """Give each mode its turns, A B A B. Nothing that was started outlives this."""
+        settings = self.settings
         try:
-            for tokens in self.settings.max_num_batched_tokens:
-                for round in range(1, self.settings.rounds + 1):
-                    for mode in self.settings.modes:
+            for tokens in settings.max_num_batched_tokens:
+                if settings.load_together:
+                    for mode in settings.modes:
+                        self._start(tokens, mode)
+                    for mode in settings.modes:
+                        with self._noting_failure(tokens, mode, f"{tokens} tokens a step, {mode}") as where:
+                            self._load(tokens, mode, where)
+                for round in range(1, settings.rounds + 1):
+                    for mode in settings.modes:
                         self._turn(tokens, round, mode)
                 self._stop(*self.running)
                 self._wait_for_memory()
         finally:
             self._stop(*self.running, orderly=False)
 
+    def _points(self, tokens: int) -> tuple[int, ...]:
+        return self.settings.decode or (tokens,)
+
+    @contextlib.contextmanager
+    def _noting_failure(self, tokens: int, mode: str, where: str) -> Iterator[str]:
+        """A failure in the body ends the mode's processes and is noted; the benchmark goes on."""
+        try:
+            yield where
+        except EngineFailure as failure:
+            self.failures |= {(mode, point): str(failure) for point in self._points(tokens)}
+            self.say(f"{where}: failed: {failure} (see {self.out / 'logs'})")
+            self._stop(mode, orderly=False)
+
     def _turn(self, tokens: int, round: int, mode: str) -> None:
-        """Load a mode unless it is, and measure it. A failure ends the mode's processes and is noted."""
-        points = self.settings.decode or (tokens,)
+        """Load a mode unless it is, and measure it."""
+        points = self._points(tokens)
         if (mode, points[0]) in self.failures:
             return
         where = f"{tokens} tokens a step, round {round} of {self.settings.rounds}, {mode}"
-        try:
+        with self._noting_failure(tokens, mode, where):
             if mode not in self.running:
+                self._start(tokens, mode)
+            if mode not in self.loaded:
                 self._load(tokens, mode, where)
             for _ in range(self.settings.repeats):
                 for point in points:
                     self._read(point, round, mode, where)
-        except EngineFailure as failure:
-            self.failures |= {(mode, point): str(failure) for point in points}
-            self.say(f"{where}: failed: {failure} (see {self.out / 'logs'})")
-            self._stop(mode, orderly=False)
         if not self.settings.side_by_side:
             self._stop(*self.running)
             self._wait_for_memory()
         self.write()
 
-    def _load(self, tokens: int, mode: str, where: str) -> None:
-        """Load all ranks at once and warm them up."""
-        self.say(f"{where}: load")
-        start_s = time.monotonic()
+    def _start(self, tokens: int, mode: str) -> None:
+        """Start the ranks of a mode, which all load at once."""
         settings = self.settings
         engines = self.running[mode] = Engines(
             name=f"{mode}-{tokens}-{len(self.readings)}", logs=self.out / "logs", timeout_s=settings.timeout,
             visible_devices=visible_devices(mode, self.devices, settings.size),
         )
-        held = engines.ask("load", "load", *load_arguments(settings, mode, tokens, free_port()))
+        engines.tell("load", *load_arguments(settings, mode, tokens, free_port()))
+
+    def _load(self, tokens: int, mode: str, where: str) -> None:
+        """Wait until the ranks of a mode have loaded, and warm them up."""
+        self.say(f"{where}: load")
+        start_s = time.monotonic()
+        settings = self.settings
+        held = self.running[mode].replies("load")
         num_gpus = settings.num_gpus(mode)
-        for point in settings.decode or (tokens,):
+        for point in self._points(tokens):
             self.held[mode, point] = Held(
                 expert_bytes=sum(h.expert_bytes for h in held) / num_gpus,
                 kv_cache_tokens=sum(h.kv_cache_tokens for h in held) / num_gpus,
@@ -122,6 +146,7 @@ class Bench:
         self.say(f"{where}: loaded in {time.monotonic() - start_s:.0f} s; warm up")
         for num_prompts in settings.decode or [math.ceil(WARMUP_STEPS * tokens / settings.input_len) + 1]:
             self._run(mode, "warm up", num_prompts, min(settings.output_len, 1 + WARMUP_STEPS))
+        self.loaded.add(mode)
 
     def _run(self, mode: str, phase: str, num_prompts: int, output_len: int) -> Counter:
         engines = self.running[mode]
@@ -150,6 +175,7 @@ class Bench:
         for mode in modes:
             self.running[mode].close(orderly=orderly)
             del self.running[mode]
+            self.loaded.discard(mode)
 
     def _used_mib(self) -> list[int]:
         used = query_gpus("memory.used", self.devices) if self.devices else []

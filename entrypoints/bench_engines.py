@@ -87,13 +87,21 @@ class Engines:
             raise
 
     def ask(self, phase: str, method: str, *keywords: dict[str, Any]) -> list[Any]:
-        """Call `method` of all ranks at once, with keywords for each or the same for all; replies in rank order.
+        """`tell`, then `replies`."""
+        self.tell(method, *keywords)
+        return self.replies(phase)
+
+    def tell(self, method: str, *keywords: dict[str, Any]) -> None:
+        """Call `method` of all ranks at once, with keywords for each or the same for all."""
+        for rank, own in zip(self.ranks, keywords * len(self.ranks) if len(keywords) == 1 else keywords, strict=True):
+            rank.send(method, own)
+
+    def replies(self, phase: str) -> list[Any]:
+        """What the ranks answer to what they were told, in rank order.
 
         Raises EngineFailure as soon as one rank fails or ends, and when one has not answered after `timeout_s`.
         """
         pending = dict(enumerate(self.ranks))
-        for rank, own in zip(self.ranks, keywords * len(self.ranks) if len(keywords) == 1 else keywords, strict=True):
-            rank.send(method, own)
         deadline = time.monotonic() + self.timeout_s
         replies: dict[int, Any] = {}
         while pending:

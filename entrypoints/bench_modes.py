@@ -1,13 +1,15 @@
 """What a benchmark runs: its settings, and each mode's ranks, devices and engine arguments. Pure."""
 
+import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
 from vllm_dwdp import config
 from vllm_dwdp.entrypoints.bench_rank import PROBE
+from vllm_dwdp.entrypoints.plugin import scalar
 from vllm_dwdp.errors import DWDPError
 
 OWN_ARGUMENTS = frozenset({
@@ -17,6 +19,7 @@ OWN_ARGUMENTS = frozenset({
 DECODE_DEFAULTS = {"input_len": 128, "output_len": 64, "eager": False}
 
 Positive = Annotated[int, Meta(gt=0)]
+MODE = re.compile(r"dwdp(\+\w+=[^+]+)*|ep|tp|single")
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,8 +28,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     model: Annotated[str, Meta(description="name or folder; a config.json suffices with --load-format dummy")]
     size: Annotated[Positive, Meta(description="GPUs, and ranks of dwdp and ep")] = 2
     modes: Annotated[
-        tuple[Literal["dwdp", "ep", "tp", "single"], ...],
-        Meta(min_length=1, description="which modes, in which order"),
+        tuple[str, ...],
+        Meta(min_length=1, description="which modes, in which order; dwdp may carry options of its own, as in "
+                                       "dwdp,dwdp+cache_gib=4+cache_policy=hot"),
     ] = ("dwdp", "ep", "tp", "single")
     decode: Annotated[
         tuple[Positive, ...],
@@ -47,7 +51,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     rounds: Annotated[Positive, Meta(description="times that the modes are gone through")] = 2
     repeats: Annotated[Positive, Meta(description="measurements in each turn of a mode")] = 3
     side_by_side: Annotated[
-        bool, Meta(description="keep all modes loaded and alternate without reloading; needs a small model")
+        bool, Meta(description="keep all modes loaded and alternate without reloading; needs a small model. With "
+                               "kv_cache_memory_bytes in --engine-args they also load at the same time")
     ] = False
     gpu_memory_utilization: Annotated[
         float, Meta(gt=0, le=1, description="share of each GPU's memory, which modes side by side divide")
@@ -69,6 +74,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             self = msgspec.convert((DECODE_DEFAULTS if given.get("decode") else {}) | given, cls, strict=False)
         except msgspec.ValidationError as error:
             raise DWDPError(str(error).replace("$.", "--").replace("_", "-")) from None
+        for mode in self.modes:
+            if not MODE.fullmatch(mode):
+                raise DWDPError(f"--modes has {mode}, which is none of dwdp, dwdp+OPTION=VALUE, ep, tp and single")
         if self.size < 2 and set(self.modes) != {"single"}:
             raise DWDPError(f"--size is {self.size}: every mode but single needs at least 2")
         if taken := OWN_ARGUMENTS.intersection(self.engine_args):
@@ -80,11 +88,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 f"{max(self.decode)} prompts of {self.input_len} tokens do not fit one step, so they would not decode "
                 f"together: raise --max-num-batched-tokens or lower --input-len"
             )
-        config.parse({config.KEY: self.dwdp_options(rank=0, port=1)})
+        for mode in self.modes:
+            config.parse({config.KEY: self.dwdp_options(mode, rank=0, port=1)})
         return self
 
-    def dwdp_options(self, rank: int, port: int) -> dict[str, Any]:
-        return self.dwdp | {"timing": True, "size": max(self.size, 2), "rank": rank, "rendezvous": f"127.0.0.1:{port}"}
+    @property
+    def load_together(self) -> bool:
+        """vLLM sizes a KV cache by what is free before and after, which engines that load beside it would falsify."""
+        return self.side_by_side and "kv_cache_memory_bytes" in self.engine_args
+
+    def dwdp_options(self, mode: str, rank: int, port: int) -> dict[str, Any]:
+        own = dict(option.split("=", 1) for option in mode.split("+")[1:])
+        return self.dwdp | {name: scalar(value) for name, value in own.items()} | {
+            "timing": True, "size": max(self.size, 2), "rank": rank, "rendezvous": f"127.0.0.1:{port}"
+        }
 
     def num_gpus(self, mode: str) -> int:
         return 1 if mode == "single" else self.size
@@ -95,12 +112,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return self.gpu_memory_utilization * (parts[mode] / sum(parts.values()) if self.side_by_side else 1)
 
 
+def is_dwdp(mode: str) -> bool:
+    return mode.split("+")[0] == "dwdp"
+
+
 def visible_devices(mode: str, devices: Sequence[str] | None, size: int) -> list[str | None]:
     """CUDA_VISIBLE_DEVICES of each rank: its own GPU, or all of them where vLLM itself spreads ranks; None on CPU."""
-    num_ranks = size if mode in ("dwdp", "ep") else 1
+    is_single_gpu = mode == "single" or is_dwdp(mode)
+    num_ranks = size if mode == "ep" or is_dwdp(mode) else 1
     if devices is None:
         return [None] * num_ranks
-    return list(devices[:num_ranks]) if mode in ("dwdp", "single") else [",".join(devices)] * num_ranks
+    return list(devices[:num_ranks]) if is_single_gpu else [",".join(devices)] * num_ranks
 
 
 def load_arguments(settings: Settings, mode: str, tokens: int, port: int) -> list[dict[str, Any]]:
@@ -127,8 +149,6 @@ def load_arguments(settings: Settings, mode: str, tokens: int, port: int) -> lis
 
     stock = {"worker_extension_cls": PROBE}
     match mode:
-        case "dwdp":
-            return [load({"additional_config": {config.KEY: settings.dwdp_options(r, port)}}, [r], {}) for r in ranks]
         case "ep":
             group = {
                 "VLLM_DP_SIZE": str(settings.size), "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": str(port)
@@ -137,5 +157,8 @@ def load_arguments(settings: Settings, mode: str, tokens: int, port: int) -> lis
             return [load(stock | {"enable_expert_parallel": True}, [rank], own[rank]) for rank in ranks]
         case "tp":
             return [load(stock | {"tensor_parallel_size": settings.size}, ranks, {})]
-        case _:
+        case "single":
             return [load(stock, [0], {})]
+        case _:
+            options = [settings.dwdp_options(mode, rank, port) for rank in ranks]
+            return [load({"additional_config": {config.KEY: options[rank]}}, [rank], {}) for rank in ranks]

@@ -12,7 +12,7 @@ from vllm_dwdp.entrypoints.bench_rank import Held, Ran
 
 GIB = 2**30
 MAX_REASON_CHARS = 160
-COLORS = {"dwdp": "#2a7f62", "ep": "#b5533c", "tp": "#4a6fa5", "single": "#9a9a9a"}
+COLORS = {"dwdp": "#2a7f62", "ep": "#b5533c", "tp": "#4a6fa5", "single": "#9a9a9a"}  # dwdp with options: its own
 POINTS = {False: "tokens/step", True: "batch/GPU"}  # what tells rows of one mode apart, for prefill and for decode
 UNITS = {False: "tokens/s/GPU", True: "ms/step"}
 FORMATS = {False: ",.0f", True: ",.2f"}
@@ -169,7 +169,7 @@ def chart(rows: Sequence[Row], decode: bool, title: str, path: Path) -> None:
         own = [row for row in rows if row.mode == mode and row.num_readings]
         bars = axes.bar(
             [points.index(row.point) + (index - (len(modes) - 1) / 2) * width for row in own],
-            [row.median for row in own], width * 0.92, color=COLORS[mode], label=mode if own else f"{mode}: no reading",
+            [row.median for row in own], width * 0.92, color=COLORS.get(mode, f"C{index}"), label=mode if own else f"{mode}: no reading",
             yerr=[[row.median - row.lowest for row in own], [row.highest - row.median for row in own]], capsize=3,
         )
         axes.bar_label(bars, [format(row.median, FORMATS[decode]) for row in own], padding=3, fontsize=8)

@@ -68,10 +68,10 @@ def _argument(field: msgspec.structs.FieldInfo) -> dict[str, Any]:
     text = msgspec.inspect.type_info(field.type).extra_json_schema["description"]
     if isinstance(field.default, bool):
         return {"action": argparse.BooleanOptionalAction, "default": None, "help": text}
-    return {"type": _scalar, "metavar": "VALUE", "help": text}
+    return {"type": scalar, "metavar": "VALUE", "help": text}
 
 
-def _scalar(text: str) -> Any:
+def scalar(text: str) -> Any:
     """A number if it reads as one, else the text."""
     with contextlib.suppress(msgspec.DecodeError):
         return msgspec.json.decode(text, type=int | float)

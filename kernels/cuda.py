@@ -122,7 +122,7 @@ class CudaDevice(Device):
         try:
             handle = _check("cuMemCreate", driver.cuMemCreate(nbytes, self._properties, 0))
         except CudaError as error:
-            free, total = self.memory()
+            free, total, _ = self.memory()
             raise DWDPError(
                 f"cannot allocate {nbytes / 2**20:.0f} MiB on {self.device}, {free / 2**20:.0f} of "
                 f"{total / 2**20:.0f} MiB are free ({error}): use more ranks, fewer slots or a smaller cache_gib"
@@ -149,8 +149,9 @@ class CudaDevice(Device):
         _check("cuMemcpyAsync", driver.cuMemcpyAsync(target, source, nbytes, stream.cuda_stream))
         stream.synchronize()
 
-    def memory(self) -> tuple[int, int]:
-        return torch.cuda.mem_get_info(self.device)
+    def memory(self) -> tuple[int, int, int]:
+        held = torch.cuda.memory_reserved(self.device) + self.allocated_bytes
+        return *torch.cuda.mem_get_info(self.device), held
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)

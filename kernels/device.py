@@ -134,8 +134,9 @@ class Device(abc.ABC):
         """Copy between addresses and wait for it: for set-up only."""
 
     @abc.abstractmethod
-    def memory(self) -> tuple[int, int]:
-        """(free, total) bytes of this device, as the driver or the kernel sees them."""
+    def memory(self) -> tuple[int, int, int]:
+        """(free, total, held) bytes of this device: the first two as the driver or the kernel sees them, the last what
+        this process holds of it."""
 
     @abc.abstractmethod
     def synchronize(self) -> None:

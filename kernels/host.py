@@ -97,9 +97,9 @@ class HostDevice(Device):
     def copy(self, target: int, source: int, nbytes: int) -> None:
         ctypes.memmove(target, source, nbytes)
 
-    def memory(self) -> tuple[int, int]:
+    def memory(self) -> tuple[int, int, int]:
         memory = psutil.virtual_memory()
-        return memory.available, memory.total
+        return memory.available, memory.total, psutil.Process().memory_info().rss
 
     def synchronize(self) -> None:
         pass

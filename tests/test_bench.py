@@ -41,6 +41,10 @@ class Rank:
     runs = 0
     def load(self, *, engine, ranks, **rest):
         self.engine, self.ranks = engine, ranks
+        if engine["model"] == "together":
+            open(f"loading-{os.getpid()}", "w").close()
+            while len([name for name in os.listdir() if name.startswith("loading-")]) < 5:
+                time.sleep(0.05)
         return Held(expert_bytes=2**30, kv_cache_tokens=1000)
     def run(self, *, num_prompts, output_len):
         if self.engine["model"] == "hang" or self.engine.get("tensor_parallel_size"):
@@ -112,6 +116,9 @@ def test_prompts_are_reproducible_and_every_rank_has_equal_work():
 
 
 def test_modes_start_the_ranks_that_they_are_made_of():
+    of_its_own = load_arguments(settings("--dwdp", '{"slots": 3}'), "dwdp+slots=4+cache_policy=hot", 16384, 4000)
+    assert {"slots": 4, "cache_policy": "hot"}.items() <= of_its_own[1]["engine"]["additional_config"]["dwdp"].items()
+    assert visible_devices("dwdp+slots=4", ["4", "5"], 2) == ["4", "5"]
     asked = settings("--size", "3", "--dwdp", '{"slots": 3}', "--engine-args", '{"seed": 5}')
     loads = {mode: load_arguments(asked, mode, 16384, 4000) for mode in asked.modes}
     assert {mode: len(ranks) for mode, ranks in loads.items()} == {"dwdp": 3, "ep": 3, "tp": 1, "single": 1}
@@ -138,7 +145,9 @@ def test_decode_has_defaults_of_its_own():
 @pytest.mark.parametrize(
     "options, complaint",
     [
-        (["--modes", "dwdp,pp"], "pp"),
+        (["--modes", "dwdp,pp"], "--modes has pp"),
+        (["--modes", "dwdp+slots=3,ep+slots=3"], "--modes has ep"),
+        (["--modes", "dwdp+slotz=3"], "slotz"),
         (["--ratio", "1.5"], "--ratio"),
         (["--rounds", "0"], "--rounds"),
         (["--size", "1"], "at least 2"),
@@ -234,6 +243,13 @@ def test_side_by_side_loads_once_and_alternates(pretenders, capsys):
     ]
 
 
+def test_side_by_side_loads_all_modes_at_once_if_told_what_the_kv_cache_takes(pretenders):
+    asked = ["--modes", "dwdp,dwdp+slots=3,single", "--side-by-side", "--engine-args", '{"kv_cache_memory_bytes": 1}']
+    assert cli.main(["bench", "--model", "together", *asked, "--timeout", "20", "--out", "out"]) == 0
+    result = json.loads((pretenders / "out" / "bench.json").read_text())
+    assert [row["num_readings"] for row in result["rows"]] == [6, 6, 6]
+
+
 @pytest.mark.parametrize("model, reason", [("die", "exit code 7"), ("hang", "rank 0, run: not finished after 8 s")])
 def test_a_rank_that_dies_or_hangs_is_named(pretenders, model, reason):
     asked = settings("--model", model)
@@ -284,8 +300,10 @@ def test_real_run_on_cpu_survives_expert_parallelism_that_cannot_run(tmp_path, w
     command = [
         "bench", "--model", str(model), "--modes", "dwdp,ep,single", "--load-format", "dummy", "--input-len", "100",
         "--num-prompts", "6", "--max-num-batched-tokens", "256", "--rounds", "1", "--repeats", "2", "--eager",
-        "--engine-args", json.dumps(engine), *(["--decode", "1,2", "--output-len", "8"] * (workload == "decode")),
+        "--engine-args", json.dumps(engine),
     ]
+    if workload == "decode":
+        command += ["--side-by-side", "--decode", "1,2", "--output-len", "8"]
     done = subprocess.run(
         [sys.executable, "-m", "vllm_dwdp.entrypoints.cli", *command], cwd=tmp_path, env=os.environ | CPU,
         capture_output=True, text=True, timeout=500,

@@ -6,29 +6,43 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_dwdp.budget import GIB, LayerSize, cache_bytes, plan_cache, table
+from vllm_dwdp.budget import GIB, LayerSize, Limit, cache_bytes, plan_cache, table
 from vllm_dwdp.config import Options
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.placement import Placement
 
 LAYERS = [LayerSize(placement=Placement(num_experts=128, size=2), expert_bytes=[6 << 20, 3 << 20])] * 48
 REMOTE = 64 * (9 << 20)  # bytes of a layer
+LIMIT = Limit(gpu_memory_utilization=0.9, kv_cache_memory_bytes=None)
 
 
-def device(free_gib: float) -> SimpleNamespace:
-    """80 GiB, of which vLLM leaves 10% alone."""
-    return SimpleNamespace(memory=lambda: (int(free_gib * GIB), 80 * GIB), release_cached=lambda: None)
+def device(free_gib: float, others_gib: float = 0) -> SimpleNamespace:
+    """80 GiB; what is not free is this process's but for `others_gib`."""
+    memory = (int(free_gib * GIB), 80 * GIB, int((80 - free_gib - others_gib) * GIB))
+    return SimpleNamespace(memory=lambda: memory, release_cached=lambda: None)
 
 
 def test_room() -> None:
     """Free memory less vLLM's margin and the slots: a number takes it up to what is remote, auto leaves its floor."""
     room = 40 * GIB - 8 * GIB - 2 * REMOTE
-    assert cache_bytes(LAYERS, device(40), Options(size=2), 0.9) == 0
-    assert cache_bytes(LAYERS, device(40), Options(size=2, cache_gib=20), 0.9) == 20 * GIB
+    assert cache_bytes(LAYERS, device(40), Options(size=2), LIMIT) == 0
+    assert cache_bytes(LAYERS, device(40), Options(size=2, cache_gib=20), LIMIT) == 20 * GIB
     auto = Options(size=2, cache_gib="auto", cache_floor_gib=10)
-    assert abs(cache_bytes(LAYERS, device(40), auto, 0.9) - (room - 10 * GIB)) <= 1
-    assert cache_bytes(LAYERS, device(75), Options(size=2, cache_gib=60), 0.9) == 48 * REMOTE, "all that is remote"
-    assert cache_bytes(LAYERS, device(12), auto, 0.9) == 0
+    assert abs(cache_bytes(LAYERS, device(40), auto, LIMIT) - (room - 10 * GIB)) <= 1
+    assert cache_bytes(LAYERS, device(75), Options(size=2, cache_gib=60), LIMIT) == 48 * REMOTE, "all that is remote"
+    assert cache_bytes(LAYERS, device(12), auto, LIMIT) == 0
+
+
+def test_engines_that_share_a_device() -> None:
+    """What others hold is not this engine's share; a KV cache given in bytes replaces the share, as it does in vLLM."""
+    auto = Options(size=2, cache_gib="auto", cache_floor_gib=0)
+    quarter = Limit(gpu_memory_utilization=0.25, kv_cache_memory_bytes=None)
+    assert abs(cache_bytes(LAYERS, device(40, others_gib=30), auto, quarter) - (10 * GIB - 2 * REMOTE)) <= 1
+    assert abs(cache_bytes(LAYERS, device(5, others_gib=70), auto, quarter) - (5 * GIB - 2 * REMOTE)) <= 1
+    given = Limit(gpu_memory_utilization=0.1, kv_cache_memory_bytes=8 * GIB)
+    assert abs(cache_bytes(LAYERS, device(20, others_gib=50), auto, given) - (12 * GIB - 2 * REMOTE)) <= 1
+    with pytest.raises(DWDPError, match="kv_cache_memory_bytes=8589934592: the largest cache_gib that does is 10.87"):
+        cache_bytes(LAYERS, device(20), Options(size=2, cache_gib=12), given)
 
 
 @pytest.mark.parametrize(
@@ -41,8 +55,8 @@ def test_room() -> None:
 def test_refusals(free_gib: float, options: dict, named: str) -> None:
     """What does not fit is refused with what is missing, or the largest that would - which then does fit."""
     with pytest.raises(DWDPError, match=named):
-        cache_bytes(LAYERS, device(free_gib), Options(size=2, **options), 0.9)
-    assert cache_bytes(LAYERS, device(20), Options(size=2, cache_gib=10.87), 0.9) == int(10.87 * GIB)
+        cache_bytes(LAYERS, device(free_gib), Options(size=2, **options), LIMIT)
+    assert cache_bytes(LAYERS, device(20), Options(size=2, cache_gib=10.87), LIMIT) == int(10.87 * GIB)
 
 
 @given(st.integers(0, 48 * REMOTE), st.sampled_from(["even", "hot"]))

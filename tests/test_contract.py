@@ -63,7 +63,7 @@ ATTRIBUTES = {
                             "enable_cumem_allocator",
     CONFIG + "CompilationConfig": "cudagraph_mode cudagraph_capture_sizes max_cudagraph_capture_size",
     CONFIG + "CUDAGraphMode": "NONE",
-    CONFIG + "CacheConfig": "gpu_memory_utilization",
+    CONFIG + "CacheConfig": "gpu_memory_utilization kv_cache_memory_bytes",
     CONFIG + "KernelConfig": "moe_backend",
     CONFIG + "LoadConfig": "load_format",
     "vllm.config.offload:OffloadConfig": "uva prefetch",

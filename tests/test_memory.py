@@ -42,12 +42,12 @@ def watch(rank: int) -> None:
 
 
 def small_device(rank: int) -> None:
-    """48 of 64 MiB are free, of which vLLM leaves 8% of the whole alone; and no tensor can be read."""
+    """48 of 64 MiB are free; and no tensor can be read."""
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     from vllm_dwdp.kernels.host import HostDevice
 
-    HostDevice.memory = lambda self: (48 << 20, 64 << 20)
+    HostDevice.memory = lambda self: (48 << 20, 64 << 20, 16 << 20)
     DefaultModelLoader.get_all_weights = None
 
 
@@ -93,7 +93,7 @@ def test_memory_is_what_the_formula_says(models, options: dict) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"slots": 8}, "8 slots of 0.01 GiB do not fit beside the shard within gpu_memory_utilization=0.92: 0.03 GiB"),
+        ({"slots": 8}, "8 slots of 0.01 GiB do not fit beside the shard within kv_cache_memory_bytes=5242880: 0.03 GiB"),
         ({"cache_gib": 1}, "cache_gib=1.0 and 2 slots do not fit beside the shard"),
         ({"cache_gib": 1, "cache_policy": "hot"}, "the largest cache_gib that does is 0.02"),
         ({"cache_gib": 0.0001, "cache_policy": "hot"}, "so small a cache: set --dwdp-cache-gib to "),
@@ -103,6 +103,6 @@ def test_memory_is_what_the_formula_says(models, options: dict) -> None:
 def test_what_cannot_fit_is_refused(models, options: dict, named: str) -> None:
     """One line with figures, and - but for a cache too small to swap in - before any tensor is read."""
     setup = watch if options.get("cache_gib") == 0.0001 else small_device
-    with Group(models("qwen3_moe", **BIG), 2, options, setup=setup, wait=False) as group:
+    with Group(models("qwen3_moe", **BIG), 2, options, engine={"kv_cache_memory_bytes": 5 << 20}, setup=setup, wait=False) as group:
         outcomes = group.outcomes(60)
     assert all(named in outcome and "\n" not in outcome for outcome in outcomes), outcomes

@@ -32,24 +32,40 @@ class LayerSize:
         return self.remote_experts * sum(self.expert_bytes)
 
 
-def cache_bytes(layers: Sequence[LayerSize], device: Device, options: Options, memory_utilization: float) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limit:
+    """What vLLM lets this engine take: a part of the device or, where the KV cache's bytes are given, all but those."""
+
+    gpu_memory_utilization: float
+    kv_cache_memory_bytes: int | None
+
+    def room(self, device: Device) -> tuple[int, str]:
+        """Bytes that experts may still take, and the setting that says so."""
+        device.release_cached()
+        free, total, held = device.memory()
+        if self.kv_cache_memory_bytes:
+            return free - self.kv_cache_memory_bytes, f"kv_cache_memory_bytes={self.kv_cache_memory_bytes}"
+        share = int(self.gpu_memory_utilization * total) - held
+        return min(free, share), f"gpu_memory_utilization={self.gpu_memory_utilization}"
+
+
+def cache_bytes(layers: Sequence[LayerSize], device: Device, options: Options, limit: Limit) -> int:
     """Bytes of cache that `cache_gib` asks for and that fit beside the shard, which is allocated, and the slots.
 
-    `memory_utilization` is vLLM's gpu_memory_utilization, the part of the device that this engine may fill. Raises
-    DWDPError when slots or cache do not fit, naming what is missing or the largest cache that would fit.
+    Raises DWDPError when slots or cache do not fit, naming what is missing or the largest cache that would fit.
     """
-    device.release_cached()
-    free, total = device.memory()
+    room, setting = limit.room(device)
     remote = max(layer.remote_bytes for layer in layers)
-    room = int(free - (1 - memory_utilization) * total - options.slots * remote)
-    within = f"beside the shard within gpu_memory_utilization={memory_utilization}"
+    room -= options.slots * remote
+    within = f"beside the shard within {setting}"
     if room < 0:
         raise DWDPError(
             f"{options.slots} slots of {remote / GIB:.2f} GiB do not fit {within}: {-room / GIB:.2f} GiB are "
-            f"missing; use more ranks, --dwdp-slots 2 or a higher --gpu-memory-utilization"
+            f"missing; use more ranks, --dwdp-slots 2 or leave more memory to the engine"
         )
     if options.cache_gib == "auto":
-        wanted = max(room - int(options.cache_floor_gib * GIB), 0)
+        floor = int(options.cache_floor_gib * GIB) - (limit.kv_cache_memory_bytes or 0)
+        wanted = max(room - max(floor, 0), 0)
     else:
         wanted = int(options.cache_gib * GIB)
     wanted = min(wanted, remote * len(layers))

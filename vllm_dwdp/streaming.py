@@ -35,17 +35,15 @@ class StreamedModel:
     @classmethod
     def build(
         cls, model: torch.nn.Module, modules: Sequence[RoutedExperts], group: Group, device: Device, options: Options,
-        memory_utilization: float,
+        limit: budget.Limit,
     ) -> "StreamedModel":
         """Turn a model loaded with shards into one that streams. Source weights are freed layer by layer.
-
-        `memory_utilization` is vLLM's gpu_memory_utilization, the part of the device that this engine may fill.
 
         Raises DWDPError on every rank when ranks disagree (before anything is freed) or memory does not suffice.
         """
         names = [experts.expert_parameters(module, group.rank) for module in modules]
         sizes = [experts.size_of(module, streamed) for module, (streamed, _) in zip(modules, names, strict=True)]
-        cache = min(group.gather("cache", budget.cache_bytes(sizes, device, options, memory_utilization)))
+        cache = min(group.gather("cache", budget.cache_bytes(sizes, device, options, limit)))
         plan = budget.plan_cache(sizes, cache, options.cache_policy, device.page_bytes)
         agree(group, "manifest", describe(model, modules, names, plan.residents, device.page_bytes))
         layers = [
@@ -180,7 +178,7 @@ class StreamedModel:
 
 
 def refuse_oversize(
-    modules: Sequence[RoutedExperts], rank: int, device: Device, options: Options, memory_utilization: float
+    modules: Sequence[RoutedExperts], rank: int, device: Device, options: Options, limit: budget.Limit
 ) -> None:
     """Raises DWDPError when slots or cache will not fit beside the shards, whose memory `modules` have taken already.
 
@@ -188,7 +186,7 @@ def refuse_oversize(
     """
     if not any(parameter.is_meta for module in modules for parameter in module.parameters()):
         sizes = [experts.size_of(module, experts.per_expert(module, rank)) for module in modules]
-        budget.cache_bytes(sizes, device, options, memory_utilization)
+        budget.cache_bytes(sizes, device, options, limit)
 
 
 def spec_of(module: RoutedExperts, name: str, residents: int, bundle: int, device: Device) -> TensorSpec:

@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 
 import vllm_dwdp
 from vllm_dwdp import config
+from vllm_dwdp.budget import Limit
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.experts import refuse_bypass, sharded
 from vllm_dwdp.graphs import limit_graphs
@@ -47,16 +48,17 @@ class DWDPWorker(PlatformWorker):
         with group.reporting():
             hello = introduce(self.vllm_config, options, rank, device)
             choose_handles(device, agree(group, "hello", hello, own=("rank", "host", "handles")))
-            utilization = self.vllm_config.cache_config.gpu_memory_utilization
+            cache = self.vllm_config.cache_config
+            limit = Limit(
+                gpu_memory_utilization=cache.gpu_memory_utilization, kv_cache_memory_bytes=cache.kv_cache_memory_bytes
+            )
             with sharded(
                 rank, options.size, options.experts_per_rank,
-                before_reading=lambda layers: refuse_oversize(layers, rank, device, options, utilization),
+                before_reading=lambda layers: refuse_oversize(layers, rank, device, options, limit),
             ) as layers:
                 super().load_model(**kwargs)
             refuse_bypass(layers, self.model_config)
-            self.dwdp = StreamedModel.build(
-                self.model_runner.get_model(), layers, group, device, options, utilization
-            )
+            self.dwdp = StreamedModel.build(self.model_runner.get_model(), layers, group, device, options, limit)
         limit_graphs(self.vllm_config, self.dwdp.prefetcher.direct_max_tokens)
         self._metrics = Metrics(self.dwdp)
 
