@@ -82,7 +82,8 @@ def forward(prefetcher: Prefetcher, layers: list[FakeLayer], trace: Trace, token
 
 @pytest.mark.parametrize(("num_layers", "num_slots"), [(4, 2), (5, 2), (5, 3), (7, 4), (2, 3), (1, 2)])
 def test_order_of_one_forward(num_layers: int, num_slots: int) -> None:
-    """Wait ready, kernels, record free; then the slot's next layer: wait free, copy, record ready. Wraps round."""
+    """Wait ready, kernels; once the next layer is ready, record free; then the slot's next layer: wait free, copy,
+    record ready. The last layer's slot does not wait for another layer. Wraps round."""
     prefetcher, layers, trace = make(num_layers, num_slots)
     slots = min(num_slots, num_layers)
     start = [c for i in range(slots) for c in (("wait", f"free{i}"), ("copy", i), ("record", f"ready{i}"))]
@@ -90,13 +91,15 @@ def test_order_of_one_forward(num_layers: int, num_slots: int) -> None:
     for _ in range(2):
         trace.calls.clear()
         forward(prefetcher, layers, trace)
-        expected = []
+        expected, fill = [], []
         for i in range(num_layers):
             s = i % slots
             following = i + slots if i + slots < num_layers else s
-            expected += [("compute_wait", f"ready{s}"), ("kernels", i), ("compute_record", f"free{s}")]
+            expected += [("compute_wait", f"ready{s}"), *fill, ("kernels", i)]
+            fill = [("compute_record", f"free{s}")]
             if following != i:
-                expected += [("wait", f"free{s}"), ("copy", following), ("record", f"ready{s}")]
+                fill += [("wait", f"free{s}"), ("copy", following), ("record", f"ready{s}")]
+        expected += fill
         assert trace.calls == expected
         assert [slot.tag for slot in prefetcher.slots] == list(range(slots)), "the first layers of the next forward"
     assert prefetcher.refills == 0

@@ -212,6 +212,29 @@ def test_memory_that_is_not_there_is_refused() -> None:
     assert device.allocated_bytes == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("call", "answers", "named"),
+    [
+        ("cuDeviceGetAttribute", lambda driver: (driver.CUresult.CUDA_SUCCESS, 0), "no CUDA virtual memory management"),
+        ("cuMemSetAccess", lambda driver: (driver.CUresult.CUDA_ERROR_INVALID_DEVICE,), "needs NVLink or PCIe peer access"),
+    ],
+)
+def test_what_a_gpu_lacks_is_named(monkeypatch, call: str, answers, named: str) -> None:
+    """A driver without virtual memory, and GPUs without peer access: neither can be had here, so the driver pretends."""
+    from vllm_dwdp.kernels import cuda
+
+    monkeypatch.setattr(cuda.driver, call, lambda *_: answers(cuda.driver))
+    with pytest.raises(DWDPError, match=named):
+        device = make_device("cuda", 0)
+        block, region = device.allocate(device.page_bytes), device.reserve(device.page_bytes)
+        try:
+            region.map(0, block, writable=False)
+        finally:
+            region.close()
+            block.close()
+
+
 def test_rendezvous_port_in_use_is_named() -> None:
     """Rank 0 says which address it could not open."""
     with socket.socket() as taken:

@@ -2,13 +2,15 @@
 
 Layer i is streamed into slot i mod K. A slot's life, with the event that ends each stage:
 
-    copy stream     wait free | copy layer i --> ready              wait free | copy layer i+K --> ready
-    compute stream                      wait ready | kernels of layer i --> free
+    copy stream     wait free | copy layer i --> ready                          wait free | copy layer i+K --> ready
+    compute stream                    wait ready | experts of layer i | attention --> free | experts of layer i+1
 
-The layer that a slot holds is a host-side tag, checked at every use. After a layer's kernels are enqueued its slot is
-filled with the next layer that uses it, the last one being followed by the first: an idle rank already holds the
-first layers of the next forward. A layer that is not in its slot (a forward was cut short, or layers ran out of
-order) is fetched again before it is read; that costs a wait and is counted, it never yields another layer's weights.
+The layer that a slot holds is a host-side tag, checked at every use. A slot is given free not right after its layer's
+kernels but when the next layer's experts begin: the copy then runs beside GEMMs, which it hardly slows, and not beside
+the norms between the layers, which wait for memory. The last layer's slot is filled at once, and the last layer is
+followed by the first: an idle rank already holds the first layers of the next forward. A layer that is not in its slot
+(a forward was cut short, or layers ran out of order) is fetched again before it is read; that costs a wait and is
+counted, it never yields another layer's weights.
 """
 
 import dataclasses
@@ -34,7 +36,7 @@ class Layer(Protocol):
 @dataclasses.dataclass(kw_only=True)
 class Slot:
     ready: Any  # recorded by the copy stream after the copy, waited for by the computing stream
-    free: Any  # recorded by the computing stream after the layer's last reader, waited for by the copy stream
+    free: Any  # recorded by the computing stream some time after the last reader, waited for by the copy stream
     tag: int | None = None  # the ordinal it holds, or is being filled with
     reading: bool = False  # acquired and not yet released
 
@@ -51,6 +53,7 @@ class Prefetcher:
         self._layers = layers
         self._stream = stream
         self._plans = [stream.plan(layer.copies) for layer in layers]
+        self._following: tuple[Slot, int] | None = None  # a slot to fill with a layer once the next experts begin
         self.slots = [Slot(ready=stream.event(), free=stream.event()) for _ in range(min(num_slots, len(layers)))]
 
     def start(self) -> None:
@@ -73,19 +76,30 @@ class Prefetcher:
                     f"at or below direct_max_tokens={self.direct_max_tokens}"
                 )
             slot = self.slots[layer.ordinal % len(self.slots)]
+            if self._following is not None and self._following[0] is slot:  # layers run out of order
+                self._fill_following()
             if slot.tag != layer.ordinal:
                 self.refills += 1
                 self._fill(slot, layer.ordinal)
             self._stream.compute_wait(slot.ready)
             slot.reading = True
+            self._fill_following()
         return view
 
     def release(self, layer: Layer, view: str) -> None:
-        """`layer`'s kernels are enqueued: fill its slot with the next layer that uses it."""
+        """`layer`'s kernels are enqueued: its slot is for the next layer that uses it."""
         if view == STREAMED:
+            number = layer.ordinal % len(self.slots)
             following = layer.ordinal + len(self.slots)
-            slot = self.slots[layer.ordinal % len(self.slots)]
-            self._fill(slot, following if following < len(self._layers) else layer.ordinal % len(self.slots))
+            self._following = self.slots[number], following if following < len(self._layers) else number
+            if layer.ordinal == len(self._layers) - 1:
+                self._fill_following()
+
+    def _fill_following(self) -> None:
+        if self._following is not None:
+            slot, ordinal = self._following
+            self._following = None
+            self._fill(slot, ordinal)
 
     def count_step(self) -> None:
         """A step with tokens has run: direct unless its layers were streamed (a graph's replay calls no `acquire`)."""
