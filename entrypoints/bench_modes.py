@@ -117,12 +117,14 @@ def is_dwdp(mode: str) -> bool:
 
 
 def visible_devices(mode: str, devices: Sequence[str] | None, size: int) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of each rank: its own GPU, or all of them where vLLM itself spreads ranks; None on CPU."""
-    is_single_gpu = mode == "single" or is_dwdp(mode)
+    """CUDA_VISIBLE_DEVICES of each rank, None on CPU: all but single see all GPUs, DWDP's ranks their own first."""
     num_ranks = size if mode == "ep" or is_dwdp(mode) else 1
     if devices is None:
         return [None] * num_ranks
-    return list(devices[:num_ranks]) if is_single_gpu else [",".join(devices)] * num_ranks
+    if mode == "single":
+        return [devices[0]]
+    first = range(num_ranks) if is_dwdp(mode) else [0] * num_ranks
+    return [",".join([*devices[own:], *devices[:own]]) for own in first]
 
 
 def load_arguments(settings: Settings, mode: str, tokens: int, port: int) -> list[dict[str, Any]]:

@@ -16,7 +16,8 @@ PROMPTS = ["The capital of France is", "A mixture of experts is", "Once upon a t
 
 
 def run_rank(rank: int, args: argparse.Namespace, answers: multiprocessing.Queue) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
+    own_first = [*range(rank, args.size), *range(rank)]  # copies from a GPU that is not visible would take the SMs
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, own_first))
     from vllm import LLM, SamplingParams  # after the device is chosen
 
     group = {"size": args.size, "rank": rank, "rendezvous": f"127.0.0.1:{args.port}"}

@@ -94,6 +94,8 @@ class CudaDevice(Device):
         vmm = attributes.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
         if not _check("cuDeviceGetAttribute", driver.cuDeviceGetAttribute(vmm, index)):
             raise DWDPError(f"{self.device} has no CUDA virtual memory management: DWDP needs it (driver 470 or newer)")
+        names = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+        self.name, self.visible = names[index], frozenset(names)
         self._properties = driver.CUmemAllocationProp()
         self._properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         self._properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE

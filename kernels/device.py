@@ -109,6 +109,8 @@ class Device(abc.ABC):
     page_bytes: int
     allocated_bytes: int = 0
     handle_kind: str
+    name: str  # tells the devices of a host apart
+    visible: frozenset[str]  # the names of all devices that this process sees
 
     def use_handles(self, kind: str) -> None:
         """Export memory allocated from now on as `kind`, "fd" or "fabric"."""

@@ -71,6 +71,8 @@ class HostRegion(Region):
 class HostDevice(Device):
     page_bytes = mmap.PAGESIZE
     handle_kind = "fd"
+    name = "host"
+    visible = frozenset({name})
 
     def allocate(self, nbytes: int) -> HostBlock:
         assert nbytes % self.page_bytes == 0

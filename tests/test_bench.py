@@ -118,7 +118,6 @@ def test_prompts_are_reproducible_and_every_rank_has_equal_work():
 def test_modes_start_the_ranks_that_they_are_made_of():
     of_its_own = load_arguments(settings("--dwdp", '{"slots": 3}'), "dwdp+slots=4+cache_policy=hot", 16384, 4000)
     assert {"slots": 4, "cache_policy": "hot"}.items() <= of_its_own[1]["engine"]["additional_config"]["dwdp"].items()
-    assert visible_devices("dwdp+slots=4", ["4", "5"], 2) == ["4", "5"]
     asked = settings("--size", "3", "--dwdp", '{"slots": 3}', "--engine-args", '{"seed": 5}')
     loads = {mode: load_arguments(asked, mode, 16384, 4000) for mode in asked.modes}
     assert {mode: len(ranks) for mode, ranks in loads.items()} == {"dwdp": 3, "ep": 3, "tp": 1, "single": 1}
@@ -129,7 +128,8 @@ def test_modes_start_the_ranks_that_they_are_made_of():
     assert loads["ep"][1]["engine"]["enable_expert_parallel"] and loads["tp"][0]["engine"]["tensor_parallel_size"] == 3
     assert loads["tp"][0]["ranks"] == [0, 1, 2] and loads["single"][0]["ranks"] == [0]
     assert {load["engine"]["seed"] for ranks in loads.values() for load in ranks} == {5}
-    assert visible_devices("dwdp", ["4", "5"], 2) == ["4", "5"] and visible_devices("single", ["4", "5"], 2) == ["4"]
+    assert visible_devices("dwdp+slots=4", ["4", "5", "6"], 3) == ["4,5,6", "5,6,4", "6,4,5"], "its own first"
+    assert visible_devices("single", ["4", "5"], 2) == ["4"]
     assert visible_devices("ep", ["4", "5"], 2) == ["4,5", "4,5"] and visible_devices("tp", None, 2) == [None]
     beside = settings("--side-by-side", "--gpu-memory-utilization", "0.9")
     assert abs(sum(map(beside.memory_share, beside.modes)) - 0.9) < 1e-9

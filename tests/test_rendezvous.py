@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -17,9 +18,8 @@ from vllm_dwdp.rendezvous import Group, HandleClient, HandleServer, Hello, agree
 
 HELLO = Hello(
     rank=0, size=3, plugin="1", vllm="2", model="m", options={"slots": 2, "deep": {"a": [1, 2]}}, device="cpu",
-    host="here", handles="fd",
+    host="here", device_name="gpu0", handles="fd",
 )
-OWN = ("rank", "host", "handles")
 
 
 def together(work: Callable[[Group], Any], size: int = 3, timeout_s: float = 20.0) -> list[Any]:
@@ -67,7 +67,7 @@ def test_disagreement(change: dict, named: str) -> None:
     """All ranks raise the same line, which names the field, both values and the rank that differs."""
     def work(group: Group) -> list:
         mine = msgspec.structs.replace(HELLO, rank=group.rank, **(change if group.rank == 2 else {}))
-        return agree(group, "hello", mine, own=OWN)
+        return agree(group, "hello", mine, own=Hello.OWN)
 
     for said in together(work):
         assert f"ranks disagree in hello: {named} on rank 0 and rank 2; " in said
@@ -77,7 +77,7 @@ def test_own_fields_may_differ() -> None:
     """Rank, host and kind of handles are a rank's own business, and come back from every rank."""
     def work(group: Group) -> list:
         mine = msgspec.structs.replace(HELLO, rank=group.rank, host=f"h{group.rank}", handles=f"k{group.rank}")
-        return [(said.rank, said.host, said.handles) for said in agree(group, "hello", mine, own=OWN)]
+        return [(said.rank, said.host, said.handles) for said in agree(group, "hello", mine, own=Hello.OWN)]
 
     assert together(work) == [[(r, f"h{r}", f"k{r}") for r in range(3)]] * 3
 
@@ -193,3 +193,19 @@ def test_lost_handles(answers: bool, named: str) -> None:
         assert len(os.listdir("/proc/self/fd")) == before
         connection.close()
         client.close()
+
+
+def test_a_peer_whose_gpu_is_not_visible_is_named(monkeypatch) -> None:
+    """Of this host only: another host's GPUs are reached by FABRIC handles."""
+    from vllm_dwdp import worker
+
+    said = []
+    monkeypatch.setattr(worker.logger, "warning", lambda text, *values: said.append(text % values))
+    group = [
+        msgspec.structs.replace(HELLO, rank=rank, host=host, device_name=name)
+        for rank, (host, name) in enumerate([("here", "gpu0"), ("here", "gpu1"), ("there", "gpu2"), ("here", "gpu3")])
+    ]
+    worker.warn_of_hidden_peers(SimpleNamespace(visible={"gpu0", "gpu1", "gpu3"}), group[0], group)
+    assert not said
+    worker.warn_of_hidden_peers(SimpleNamespace(visible={"gpu0"}), group[0], group)
+    assert len(said) == 1 and "rank 0 does not see the GPU of rank 1, 3:" in said[0]

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 from torch.distributed import PrefixStore, Store, TCPStore
@@ -31,7 +31,9 @@ _FDS_PER_MESSAGE = 128  # the kernel takes 253
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank says of itself before it loads: everything here but `rank`, `host` and `handles` must be alike."""
+    """What a rank says of itself before it loads. All of it must be alike but `OWN`."""
+
+    OWN: ClassVar = ("rank", "host", "device_name", "handles")
 
     rank: int
     size: int
@@ -41,6 +43,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     options: dict[str, Any]
     device: str
     host: str
+    device_name: str
     handles: str
 
 

@@ -47,7 +47,9 @@ class DWDPWorker(PlatformWorker):
         group = connect(self.vllm_config, options, rank)
         with group.reporting():
             hello = introduce(self.vllm_config, options, rank, device)
-            choose_handles(device, agree(group, "hello", hello, own=("rank", "host", "handles")))
+            everyone = agree(group, "hello", hello, own=Hello.OWN)
+            choose_handles(device, everyone)
+            warn_of_hidden_peers(device, hello, everyone)
             cache = self.vllm_config.cache_config
             limit = Limit(
                 gpu_memory_utilization=cache.gpu_memory_utilization, kv_cache_memory_bytes=cache.kv_cache_memory_bytes
@@ -130,6 +132,17 @@ def choose_handles(device: Device, group: list[Hello]) -> None:
     device.use_handles("fd")
 
 
+def warn_of_hidden_peers(device: Device, mine: Hello, group: list[Hello]) -> None:
+    """The driver takes memory of a GPU that the process cannot see for its own, and copies it on the SMs."""
+    hidden = [str(s.rank) for s in group if s.host == mine.host and s.device_name not in device.visible]
+    if hidden:
+        logger.warning(
+            "DWDP rank %d does not see the GPU of rank %s: copies from there take the SMs, not a copy engine, and slow "
+            "computing by a fifth; let every rank see all GPUs of the group, its own first (CUDA_VISIBLE_DEVICES=1,0)",
+            mine.rank, ", ".join(hidden),
+        )
+
+
 def connect(vllm_config: VllmConfig, options: config.Options, rank: int) -> Group:
     """Join the group: at `rendezvous` if given, else in the store of vLLM's launcher, else at vLLM's DP master."""
     parallel = vllm_config.parallel_config
@@ -156,5 +169,6 @@ def introduce(vllm_config: VllmConfig, options: config.Options, rank: int, devic
         options=options.shared(),
         device=current_platform.device_type,
         host=socket.gethostname(),
+        device_name=device.name,
         handles=device.handle_kind,
     )
