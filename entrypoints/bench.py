@@ -114,6 +114,8 @@ class Bench:
                 self._start(tokens, mode)
             if mode not in self.loaded:
                 self._load(tokens, mode, where)
+            if self.settings.side_by_side:  # the first run after others had the GPUs can take seconds more
+                self._run(mode, "wake up", 1, 1)
             for _ in range(self.settings.repeats):
                 for point in points:
                     self._read(point, round, mode, where)
