@@ -9,6 +9,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")  # vLLM takes 8 s to import: once for all ranks
@@ -59,6 +60,8 @@ def streamed_model(llm: Any) -> Any:
 
 def _serve(rank: int, model: str, dwdp: dict | None, engine: dict, setup: Callable | None, pipe: Any) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if gpus := len(list(Path("/dev").glob("nvidia[0-9]*"))):  # all of them, its own first
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str((rank + i) % gpus) for i in range(gpus))
     llm = None
     try:
         if setup is not None:

@@ -5,20 +5,57 @@ dawdle before they read. The engines are real; the comparison is with the stock 
 """
 
 import ctypes
+import functools
 import random
 import time
 
 import pytest
+import torch
 from harness import Group, generate, reference, stats, streamed_model
+from test_transport import DEVICES
 
-LENGTHS = [3, 60, 9, 31, 1, 22, 50, 5]
+LENGTHS = {"host": [3, 60, 9, 31, 1, 22, 50, 5], "cuda": [random.Random(n).randrange(5, 1500) for n in range(64)]}
+SHAPES = {  # on GPUs the layers of Qwen3-30B-A3B
+    "host": {},
+    "cuda": dict(
+        hidden_size=2048, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, num_hidden_layers=3,
+        head_dim=128, num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=2048,
+    ),
+}
+ENGINES = {
+    "host": {},
+    "cuda": dict(
+        dtype="bfloat16", max_model_len=2048, max_num_batched_tokens=2048, max_num_seqs=16,
+        kv_cache_memory_bytes=2**29, gpu_memory_utilization=0.3, enable_prefix_caching=False,
+    ),
+}
+CYCLES_PER_S = 1.7e9
 
 
-def poison(copy_s: float, before_kernels_s: float, after_release: bool) -> None:
-    from vllm_dwdp.kernels.host import HostStream
+def poison(copy_s: float, before_kernels_s: float, kind: str, rank: int) -> None:
+    """Copies fill their targets with NaN first and take up to `copy_s` longer; layers wait before they read."""
     from vllm_dwdp.prefetch import Prefetcher
 
-    copy, acquire, release = HostStream._copy, Prefetcher.acquire, Prefetcher.release
+    ruin, dawdle = (poison_host if kind == "host" else poison_cuda)(copy_s)
+    acquire, release = Prefetcher.acquire, Prefetcher.release
+
+    def slow_acquire(self, layer, num_tokens):
+        view = acquire(self, layer, num_tokens)
+        dawdle(random.random() * before_kernels_s)
+        return view
+
+    def ruining_release(self, layer, view):
+        if view == "streamed":  # whoever reads the layer now without asking for it again reads NaN
+            ruin(layer.copies)
+        release(self, layer, view)
+
+    Prefetcher.acquire, Prefetcher.release = slow_acquire, ruining_release
+
+
+def poison_host(copy_s: float):
+    from vllm_dwdp.kernels.host import HostStream
+
+    copy = HostStream._copy
 
     def ruin(copies) -> None:
         for target, _, nbytes in copies:
@@ -29,25 +66,42 @@ def poison(copy_s: float, before_kernels_s: float, after_release: bool) -> None:
         time.sleep(random.random() * copy_s)
         copy(self, copies)
 
-    def slow_acquire(self, layer, num_tokens):
-        view = acquire(self, layer, num_tokens)
-        time.sleep(random.random() * before_kernels_s)
-        return view
-
-    def ruining_release(self, layer, view):
-        if after_release and view == "streamed":  # whoever reads the layer now without asking for it again reads NaN
-            ruin(layer.copies)
-        release(self, layer, view)
-
-    HostStream._copy, Prefetcher.acquire, Prefetcher.release = slow_copy, slow_acquire, ruining_release
+    HostStream._copy = slow_copy
+    return ruin, time.sleep
 
 
-def slow_copies(rank: int) -> None:
-    poison(0.004, 0.0, True)
+def poison_cuda(copy_s: float):
+    from cuda.bindings import driver
+
+    from vllm_dwdp.kernels.cuda import CudaStream
+
+    plan = CudaStream.plan
+
+    def ruin(copies) -> None:
+        for target, _, nbytes in copies:
+            (code,) = driver.cuMemsetD8Async(target, 0xFF, nbytes, torch.cuda.current_stream().cuda_stream)
+            assert code == driver.CUresult.CUDA_SUCCESS
+
+    def dawdle(seconds: float) -> None:
+        torch.cuda._sleep(int(seconds * CYCLES_PER_S))
+
+    def slow_plan(self, copies):
+        issue = plan(self, copies)
+
+        def slow_issue() -> None:
+            with torch.cuda.stream(self._stream):
+                ruin(copies)
+                dawdle(random.random() * copy_s)
+            issue()
+
+        return slow_issue
+
+    CudaStream.plan = slow_plan
+    return ruin, dawdle
 
 
-def slow_kernels(rank: int) -> None:
-    poison(0.0, 0.004, True)
+slow_copies = functools.partial(poison, 0.004, 0.0)
+slow_kernels = functools.partial(poison, 0.0, 0.004)
 
 
 def cut_short(llm) -> str:
@@ -78,13 +132,15 @@ def out_of_order(llm) -> None:
         model.prefetcher.release(layer, model.prefetcher.acquire(layer, 1000))
 
 
-@pytest.mark.parametrize("setup", [slow_copies, slow_kernels])
-def test_poisoned_slots_change_nothing(models, setup) -> None:
+@pytest.mark.parametrize("kind", DEVICES)
+@pytest.mark.parametrize("setup", [slow_copies, slow_kernels], ids=["slow_copies", "slow_kernels"])
+def test_poisoned_slots_change_nothing(models, setup, kind: str) -> None:
     """NaN in every slot between uses, slow copies, slow kernels, cut-short and disordered forwards: answers stay."""
-    model = models("qwen3_moe")
-    question = dict(lengths=LENGTHS, tokens=12)
-    expected = reference(model, **question)
-    with Group(model, 2, {"direct_max_tokens": 0}, setup=setup) as group:
+    model, engine = models("qwen3_moe", **SHAPES[kind]), ENGINES[kind]
+    question = dict(lengths=LENGTHS[kind], tokens=12)
+    expected = reference(model, engine, **question)
+    setup = functools.partial(setup, kind)
+    with Group(model, 2, {"direct_max_tokens": 0}, engine=engine, setup=setup) as group:
         assert group.run(generate, **question) == [expected] * 2
         assert [s["refills"] for s in group.run(stats)] == [0, 0]
         assert [s["slot_tags"] for s in group.run(stats)] == [[0, 1]] * 2, "the next forward's first layers"
@@ -100,7 +156,7 @@ def test_poisoned_slots_change_nothing(models, setup) -> None:
 def test_mixed_batch_sizes_switch_views(models) -> None:
     """Batches around direct_max_tokens alternate between both views, one by one and together: answers stay."""
     model = models("qwen3_moe")
-    with Group(model, 2, {"direct_max_tokens": 4}, setup=slow_copies) as group:
+    with Group(model, 2, {"direct_max_tokens": 4}, setup=functools.partial(slow_copies, "host")) as group:
         for seed, lengths in enumerate([[1, 2], [64, 1, 1], [3], [30] * 6]):
             question = dict(lengths=lengths, tokens=6, seed=seed)
             assert group.run(generate, **question) == [reference(model, **question)] * 2
