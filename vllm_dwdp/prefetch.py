@@ -2,15 +2,15 @@
 
 Layer i is streamed into slot i mod K. A slot's life, with the event that ends each stage:
 
-    copy stream     wait free | copy layer i --> ready                          wait free | copy layer i+K --> ready
-    compute stream                    wait ready | experts of layer i | attention --> free | experts of layer i+1
+    copy stream     wait free | copy layer i --> ready                       wait free | copy layer i+K --> ready
+    compute stream                wait ready | experts of layer i | attention --> free | experts of layer i+1
 
 The layer that a slot holds is a host-side tag, checked at every use. A slot is given free not right after its layer's
-kernels but when the next layer's experts begin: the copy then runs beside GEMMs, which it hardly slows, and not beside
-the norms between the layers, which wait for memory. The last layer's slot is filled at once, and the last layer is
-followed by the first: an idle rank already holds the first layers of the next forward. A layer that is not in its slot
-(a forward was cut short, or layers ran out of order) is fetched again before it is read; that costs a wait and is
-counted, it never yields another layer's weights.
+kernels but when the next layer's experts begin: the copy then runs beside their GEMMs, which it slows less than
+attention (two H100s: 2% of a prefill step). The last layer's slot is filled at once, and the last layer is followed by
+the first: an idle rank already holds the first layers of the next forward. A layer that is not in its slot (a forward
+was cut short, or layers ran out of order) is fetched again before it is read; that costs a wait and is counted, it
+never yields another layer's weights.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Slot:
     ready: Any  # recorded by the copy stream after the copy, waited for by the computing stream
     free: Any  # recorded by the computing stream some time after the last reader, waited for by the copy stream
     tag: int | None = None  # the ordinal it holds, or is being filled with
-    reading: bool = False  # acquired and not yet released
+    reading: bool = False  # acquired since it was filled
 
 
 class Prefetcher:
@@ -53,13 +53,16 @@ class Prefetcher:
         self._layers = layers
         self._stream = stream
         self._plans = [stream.plan(layer.copies) for layer in layers]
-        self._following: tuple[Slot, int] | None = None  # a slot to fill with a layer once the next experts begin
+        self._following: int | None = None  # the layer to fetch once the next experts begin
         self.slots = [Slot(ready=stream.event(), free=stream.event()) for _ in range(min(num_slots, len(layers)))]
 
     def start(self) -> None:
         """Fill every slot with its first layer."""
-        for ordinal, slot in enumerate(self.slots):
-            self._fill(slot, ordinal)
+        for ordinal in range(len(self.slots)):
+            self._fill(ordinal)
+
+    def _slot_of(self, ordinal: int) -> Slot:
+        return self.slots[ordinal % len(self.slots)]
 
     def acquire(self, layer: Layer, num_tokens: int) -> str:
         """Make `layer`'s parameters readable by kernels enqueued from now on; returns the view chosen.
@@ -75,12 +78,12 @@ class Prefetcher:
                     f"a CUDA graph of {num_tokens} tokens would freeze streamed weights: keep cudagraph_capture_sizes "
                     f"at or below direct_max_tokens={self.direct_max_tokens}"
                 )
-            slot = self.slots[layer.ordinal % len(self.slots)]
-            if self._following is not None and self._following[0] is slot:  # layers run out of order
+            slot = self._slot_of(layer.ordinal)
+            if self._following is not None and self._slot_of(self._following) is slot:  # layers run out of order
                 self._fill_following()
             if slot.tag != layer.ordinal:
                 self.refills += 1
-                self._fill(slot, layer.ordinal)
+                self._fill(layer.ordinal)
             self._stream.compute_wait(slot.ready)
             slot.reading = True
             self._fill_following()
@@ -89,25 +92,24 @@ class Prefetcher:
     def release(self, layer: Layer, view: str) -> None:
         """`layer`'s kernels are enqueued: its slot is for the next layer that uses it."""
         if view == STREAMED:
-            number = layer.ordinal % len(self.slots)
             following = layer.ordinal + len(self.slots)
-            self._following = self.slots[number], following if following < len(self._layers) else number
+            self._following = following if following < len(self._layers) else layer.ordinal % len(self.slots)
             if layer.ordinal == len(self._layers) - 1:
                 self._fill_following()
 
     def _fill_following(self) -> None:
         if self._following is not None:
-            slot, ordinal = self._following
-            self._following = None
-            self._fill(slot, ordinal)
+            ordinal, self._following = self._following, None
+            self._fill(ordinal)
 
     def count_step(self) -> None:
         """A step with tokens has run: direct unless its layers were streamed (a graph's replay calls no `acquire`)."""
         self.forwards[DIRECT] += self.forwards[STREAMED] == self._streamed_before
         self._streamed_before = self.forwards[STREAMED]
 
-    def _fill(self, slot: Slot, ordinal: int) -> None:
-        if slot.reading:  # by the layer released just now, or by a forward that was cut short
+    def _fill(self, ordinal: int) -> None:
+        slot = self._slot_of(ordinal)
+        if slot.reading:  # by a layer that was released, or by a forward that was cut short
             self._stream.compute_record(slot.free)
             slot.reading = False
         if slot.tag == ordinal:  # the slot's only layer
