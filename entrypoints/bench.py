@@ -62,7 +62,6 @@ class Bench:
         self.start_s = time.monotonic()
         self.used_mib = self._used_mib()
         self.running: dict[str, Engines] = {}
-        self.loaded: set[str] = set()
         self.readings: list[Reading] = []
         self.held: dict[tuple[str, int], Held] = {}  # per GPU
         self.failures: dict[tuple[str, int], str] = {}
@@ -112,7 +111,7 @@ class Bench:
         with self._noting_failure(tokens, mode, where):
             if mode not in self.running:
                 self._start(tokens, mode)
-            if mode not in self.loaded:
+            if not self.running[mode].last_run:  # loading ends with a run that warms up
                 self._load(tokens, mode, where)
             if self.settings.side_by_side:  # the first run after others had the GPUs can take seconds more
                 self._run(mode, "wake up", 1, 1)
@@ -148,7 +147,6 @@ class Bench:
         self.say(f"{where}: loaded in {time.monotonic() - start_s:.0f} s; warm up")
         for num_prompts in settings.decode or [math.ceil(WARMUP_STEPS * tokens / settings.input_len) + 1]:
             self._run(mode, "warm up", num_prompts, min(settings.output_len, 1 + WARMUP_STEPS))
-        self.loaded.add(mode)
 
     def _run(self, mode: str, phase: str, num_prompts: int, output_len: int) -> Counter:
         engines = self.running[mode]
@@ -177,7 +175,6 @@ class Bench:
         for mode in modes:
             self.running[mode].close(orderly=orderly)
             del self.running[mode]
-            self.loaded.discard(mode)
 
     def _used_mib(self) -> list[int]:
         used = query_gpus("memory.used", self.devices) if self.devices else []

@@ -169,7 +169,8 @@ def chart(rows: Sequence[Row], decode: bool, title: str, path: Path) -> None:
         own = [row for row in rows if row.mode == mode and row.num_readings]
         bars = axes.bar(
             [points.index(row.point) + (index - (len(modes) - 1) / 2) * width for row in own],
-            [row.median for row in own], width * 0.92, color=COLORS.get(mode, f"C{index}"), label=mode if own else f"{mode}: no reading",
+            [row.median for row in own], width * 0.92,
+            color=COLORS.get(mode, f"C{index}"), label=mode if own else f"{mode}: no reading",
             yerr=[[row.median - row.lowest for row in own], [row.highest - row.median for row in own]], capsize=3,
         )
         axes.bar_label(bars, [format(row.median, FORMATS[decode]) for row in own], padding=3, fontsize=8)
