@@ -48,7 +48,10 @@ def test_engines_that_share_a_device() -> None:
 @pytest.mark.parametrize(
     ("free_gib", "options", "named"),
     [
-        (9, {"slots": 3}, "3 slots of 0.56 GiB do not fit .* 0.69 GiB are missing"),
+        (
+            9, {"slots": 3},
+            "3 slots of 0.56 GiB do not fit .* 0.69 GiB are missing; .* or a higher --gpu-memory-utilization",
+        ),
         (20, {"cache_gib": 12}, "cache_gib=12.* the largest cache_gib that does is 10.87"),
     ],
 )

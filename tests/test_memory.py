@@ -93,7 +93,11 @@ def test_memory_is_what_the_formula_says(models, options: dict) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"slots": 8}, "8 slots of 0.01 GiB do not fit beside the shard within kv_cache_memory_bytes=5242880: 0.03 GiB"),
+        (
+            {"slots": 8},
+            "8 slots of 0.01 GiB do not fit beside the shard within kv_cache_memory_bytes=5242880: 0.03 GiB are "
+            "missing; use more ranks, --dwdp-slots 2 or a lower --kv-cache-memory-bytes",
+        ),
         ({"cache_gib": 1}, "cache_gib=1.0 and 2 slots do not fit beside the shard"),
         ({"cache_gib": 1, "cache_policy": "hot"}, "the largest cache_gib that does is 0.02"),
         ({"cache_gib": 0.0001, "cache_policy": "hot"}, "so small a cache: set --dwdp-cache-gib to "),
@@ -103,6 +107,7 @@ def test_memory_is_what_the_formula_says(models, options: dict) -> None:
 def test_what_cannot_fit_is_refused(models, options: dict, named: str) -> None:
     """One line with figures, and - but for a cache too small to swap in - before any tensor is read."""
     setup = watch if options.get("cache_gib") == 0.0001 else small_device
-    with Group(models("qwen3_moe", **BIG), 2, options, engine={"kv_cache_memory_bytes": 5 << 20}, setup=setup, wait=False) as group:
+    engine = {"kv_cache_memory_bytes": 5 << 20}
+    with Group(models("qwen3_moe", **BIG), 2, options, engine=engine, setup=setup, wait=False) as group:
         outcomes = group.outcomes(60)
     assert all(named in outcome and "\n" not in outcome for outcome in outcomes), outcomes

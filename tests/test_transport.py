@@ -217,11 +217,14 @@ def test_memory_that_is_not_there_is_refused() -> None:
     ("call", "answers", "named"),
     [
         ("cuDeviceGetAttribute", lambda driver: (driver.CUresult.CUDA_SUCCESS, 0), "no CUDA virtual memory management"),
-        ("cuMemSetAccess", lambda driver: (driver.CUresult.CUDA_ERROR_INVALID_DEVICE,), "needs NVLink or PCIe peer access"),
+        (
+            "cuMemSetAccess", lambda driver: (driver.CUresult.CUDA_ERROR_INVALID_DEVICE,),
+            "needs NVLink or PCIe peer access",
+        ),
     ],
 )
 def test_what_a_gpu_lacks_is_named(monkeypatch, call: str, answers, named: str) -> None:
-    """A driver without virtual memory, and GPUs without peer access: neither can be had here, so the driver pretends."""
+    """A driver without virtual memory, GPUs without peer access: neither can be had here, so the driver pretends."""
     from vllm_dwdp.kernels import cuda
 
     monkeypatch.setattr(cuda.driver, call, lambda *_: answers(cuda.driver))

@@ -39,14 +39,16 @@ class Limit:
     gpu_memory_utilization: float
     kv_cache_memory_bytes: int | None
 
-    def room(self, device: Device) -> tuple[int, str]:
-        """Bytes that experts may still take, and the setting that says so."""
+    def room(self, device: Device) -> tuple[int, str, str]:
+        """Bytes that experts may still take, the setting that says so, and what to change for more."""
         device.release_cached()
         free, total, held = device.memory()
         if self.kv_cache_memory_bytes:
-            return free - self.kv_cache_memory_bytes, f"kv_cache_memory_bytes={self.kv_cache_memory_bytes}"
+            setting = f"kv_cache_memory_bytes={self.kv_cache_memory_bytes}"
+            return free - self.kv_cache_memory_bytes, setting, "a lower --kv-cache-memory-bytes"
         share = int(self.gpu_memory_utilization * total) - held
-        return min(free, share), f"gpu_memory_utilization={self.gpu_memory_utilization}"
+        setting = f"gpu_memory_utilization={self.gpu_memory_utilization}"
+        return min(free, share), setting, "a higher --gpu-memory-utilization"
 
 
 def cache_bytes(layers: Sequence[LayerSize], device: Device, options: Options, limit: Limit) -> int:
@@ -54,14 +56,14 @@ def cache_bytes(layers: Sequence[LayerSize], device: Device, options: Options, l
 
     Raises DWDPError when slots or cache do not fit, naming what is missing or the largest cache that would fit.
     """
-    room, setting = limit.room(device)
+    room, setting, remedy = limit.room(device)
     remote = max(layer.remote_bytes for layer in layers)
     room -= options.slots * remote
     within = f"beside the shard within {setting}"
     if room < 0:
         raise DWDPError(
             f"{options.slots} slots of {remote / GIB:.2f} GiB do not fit {within}: {-room / GIB:.2f} GiB are "
-            f"missing; use more ranks, --dwdp-slots 2 or leave more memory to the engine"
+            f"missing; use more ranks, --dwdp-slots 2 or {remedy}"
         )
     if options.cache_gib == "auto":
         floor = int(options.cache_floor_gib * GIB) - (limit.kv_cache_memory_bytes or 0)
