@@ -155,7 +155,7 @@ class Bench:
         return total(before, engines.last_run)
 
     def _read(self, point: int, round: int, mode: str, where: str) -> None:
-        """Measure once. What decode steps take is what more output tokens take than the first."""
+        """Measure once. What decode steps move and wait for is what more output tokens do than the first."""
         output_len, decode_steps = self.settings.output_len, None
         if self.decode:
             first = self._run(mode, "prefill", point, 1)

@@ -26,9 +26,13 @@ TRACKER_S = 2.0
 
 
 class Ran(msgspec.Struct, frozen=True, kw_only=True):
-    """One run. Seconds on the host's monotonic clock, which all ranks of a host share; `stats` accumulate."""
+    """One run. Seconds on the host's monotonic clock, which all ranks of a host share; `stats` accumulate.
+
+    `first_s` is when the last request had its first token: from then to `end_s` the rank only decodes.
+    """
 
     start_s: float
+    first_s: float
     end_s: float
     prompt_tokens: int
     output_tokens: int
@@ -85,15 +89,22 @@ class Rank:
         """Give the engine the first `num_prompts` prompts of each of its ranks at once."""
         from vllm import SamplingParams
 
-        prompts = [{"prompt_token_ids": ids} for own in self.prompts for ids in own[:num_prompts]]
+        prompts = [ids for own in self.prompts for ids in own[:num_prompts]]
         sampling = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True, detokenize=False)
+        engine = self.llm.llm_engine
+        latest: dict[str, int] = {}  # tokens of each request that has any
+        first_s = None
         start_s = time.monotonic()
-        outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
+        for number, ids in enumerate(prompts):
+            engine.add_request(str(number), {"prompt_token_ids": ids}, sampling)
+        while engine.has_unfinished_requests():
+            latest |= {output.request_id: len(output.outputs[0].token_ids) for output in engine.step()}
+            if first_s is None and len(latest) == len(prompts):
+                first_s = time.monotonic()
         end_s = time.monotonic()
         return Ran(
-            start_s=start_s, end_s=end_s, stats=self.stats(),
-            prompt_tokens=sum(len(output.prompt_token_ids) for output in outputs),
-            output_tokens=sum(len(output.outputs[0].token_ids) for output in outputs),
+            start_s=start_s, first_s=first_s, end_s=end_s, stats=self.stats(),
+            prompt_tokens=sum(map(len, prompts)), output_tokens=sum(latest.values()),
         )
 
     def stats(self) -> dict[str, float]:

@@ -55,12 +55,14 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def total(before: Sequence[Ran], after: Sequence[Ran]) -> Counter:
-    """What a run of all ranks took: seconds from the first start to the last end, and sums of the rest.
+    """What a run of all ranks took: seconds from the first start to the last end, the longest that a rank only decoded,
+    and sums of the rest.
 
     `before` is the ranks' previous run: their statistics accumulate.
     """
     spent = Counter(
         elapsed_s=max(ran.end_s for ran in after) - min(ran.start_s for ran in after),
+        decode_s=max(ran.end_s - ran.first_s for ran in after),
         prompt_tokens=sum(ran.prompt_tokens for ran in after), output_tokens=sum(ran.output_tokens for ran in after),
     )
     for ran in after:
@@ -77,7 +79,7 @@ def reading(
     steps = spent["streamed"]
     return Reading(
         mode=mode, point=point, round=round, spent=dict(spent),
-        value=1e3 * spent["elapsed_s"] / decode_steps if decode_steps else
+        value=1e3 * spent["decode_s"] / decode_steps if decode_steps else
         spent["prompt_tokens"] / spent["elapsed_s"] / num_gpus,
         exposed_wait_ms_per_step=spent["exposed_wait_ms"] / steps if steps > 0 else None,
         copy_gb_per_s=spent["prefetch_bytes"] / spent["copy_ms"] / 1e6 if steps > 0 and spent["copy_ms"] > 0 else None,

@@ -60,8 +60,8 @@ class Rank:
             stats = {"exposed_wait_ms": 2.0 * self.runs, "streamed": 4 * self.runs, "direct": 0,
                      "prefetch_bytes": 10**9 * self.runs, "copy_ms": 5.0 * self.runs}
         num = num_prompts * len(self.ranks)
-        return Ran(start_s=10.0, end_s=12.0 + output_len, prompt_tokens=90 * num, output_tokens=num * output_len,
-                   stats=stats)
+        return Ran(start_s=10.0, first_s=13.0, end_s=12.0 + output_len, prompt_tokens=90 * num,
+                   output_tokens=num * output_len, stats=stats)
     def close(self):
         os._exit(0)
 bench_rank.Rank = Rank
@@ -73,8 +73,10 @@ def settings(*options: str) -> Settings:
     return Settings.of(vars(cli.parser().parse_args(["bench", "--model", "m", *options])))
 
 
-def ran(tokens: int, start_s: float, end_s: float, out: int = 1, **stats: float) -> Ran:
-    return Ran(start_s=start_s, end_s=end_s, prompt_tokens=tokens, output_tokens=out, stats=stats)
+def ran(tokens: int, start_s: float, end_s: float, out: int = 1, decode_s: float = 0.0, **stats: float) -> Ran:
+    return Ran(
+        start_s=start_s, first_s=end_s - decode_s, end_s=end_s, prompt_tokens=tokens, output_tokens=out, stats=stats
+    )
 
 
 def reading_of(mode: str, seconds: float, **stats: float):
@@ -176,12 +178,12 @@ def test_reading_spans_the_slowest_rank_and_takes_differences_of_statistics():
 
 
 def test_a_decode_step_is_what_each_further_token_takes():
-    first = total([], [ran(400, 0, 1, 4), ran(400, 0, 2, 4)])
-    spent = total([], [ran(400, 5, 8, 44, direct=10), ran(400, 5, 9, 44, direct=10)])
+    first = total([], [ran(400, 0, 1, 4), ran(400, 0, 20, 4)])  # however slow: a mode that slept wakes up in it
+    spent = total([], [ran(400, 5, 8, 44, 1.5, direct=10), ran(400, 5, 9, 44, 2, direct=10)])
     spent.subtract(first)
     read = reading(mode="dwdp", point=4, round=1, num_gpus=2, spent=spent, decode_steps=10)
     assert read.value == 1000 * (4 - 2) / 10
-    slow = reading(mode="ep", point=4, round=1, num_gpus=2, spent=Counter(elapsed_s=4), decode_steps=10)
+    slow = reading(mode="ep", point=4, round=1, num_gpus=2, spent=Counter(decode_s=4), decode_steps=10)
     dwdp, ep = summarize(["dwdp", "ep"], [4], True, [read, slow], {}, {})
     assert (dwdp.median, ep.median, dwdp.ratio_to_ep, dwdp.views) == (200, 400, 2, {"direct": 20})
     assert "ms/step" in table([dwdp, ep], True) and "100% direct" in table([dwdp, ep], True)
