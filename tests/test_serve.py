@@ -1,6 +1,7 @@
 """The real server: two independent ranks behind vLLM's own API and load balancer."""
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -18,7 +19,8 @@ from harness import free_port
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
 ARGUMENTS = [
-    "--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8",
+    "--dtype", "float32", "--enforce-eager", "--max-model-len", "1536", "--max-num-seqs", "8",
+    "--hf-overrides", '{"max_position_embeddings": 1536}',
     "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", str(64 << 20), "--no-enable-prefix-caching",
 ]
 
@@ -44,14 +46,19 @@ class Server:
             return urllib.request.urlopen(f"{self.url}/health", timeout=5).status == 200
         return False
 
-    def complete(self, prompt: str, tokens: int, rank: int | None = None) -> tuple[str, float, float]:
-        """(text, start, end): a greedy completion, on the rank named or on the one that vLLM chooses."""
+    def request(
+        self, prompt: str, tokens: int, rank: int | None = None, stream: bool = False
+    ) -> http.client.HTTPResponse:
+        """The response to a greedy completion, on the rank named or on the one that vLLM chooses."""
         headers = {"content-type": "application/json"} | ({} if rank is None else {"X-data-parallel-rank": str(rank)})
-        body = {"model": self.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        body = {"model": self.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
+                "stream": stream}
         request = urllib.request.Request(f"{self.url}/v1/completions", json.dumps(body).encode(), headers)
-        start = time.monotonic()
-        answer = json.load(urllib.request.urlopen(request, timeout=120))
-        return answer["choices"][0]["text"], start, time.monotonic()
+        return urllib.request.urlopen(request, timeout=120)
+
+    def complete(self, prompt: str, tokens: int, rank: int | None = None) -> str:
+        """The whole text of such a completion."""
+        return json.load(self.request(prompt, tokens, rank))["choices"][0]["text"]
 
     @property
     def model(self) -> str:
@@ -105,10 +112,10 @@ def test_both_ranks_serve_and_answer_alike(server: Server) -> None:
     """vLLM's load balancer uses both ranks; either gives the same text; each streamed its missing experts."""
     before = [server.steps(rank) for rank in (0, 1)]
     with ThreadPoolExecutor(8) as pool:
-        texts = list(pool.map(lambda i: server.complete("A mixture of experts", 8)[0], range(16)))
+        texts = list(pool.map(lambda i: server.complete("A mixture of experts", 8), range(16)))
     assert len(set(texts)) == 1 and len(texts[0]) > 3
     assert all(server.steps(rank) > was for rank, was in zip((0, 1), before, strict=True))
-    assert {server.complete("A mixture of experts", 8, rank=rank)[0] for rank in (0, 1)} == set(texts)
+    assert {server.complete("A mixture of experts", 8, rank=rank) for rank in (0, 1)} == set(texts)
     for rank in ("0", "1"):
         assert server.metric("vllm:dwdp_prefetch_bytes_total", engine=rank) > 0
         assert server.metric("vllm:dwdp_experts", engine=rank, kind="owned") == 6
@@ -125,17 +132,22 @@ def test_an_idle_rank_takes_no_steps(server: Server) -> None:
     assert "execute_dummy_batch" not in server.log.read_text()
 
 
-def test_a_busy_rank_delays_no_other(server: Server) -> None:
-    """While one rank works through long prompts, the other answers several short ones, start to end."""
-    long = "the quick brown fox " * 20
-    with ThreadPoolExecutor(1) as pool:
-        busy = pool.submit(server.complete, long, 100, 0)
-        short = []
-        while not busy.done():
-            short.append(server.complete("hi", 2, rank=1))
-        _, start, end = busy.result()
-    inside = [s for s in short if start < s[1] and s[2] < end]
-    assert len(inside) >= 3, f"{len(inside)} short answers while the long one took {end - start:.1f} s"
+def test_a_rank_frozen_in_mid_request_delays_no_other(server: Server) -> None:
+    """The other rank goes on reading its memory and answers; the frozen one ends its own request when it may run."""
+    before, frozen = server.steps(0), server.engines()[0]
+    with server.request("Once upon a time", 1200, rank=0, stream=True) as long:
+        assert long.readline().startswith(b"data:")
+        os.kill(frozen, signal.SIGSTOP)
+        try:
+            while not all("(stopped)" in task.read_text() for task in Path(f"/proc/{frozen}/task").glob("*/status")):
+                time.sleep(0.001)
+            at = server.steps(0)
+            short = {server.complete("A mixture of experts", 8, rank=1) for _ in range(3)}
+            assert server.steps(0) == at < before + 1200, "rank 0 was in the middle of its request all the time"
+        finally:
+            os.kill(frozen, signal.SIGCONT)
+        assert b"[DONE]" in long.read() and server.steps(0) >= before + 1200
+    assert short == {server.complete("A mixture of experts", 8, rank=0)}
 
 
 def test_ranks_started_apart(models, folder: Path, server: Server) -> None:
@@ -145,8 +157,8 @@ def test_ranks_started_apart(models, folder: Path, server: Server) -> None:
     with ThreadPoolExecutor(2) as pool:
         ranks = list(pool.map(lambda rank: Server(models("qwen3_moe"), folder, *group, str(rank)), range(2)))
     try:
-        expected = server.complete("A mixture of experts", 8)[0]
-        assert [rank.complete("A mixture of experts", 8)[0] for rank in ranks] == [expected] * 2
+        expected = server.complete("A mixture of experts", 8)
+        assert [rank.complete("A mixture of experts", 8) for rank in ranks] == [expected] * 2
         assert all(f"DWDP rank {number} of 2" in rank.log.read_text() for number, rank in enumerate(ranks))
     finally:
         for rank in ranks:
@@ -185,6 +197,6 @@ def test_killed_rank_ends_the_server_and_a_restart_works(models, folder: Path, s
         time.sleep(0.1)
     again = Server(models("qwen3_moe"), folder, "--data-parallel-size", "2", "--parallel", "dwdp")
     try:
-        assert len(again.complete("A mixture of experts", 8)[0]) > 3
+        assert len(again.complete("A mixture of experts", 8)) > 3
     finally:
         again.close()
