@@ -134,12 +134,13 @@ def cells(row: Row, form: str) -> list[str]:
         return "-" if value is None else format(value, form)
 
     name = [row.mode, format(row.point, ",")]
-    if not row.num_readings:
+    if not (row.num_readings or row.held_per_gpu):
         return name
     held = row.held_per_gpu
+    spread = f"{number(row.lowest, form)} - {number(row.highest, form)}" if row.num_readings else "-"
     forwards = sum(row.views.values())
     return name + [
-        number(row.median, form), f"{number(row.lowest, form)} - {number(row.highest, form)}",
+        number(row.median, form), spread,
         number(row.ratio_to_ep, ".2f"), number(row.ratio_to_single, ".2f"),
         number(row.exposed_wait_ms_per_step, ".2f"), number(row.copy_gb_per_s, ".0f"),
         ", ".join(f"{100 * count / forwards:.0f}% {view}" for view, count in row.views.items()) or "-",

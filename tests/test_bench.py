@@ -191,16 +191,17 @@ def test_a_decode_step_is_what_each_further_token_takes():
 
 def test_rows_are_medians_with_ratios_and_failures(tmp_path):
     readings = [reading_of("dwdp", s) for s in (1, 2, 4)] + [reading_of("single", 1)]
-    held = {("dwdp", 256): Held(expert_bytes=1.5 * GIB, kv_cache_tokens=12345)}
+    held = {(mode, 256): Held(expert_bytes=1.5 * GIB, kv_cache_tokens=12345) for mode in ("dwdp", "tp")}
     failed = {(mode, 256): "Oops: " + "x" * 500 for mode in ("ep", "single")}
-    rows = summarize(["dwdp", "ep", "single"], [256], False, readings, held, failed)
-    dwdp, ep, single = rows
+    rows = summarize(["dwdp", "ep", "single", "tp"], [256], False, readings, held, failed)
+    dwdp, ep, single, tp = rows
     assert (dwdp.median, dwdp.lowest, dwdp.highest, dwdp.num_readings) == (500, 250, 1000, 3)
     assert dwdp.ratio_to_single == 0.5 and dwdp.ratio_to_ep is None and ep.num_readings == 0
     lines = table(rows, False).splitlines()
     assert lines[1].split() == ["dwdp", "256", "500", "250", "-", "1,000", "-", "0.50", "-", "-", "-", "1.5", "12,345"]
     assert lines[2].split()[:3] == ["ep", "256", "failed:"] and lines[2].endswith("...")
     assert "later failed: Oops" in lines[3]
+    assert lines[4].split() == ["tp", "256", *"-" * 7, "1.5", "12,345", "not", "measured"], "loaded, then interrupted"
     pytest.importorskip("matplotlib")
     chart(rows, False, "title", tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
