@@ -124,9 +124,14 @@ def table(rows: Sequence[Row], decode: bool) -> str:
     header = ["mode", POINTS[decode], UNITS[decode], "min - max", "vs ep", "vs single", "exposed ms/step",
               "copies GB/s", "view", "experts GiB/GPU", "KV tokens/GPU"]
     lines = [header, *(cells(row, FORMATS[decode]) for row in rows)]
-    widths = [max(map(len, column)) for column in zip_longest(*lines, fillvalue="")]
-    texts = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+    texts = aligned(lines)
     return "\n".join([texts[0], *(text + outcome(row) for text, row in zip(texts[1:], rows, strict=True))])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Each line's cells in columns, the first to the left, the others to the right; lines may end early."""
+    widths = [max(map(len, column)) for column in zip_longest(*lines, fillvalue="")]
+    return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
 
 
 def cells(row: Row, form: str) -> list[str]:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from vllm_dwdp.entrypoints.bench import free_port
 from vllm_dwdp.entrypoints.bench_rank import kill_session
+from vllm_dwdp.entrypoints.bench_report import aligned
 
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 MODES = {
@@ -139,8 +140,7 @@ def table(measured: list[dict], args: argparse.Namespace) -> str:
             if own := [m for m in measured if (m["load"], m["mode"]) == (load, mode)]:
                 medians = [statistics.median(m[figure] for m in own) for figure in FIGURES.values()]
                 lines.append([load, mode, *(format(value, ",.2f") for value in medians)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+    return "\n".join(aligned(lines))
 
 
 def arguments() -> argparse.Namespace:

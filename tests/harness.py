@@ -31,6 +31,18 @@ def free_port() -> int:
             return port
 
 
+def processes_in(folder: Path) -> list[str]:
+    """Command lines of the processes that work in `folder`, which children inherit, whatever they call themselves."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        try:
+            if link.resolve(strict=True) == folder and int(link.parent.name) != os.getpid():
+                found.append((link.parent / "cmdline").read_text())
+        except OSError:
+            continue
+    return found
+
+
 def make_prompts(lengths: Sequence[int], seed: int = 0, vocab: int = 250) -> list[dict[str, list[int]]]:
     rng = random.Random(seed)
     return [{"prompt_token_ids": [rng.randrange(1, vocab) for _ in range(n)]} for n in lengths]

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from harness import processes_in
 
 from vllm_dwdp.entrypoints import bench, bench_engines, cli
 from vllm_dwdp.entrypoints.bench_engines import EngineFailure, Engines, last_exception
@@ -82,18 +83,6 @@ def ran(tokens: int, start_s: float, end_s: float, out: int = 1, decode_s: float
 def reading_of(mode: str, seconds: float, **stats: float):
     spent = Counter(elapsed_s=seconds, prompt_tokens=1000, output_tokens=1, **stats)
     return reading(mode=mode, point=256, round=1, num_gpus=1, spent=spent)
-
-
-def processes_in(folder: Path) -> list[str]:
-    """Command lines of the processes that work in `folder`, which children inherit, whatever they call themselves."""
-    found = []
-    for link in Path("/proc").glob("[0-9]*/cwd"):
-        try:
-            if link.resolve(strict=True) == folder and int(link.parent.name) != os.getpid():
-                found.append((link.parent / "cmdline").read_text())
-        except OSError:
-            continue
-    return found
 
 
 @pytest.fixture

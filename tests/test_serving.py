@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 from conftest import ROOT
+from harness import processes_in
 
 SERVE_ARGS = (
     "--dtype float32 --enforce-eager --max-model-len 256 --max-num-batched-tokens 128 --kv-cache-memory-bytes 64000000"
@@ -15,7 +15,6 @@ SERVE_ARGS = (
 
 def test_side_by_side(models, tmp_path: Path) -> None:
     """One load, twice, on real servers. vLLM's CPU build cannot run expert parallelism, and the comparison goes on."""
-    before = vllm_processes()
     command = [
         sys.executable, str(ROOT / "examples" / "serving.py"), models("qwen3_moe"), "--modes", "dwdp,ep",
         "--side-by-side", "--repeats", "2", "--loads", "64:8:inf:16", "--serve-args", SERVE_ARGS,
@@ -28,8 +27,4 @@ def test_side_by_side(models, tmp_path: Path) -> None:
     assert all(m["mode"] == "dwdp" and m["median_ttft_ms"] > 0 < m["request_throughput"] for m in written["measured"])
     assert list(written["failed"]) == ["ep"] and str(tmp_path) in written["failed"]["ep"]
     assert all(line.split()[1] == "dwdp" for line in ended.stdout.splitlines() if line.strip().startswith("64:8:"))
-    assert not vllm_processes() - before
-
-
-def vllm_processes() -> set[int]:
-    return {p.pid for p in psutil.process_iter(["cmdline"]) if "vllm" in " ".join(p.info["cmdline"] or []).lower()}
+    assert processes_in(tmp_path) == []
