@@ -112,7 +112,7 @@ class Rank:
         if not self.streams:
             return {}
         found = self.llm.collective_rpc("dwdp_stats")[0]
-        return {name: found[name] for name in ("exposed_wait_ms", "copy_ms", "prefetch_bytes")} | found["forwards"]
+        return {name: found[name] for name in ("exposed_wait_ms", "copy_ms", "prefetch_bytes", "replays")} | found["forwards"]
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()

@@ -75,14 +75,18 @@ def total(before: Sequence[Ran], after: Sequence[Ran]) -> Counter:
 def reading(
     *, mode: str, point: int, round: int, num_gpus: int, spent: Counter, decode_steps: int | None = None
 ) -> Reading:
-    """One prefill run's figures; with `decode_steps`, those of that many steps in which `spent` was spent."""
-    steps = spent["streamed"]
+    """One prefill run's figures; with `decode_steps`, those of that many steps in which `spent` was spent.
+
+    Copies and waits in CUDA graphs are not timed.
+    """
+    steps = spent["streamed"] - spent["replays"]
     return Reading(
         mode=mode, point=point, round=round, spent=dict(spent),
         value=1e3 * spent["decode_s"] / decode_steps if decode_steps else
         spent["prompt_tokens"] / spent["elapsed_s"] / num_gpus,
         exposed_wait_ms_per_step=spent["exposed_wait_ms"] / steps if steps > 0 else None,
-        copy_gb_per_s=spent["prefetch_bytes"] / spent["copy_ms"] / 1e6 if steps > 0 and spent["copy_ms"] > 0 else None,
+        copy_gb_per_s=spent["prefetch_bytes"] * steps / spent["streamed"] / spent["copy_ms"] / 1e6
+        if steps > 0 and spent["copy_ms"] > 0 else None,
     )
 
 

@@ -222,7 +222,10 @@ class CudaStream(CopyStream):
         return _event(timing=False)
 
     def plan(self, copies: Sequence[tuple[int, int, int]]) -> Callable[[], None]:
-        """A few copies are issued one by one, 7 us each; many become a graph of copies that one call launches."""
+        """A few copies are issued one by one, 7 us each; many become a graph of copies that one call launches.
+
+        While a graph is captured, which takes no other graph in, all are issued one by one.
+        """
         at = driver.CUdeviceptr
         arguments = [(at(target), at(source), nbytes, self._raw) for target, source, nbytes in copies]
 
@@ -240,13 +243,19 @@ class CudaStream(CopyStream):
         _check("cuGraphDestroy", driver.cuGraphDestroy(graph))
 
         def launch() -> None:
+            if self.is_capturing():
+                return issue()
             _check("cuGraphLaunch", driver.cuGraphLaunch(executable, self._raw))
 
         weakref.finalize(launch, driver.cuGraphExecDestroy, executable).atexit = False
         return launch
 
+    def _timed(self, intervals: _Intervals | None, stream: Any) -> contextlib.AbstractContextManager:
+        """Times the body on `stream`, but in a graph, whose events have no times."""
+        return intervals.measure(stream) if intervals and not self.is_capturing() else contextlib.nullcontext()
+
     def copy(self, plan: Callable[[], None]) -> None:
-        with self._copies.measure(self._raw) if self._copies else contextlib.nullcontext():
+        with self._timed(self._copies, self._raw):
             plan()
 
     def record(self, event: Any) -> None:
@@ -260,7 +269,7 @@ class CudaStream(CopyStream):
 
     def compute_wait(self, event: Any) -> None:
         stream = self._compute()
-        with self._waits.measure(stream) if self._waits else contextlib.nullcontext():
+        with self._timed(self._waits, stream):
             _check("cuStreamWaitEvent", driver.cuStreamWaitEvent(stream, event, 0))
 
     def is_done(self, event: Any) -> bool:

@@ -162,6 +162,9 @@ def test_reading_spans_the_slowest_rank_and_takes_differences_of_statistics():
     read = reading(mode="dwdp", point=256, round=1, num_gpus=2, spent=total(before, after))
     assert read.value == 800 / 4 / 2
     assert read.exposed_wait_ms_per_step == 2 and read.copy_gb_per_s == 400
+    replayed = reading_of("dwdp", 1, exposed_wait_ms=6, streamed=5, replays=2, prefetch_bytes=5e9, copy_ms=30)
+    assert replayed.exposed_wait_ms_per_step == 2 and replayed.copy_gb_per_s == 100, "graphs are not timed"
+    assert reading_of("dwdp", 1, streamed=5, replays=5, prefetch_bytes=5e9).exposed_wait_ms_per_step is None
     missing = reading_of("single", 1)
     assert missing.exposed_wait_ms_per_step is None and missing.copy_gb_per_s is None
 

@@ -1,13 +1,13 @@
-"""Invariant: CUDA graphs are captured for batches that read in place, up to direct_max_tokens itself, and no others."""
+"""Invariant: vLLM captures what it would without DWDP, and no batch is padded from one view into the other."""
 
 from types import SimpleNamespace
 
 import pytest
-from harness import Group
+from harness import Group, streamed_model
 from vllm.config import CompilationConfig, CUDAGraphMode
 
 from vllm_dwdp.config import Options
-from vllm_dwdp.graphs import default_direct_max_tokens, direct_max_tokens, limit_graphs
+from vllm_dwdp.graphs import default_direct_max_tokens, direct_max_tokens, fit_graphs
 
 SIZES = [1, 2, 4, 8, 16, 24, 32]
 
@@ -37,45 +37,52 @@ def test_break_even(num_experts: int, top_k: int, tokens: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "text", "tokens"),
+    ("options", "text", "eager", "graphs"),
     [
-        ({}, {"num_experts": 128, "num_experts_per_tok": 8}, 21),
-        ({}, {"num_experts": 128, "moe_topk": 4}, 43),
-        ({}, {"num_experts": 128}, 21),
-        ({}, {"num_experts_per_tok": 8}, 1),
-        ({"direct_max_tokens": 0}, {"num_experts": 128, "num_experts_per_tok": 8}, 0),
-        ({"direct_max_tokens": 5000}, {"num_experts": 128, "num_experts_per_tok": 8}, 5000),
+        ({}, {"num_experts": 128, "num_experts_per_tok": 8}, 21, 24),
+        ({}, {"num_experts": 128, "moe_topk": 4}, 43, 43),
+        ({}, {"num_experts": 128}, 21, 24),
+        ({}, {"num_experts_per_tok": 8}, 1, 1),
+        ({"direct_max_tokens": 0}, {"num_experts": 128, "num_experts_per_tok": 8}, 0, 0),
+        ({"direct_max_tokens": 5000}, {"num_experts": 128, "num_experts_per_tok": 8}, 5000, 5000),
     ],
     ids=str,
 )
-def test_direct_max_tokens(options: dict, text: dict, tokens: int) -> None:
-    """The user's number wins, 0 included; else the model's experts and top-k decide, whatever its config calls them."""
-    assert direct_max_tokens(make_config(**text), Options(**options)) == tokens
+def test_direct_max_tokens(options: dict, text: dict, eager: int, graphs: int) -> None:
+    """The user's number wins, 0 included; else the model's experts and top-k decide, whatever its config calls them.
+
+    With graphs the number is one that vLLM captures anyway, so batches are padded as without DWDP.
+    """
+    assert direct_max_tokens(make_config(eager=True, **text), Options(**options)) == eager
+    assert direct_max_tokens(make_config(**text), Options(**options)) == graphs
+
+
+@pytest.mark.parametrize("largest", [0, 1, 7, 8, 21, 31, 32, 5000])
+def test_captured_sizes(largest: int) -> None:
+    """All of vLLM's sizes stay, and direct_max_tokens is one of them unless it is above them all."""
+    made = make_config()
+    fit_graphs(made, largest, streamed=True)
+    compilation = made.compilation_config
+    assert compilation.cudagraph_capture_sizes == sorted({*SIZES, largest} if 0 < largest < SIZES[-1] else SIZES)
+    assert compilation.max_cudagraph_capture_size == SIZES[-1]
+    assert compilation.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
 
 
 @pytest.mark.parametrize("largest", [1, 7, 8, 21, 31])
-def test_captured_sizes(largest: int) -> None:
-    """Every captured size is at most direct_max_tokens, which is captured itself; smaller ones stay."""
+def test_direct_sizes_only(largest: int) -> None:
+    """Where copies cannot be captured, every size is at most direct_max_tokens, which is captured itself."""
     made = make_config()
-    limit_graphs(made, largest)
+    fit_graphs(made, largest, streamed=False)
     compilation = made.compilation_config
     assert compilation.cudagraph_capture_sizes == [size for size in SIZES if size < largest] + [largest]
     assert compilation.max_cudagraph_capture_size == largest
     assert compilation.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
 
 
-@pytest.mark.parametrize("largest", [32, 33, 5000])
-def test_nothing_to_limit(largest: int) -> None:
-    """Sizes that vLLM would not capture anyway are not added."""
-    made = make_config()
-    limit_graphs(made, largest)
-    assert made.compilation_config.cudagraph_capture_sizes == SIZES
-
-
 def test_no_graphs_left() -> None:
-    """Without a direct view there is nothing to capture, so graphs are off."""
+    """With neither view to capture, graphs are off."""
     made = make_config()
-    limit_graphs(made, 0)
+    fit_graphs(made, 0, streamed=False)
     assert made.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
     assert made.compilation_config.cudagraph_capture_sizes == []
 
@@ -84,7 +91,7 @@ def test_no_graphs_left() -> None:
 def test_graphs_off(off: dict) -> None:
     """A config without graphs is left as it is."""
     made = make_config(**off)
-    limit_graphs(made, 8)
+    fit_graphs(made, 8, streamed=False)
     assert made.compilation_config.cudagraph_capture_sizes == SIZES
 
 
@@ -106,12 +113,27 @@ def capture_on_cpu(rank: int) -> None:
     DWDPWorker.load_model = load_model
 
 
-def captured(llm) -> list[int]:
-    return llm.llm_engine.vllm_config.compilation_config.cudagraph_capture_sizes
+def captured(llm) -> tuple[list[int], bool]:
+    """The sizes that vLLM would capture, and whether what it tells its offloader reaches this rank's prefetcher."""
+    from vllm.model_executor.offloader import get_offloader
+
+    prefetcher = streamed_model(llm).prefetcher
+    get_offloader().join_after_forward()
+    get_offloader().sync_prev_onload()
+    return llm.llm_engine.vllm_config.compilation_config.cudagraph_capture_sizes, prefetcher._streamed_graph
 
 
-@pytest.mark.parametrize(("cache_gib", "sizes"), [(0, [1, 2, 4, 7]), (0.0004, [1, 2, 4, 7]), (1, SIZES)])
-def test_a_rank_that_holds_everything_captures_everything(models, cache_gib: float, sizes: list[int]) -> None:
-    """Graphs are limited once it is known whether anything is streamed: not when the cache takes every expert."""
-    with Group(models("qwen3_moe"), 2, {"cache_gib": cache_gib}, setup=capture_on_cpu) as group:
-        assert group.run(captured) == [sizes] * 2
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({"direct_max_tokens": 7}, [1, 2, 4, 7, 8, 16, 24, 32]),
+        ({"cache_gib": 1}, SIZES),
+        ({"direct_max_tokens": 7, "cache_gib": 0.0005, "cache_policy": "hot"}, [1, 2, 4, 7]),
+        ({"cache_gib": 1, "cache_policy": "hot"}, SIZES),
+    ],
+    ids=["streamed", "all resident", "hot", "all resident hot"],
+)
+def test_what_a_rank_captures(models, options: dict, sizes: list[int]) -> None:
+    """All sizes with their copies; with a hot cache only those that stream nothing, all if nothing is streamed."""
+    with Group(models("qwen3_moe"), 2, options, setup=capture_on_cpu) as group:
+        assert group.run(captured) == [(sizes, True)] * 2

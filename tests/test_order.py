@@ -18,7 +18,8 @@ class Trace(CopyStream):
         self.capturing = False
 
     def event(self) -> str:
-        self.names.append(f"{('ready', 'free')[len(self.names) % 2]}{len(self.names) // 2}")
+        slot, kind = divmod(len(self.names), 4)
+        self.names.append(f"{('ready', 'free', 'captured ready', 'captured free')[kind]}{slot}")
         return self.names[-1]
 
     def plan(self, copies):
@@ -80,14 +81,22 @@ def forward(prefetcher: Prefetcher, layers: list[FakeLayer], trace: Trace, token
         prefetcher.release(layer, view)
 
 
-@pytest.mark.parametrize(("num_layers", "num_slots"), [(4, 2), (5, 2), (5, 3), (7, 4), (2, 3), (1, 2)])
+def fill_of(slot: int, ordinal: int, kind: str = "") -> list[tuple]:
+    """The calls that fill a slot behind everything that the computing stream has been given."""
+    ready, free = f"{kind}ready{slot}", f"{kind}free{slot}"
+    return [("compute_record", free), ("wait", free), ("copy", ordinal), ("record", ready)]
+
+
+SHAPES = [(4, 2), (5, 2), (5, 3), (7, 4), (2, 3), (1, 2)]
+
+
+@pytest.mark.parametrize(("num_layers", "num_slots"), SHAPES)
 def test_order_of_one_forward(num_layers: int, num_slots: int) -> None:
     """Wait ready, kernels; once the next layer is ready, record free; then the slot's next layer: wait free, copy,
     record ready. The last layer's slot does not wait for another layer. Wraps round."""
     prefetcher, layers, trace = make(num_layers, num_slots)
     slots = min(num_slots, num_layers)
-    start = [c for i in range(slots) for c in (("wait", f"free{i}"), ("copy", i), ("record", f"ready{i}"))]
-    assert trace.calls == start
+    assert trace.calls == [call for i in range(slots) for call in fill_of(i, i)]
     for _ in range(2):
         trace.calls.clear()
         forward(prefetcher, layers, trace)
@@ -96,9 +105,7 @@ def test_order_of_one_forward(num_layers: int, num_slots: int) -> None:
             s = i % slots
             following = i + slots if i + slots < num_layers else s
             expected += [("compute_wait", f"ready{s}"), *fill, ("kernels", i)]
-            fill = [("compute_record", f"free{s}")]
-            if following != i:
-                fill += [("wait", f"free{s}"), ("copy", following), ("record", f"ready{s}")]
+            fill = fill_of(s, following) if following != i else []
         expected += fill
         assert trace.calls == expected
         assert [slot.tag for slot in prefetcher.slots] == list(range(slots)), "the first layers of the next forward"
@@ -159,19 +166,114 @@ def test_direct_view_needs_no_event_and_keeps_what_is_prefetched() -> None:
     """Small batches touch neither stream; the next large one finds its first layers in place."""
     prefetcher, layers, trace = make(4, 2, direct_max_tokens=8)
     trace.calls.clear()
+    prefetcher.begin_step(8, exact=True)
+    prefetcher.before_graph()  # pieces of the model may be graphs
     forward(prefetcher, layers, trace, tokens=8)
     assert trace.calls == [("kernels", i) for i in range(4)] and {layer.view for layer in layers} == {DIRECT}
-    prefetcher.count_step()
+    prefetcher.end_step(8)
+    prefetcher.begin_step(9, exact=True)
     forward(prefetcher, layers, trace, tokens=9)
-    prefetcher.count_step()
+    prefetcher.end_step(9)
     assert {layer.view for layer in layers} == {STREAMED} and prefetcher.refills == 0
-    assert prefetcher.forwards == {DIRECT: 1, STREAMED: 1}
+    assert prefetcher.forwards == {DIRECT: 1, STREAMED: 1} and prefetcher.replays == 0
 
 
-def test_streamed_weights_are_not_captured() -> None:
-    """A graph would replay without events and tags: capturing a batch above direct_max_tokens fails."""
+def capture(prefetcher: Prefetcher, layers: list[FakeLayer], trace: Trace, pieces: int = 1) -> list[list[tuple]]:
+    """The calls inside each graph when a forward is captured, in one graph or one for each part of its layers."""
+    graphs = []
+    for piece in range(pieces):
+        prefetcher.before_graph()
+        trace.calls.clear()
+        trace.capturing = True
+        forward(prefetcher, layers[len(layers) * piece // pieces : len(layers) * (piece + 1) // pieces], trace)
+        prefetcher.join_graph()
+        trace.capturing = False
+        graphs.append(trace.calls.copy())
+    return graphs
+
+
+@pytest.mark.parametrize(("num_layers", "num_slots"), SHAPES)
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_a_graph_carries_its_copies(num_layers: int, num_slots: int, pieces: int) -> None:
+    """Captured forwards use events of their own, wait for every copy inside their graph, and end as they began."""
+    prefetcher, layers, trace = make(num_layers, num_slots)
+    slots = len(prefetcher.slots)
+    moved = prefetcher.prefetched_bytes
+    slot_holds: dict[int, int] = dict(enumerate(range(slots)))  # what kernels see, by slot
+    for graph in capture(prefetcher, layers, trace, pieces):
+        unjoined = set()
+        for call in graph:
+            match call:
+                case ("copy", ordinal):
+                    slot_holds[ordinal % slots] = ordinal
+                    unjoined.add(f"captured ready{ordinal % slots}")
+                case ("compute_wait", event):
+                    unjoined.remove(event)
+                case ("kernels", ordinal):
+                    assert slot_holds[ordinal % slots] == ordinal
+                    assert f"captured ready{ordinal % slots}" not in unjoined
+                case (_, event):
+                    assert event.startswith("captured")
+        assert not unjoined, "a capture with copies that nothing waits for is invalid"
+    assert slot_holds == dict(enumerate(range(slots))), "what a replay finds is what it leaves"
+    assert [slot.tag for slot in prefetcher.slots] == list(range(slots))
+    assert prefetcher.forwards[STREAMED] == 0 and prefetcher.prefetched_bytes == moved, "a capture copies nothing"
+
+
+def test_order_of_a_captured_forward() -> None:
+    """As an eager one, but that the first layers need no event and the last copies are waited for at the end."""
+    prefetcher, layers, trace = make(4, 2)
+    (graph,) = capture(prefetcher, layers, trace)
+    assert graph == [
+        ("kernels", 0), *fill_of(0, 2, "captured "), ("kernels", 1),
+        ("compute_wait", "captured ready0"), *fill_of(1, 3, "captured "), ("kernels", 2),
+        ("compute_wait", "captured ready1"), *fill_of(0, 0, "captured "), ("kernels", 3), *fill_of(1, 1, "captured "),
+        ("compute_wait", "captured ready0"), ("compute_wait", "captured ready1"),
+    ]
+
+
+def test_a_replay_waits_for_copies_under_way_and_is_counted() -> None:
+    """Before a launch the computing stream waits for both slots; copies after it wait for all of it."""
+    prefetcher, layers, trace = make(5, 2, direct_max_tokens=8)
+    capture(prefetcher, layers, trace)
+    moved = prefetcher.prefetched_bytes
+    trace.calls.clear()
+    prefetcher.begin_step(64, exact=True)
+    prefetcher.before_graph()
+    prefetcher.end_step(64)
+    assert trace.calls == [("compute_wait", "ready0"), ("compute_wait", "ready1")]
+    assert prefetcher.forwards == {DIRECT: 0, STREAMED: 1} and prefetcher.replays == 1
+    assert prefetcher.prefetched_bytes == moved + 500 and prefetcher.refills == 0
+    trace.calls.clear()
+    forward(prefetcher, layers, trace)
+    assert trace.calls[:7] == [
+        ("compute_wait", "ready0"), ("kernels", 0), ("compute_wait", "ready1"), *fill_of(0, 2),
+    ], "the first copy after a replay begins behind everything that was launched"
+
+
+def test_a_graph_that_may_be_padded_waits() -> None:
+    """With several tokens a request, a small batch may replay the graph of a streamed one."""
+    prefetcher, layers, trace = make(5, 2, direct_max_tokens=8)
+    trace.calls.clear()
+    prefetcher.begin_step(8, exact=False)
+    prefetcher.before_graph()
+    assert trace.calls == [("compute_wait", "ready0"), ("compute_wait", "ready1")]
+
+
+def test_a_step_after_one_that_was_cut_short_finds_the_first_layers() -> None:
+    """A replay cannot see what is in the slots: they are put right before the step."""
+    for cut in range(5):
+        prefetcher, layers, trace = make(5, 2)
+        forward(prefetcher, layers[: cut + 1], trace)
+        prefetcher.begin_step(64, exact=True)
+        assert [slot.tag for slot in prefetcher.slots] == [0, 1]
+        forward(prefetcher, layers, trace)
+        replay(trace)
+
+
+def test_layers_out_of_order_are_not_captured() -> None:
+    """A graph of them would leave other layers in the slots than it found."""
     prefetcher, layers, trace = make(4, 2, direct_max_tokens=8)
     trace.capturing = True
-    assert prefetcher.acquire(layers[0], 8) == DIRECT
-    with pytest.raises(DWDPError, match="direct_max_tokens=8"):
-        prefetcher.acquire(layers[0], 9)
+    with pytest.raises(DWDPError, match="layer 2 after 0.*--max-cudagraph-capture-size 8"):
+        prefetcher.acquire(layers[2], 9)

@@ -179,6 +179,68 @@ def test_views_are_exact(kind: str, size: int, shape: dict) -> None:
     run(check_views, size, kind, **shape)
 
 
+def check_graphs(rank: int, size: int, port: int, kind: str, pieces: int, **shape) -> None:
+    """Kernels that sum every expert's row of the streamed view, captured, replayed, and run eagerly between replays."""
+    shards = Shards(rank, size, port, kind, **shape)
+    prefetcher, layers = shards.prefetcher, shards.layers
+    names = [(layer.ordinal, tensor.spec.name) for layer in layers for tensor in layer.tensors]
+    expected = [shards.truth[name].sum(1) for name in names]
+    sums = {name: torch.empty_like(wanted, device=torch_device(shards.device)) for name, wanted in zip(names, expected)}
+
+    def forward(part: list[LayerWeights]) -> None:
+        for layer in part:
+            view = prefetcher.acquire(layer, 1)
+            for tensor in layer.tensors:
+                sums[layer.ordinal, tensor.spec.name].copy_(tensor.views[view].sum(1))
+                assert view == STREAMED
+            prefetcher.release(layer, view)
+
+    def check(what: str) -> None:
+        for name, wanted in zip(names, expected, strict=True):
+            assert torch.equal(sums[name].cpu(), wanted), f"{what}: {name}"
+            sums[name].zero_()
+
+    forward(layers)
+    check("eager")
+    stream = torch.cuda.Stream()
+    graphs = [torch.cuda.CUDAGraph() for _ in range(pieces)]
+    with torch.cuda.stream(stream):
+        for piece, graph in enumerate(graphs):
+            prefetcher.before_graph()
+            with torch.cuda.graph(graph, stream=stream):
+                forward(layers[len(layers) * piece // pieces : len(layers) * (piece + 1) // pieces])
+                prefetcher.join_graph()
+        for step in range(40):
+            prefetcher.begin_step(1, exact=True)
+            if step % 5 == 4:
+                forward(layers)
+            else:
+                for graph in graphs:
+                    prefetcher.before_graph()
+                    graph.replay()
+            prefetcher.end_step(1)
+            if step % 3 == 0:
+                check(f"step {step}")
+    assert prefetcher.refills == 0 and prefetcher.forwards == {DIRECT: 0, STREAMED: 41} and prefetcher.replays == 32
+    torch.cuda.synchronize()
+    shards.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        (2, {"num_experts": 8, "rows": {"w13": 512 * 4096, "w2": 512 * 1024}, "num_layers": 5}),
+        (3, {"num_experts": 10, "rows": {"w13": 512 * 1500 + 13}, "num_layers": 4, "slice_bytes": 4 << 20}),
+    ],
+    ids=["ranges", "slices"],
+)
+def test_graphs_stream(size: int, shape: dict, pieces: int) -> None:
+    """Replays read every layer's own bytes, one after the other and between eager forwards, whole or in pieces."""
+    run(check_graphs, size, "cuda", pieces=pieces, **shape)
+
+
 @pytest.mark.parametrize("kind", DEVICES)
 def test_small_tensors_are_replicated(kind: str) -> None:
     """Every rank ends with all rows of the small tensors, whatever their dtype and size."""

@@ -35,8 +35,6 @@ def prepare(vllm_config: VllmConfig) -> None:
         options = msgspec.structs.replace(options, size=parallel.data_parallel_size)
     checks.refuse_unsupported(vllm_config, options)
     options = msgspec.structs.replace(options, direct_max_tokens=graphs.direct_max_tokens(vllm_config, options))
-    if options.cache_gib == 0:  # else the worker knows, once loaded, whether any expert is left to stream
-        graphs.limit_graphs(vllm_config, options.direct_max_tokens)
     # JSON values that stay the same from start to start: vLLM hashes them into the compile cache's key.
     vllm_config.additional_config[config.KEY] = msgspec.to_builtins(options)
     parallel.worker_cls = WORKER

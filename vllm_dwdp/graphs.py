@@ -1,17 +1,22 @@
-"""Graphs: which batches read peers' memory in place, and so which batches CUDA graphs may capture.
+"""Graphs: which batches read peers' memory in place, and how vLLM's CUDA graphs carry both views.
 
-The direct view's addresses never change and it needs no event: a graph captures it as it is. Streamed weights are
-ordered by events and host-side tags, which a replay would skip. So vLLM captures up to `direct_max_tokens` and runs
-larger batches, whose steps last as long as the copies, compiled but without graphs. A rank that holds every expert
-streams none: all its batches are direct, and vLLM's own sizes stay.
+The direct view's addresses never change and it needs no event: a graph captures it as it is. A graph of the streamed
+view captures the copies and events with the kernels (prefetch.py). vLLM tells when it captures or launches a graph by
+two methods of its offloader, which this rank replaces. Where the hot cache puts other pages under a copy's source,
+a captured copy could not follow: there, graphs are kept to the direct view.
 """
 
 import math
 
+from collections.abc import Iterable
+
+import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
+from vllm.model_executor.offloader import BaseOffloader
 
 from vllm_dwdp.config import Options
+from vllm_dwdp.prefetch import Prefetcher
 
 logger = init_logger("vllm.dwdp.graphs")
 
@@ -29,7 +34,7 @@ def default_direct_max_tokens(num_experts: int, top_k: int) -> int:
 
 
 def direct_max_tokens(vllm_config: VllmConfig, options: Options) -> int:
-    """The user's number, or the break-even of this model. Logs which."""
+    """The user's number, or the break-even of this model, raised to the next size that vLLM captures. Logs which."""
     if options.direct_max_tokens is not None:
         return options.direct_max_tokens
     text = vllm_config.model_config.hf_text_config
@@ -37,27 +42,50 @@ def direct_max_tokens(vllm_config: VllmConfig, options: Options) -> int:
     top_k = next((value for name in _TOP_K_NAMES if isinstance(value := getattr(nested, name, None), int)), 8)
     num_experts = vllm_config.model_config.get_num_experts()
     tokens = default_direct_max_tokens(num_experts, top_k) if num_experts > 0 else 1
+    if has_graphs(vllm_config):
+        tokens = min((s for s in vllm_config.compilation_config.cudagraph_capture_sizes if s >= tokens), default=tokens)
     logger.info_once(
-        "DWDP direct_max_tokens=%d: a batch of that size routes to %.0f%% of %d experts at top-%d; larger ones stream",
+        "DWDP direct_max_tokens=%d: above, a batch routes to more than %.0f%% of %d experts at top-%d, and streams",
         tokens, 100 * DIRECT_BREAK_EVEN, num_experts, top_k,
     )
     return tokens
 
 
-def limit_graphs(vllm_config: VllmConfig, largest: int) -> None:
-    """Keep CUDA graphs to batches of at most `largest` tokens, and capture that size itself."""
+def has_graphs(vllm_config: VllmConfig) -> bool:
+    mode = vllm_config.compilation_config.cudagraph_mode
+    return not vllm_config.model_config.enforce_eager and mode != CUDAGraphMode.NONE
+
+
+def fit_graphs(vllm_config: VllmConfig, largest: int, *, streamed: bool) -> None:
+    """Capture the size `largest`, the direct view's last, so that no smaller batch is padded beyond it.
+
+    Without `streamed` graphs end there.
+    """
     compilation = vllm_config.compilation_config
-    if vllm_config.model_config.enforce_eager or compilation.cudagraph_mode == CUDAGraphMode.NONE:
+    if not has_graphs(vllm_config) or compilation.max_cudagraph_capture_size <= largest:
         return
-    if compilation.max_cudagraph_capture_size <= largest:
-        return
-    kept = [size for size in compilation.cudagraph_capture_sizes if size < largest] + [largest] * (largest > 0)
-    logger.info_once(
-        "DWDP keeps CUDA graphs to batches of %d tokens (direct view); larger ones stream weights without graphs",
-        largest,
-    )
-    compilation.cudagraph_capture_sizes = kept
-    compilation.max_cudagraph_capture_size = largest
-    if not kept:
+    above = [size for size in compilation.cudagraph_capture_sizes if size > largest] if streamed else []
+    sizes = [size for size in compilation.cudagraph_capture_sizes if size < largest] + [largest] * (largest > 0) + above
+    if not streamed:
+        logger.info("DWDP keeps CUDA graphs to batches of %d tokens (direct view): the hot cache swaps pages", largest)
+    compilation.cudagraph_capture_sizes = sizes
+    compilation.max_cudagraph_capture_size = max(sizes, default=0)
+    if not sizes:
         compilation.cudagraph_mode = CUDAGraphMode.NONE
     compilation.post_init_cudagraph_sizes()
+
+
+class GraphHooks(BaseOffloader):
+    """What vLLM calls before it captures or launches a CUDA graph, and before a capture ends. Offloads nothing."""
+
+    def __init__(self, prefetcher: Prefetcher):
+        self._prefetcher = prefetcher
+
+    def sync_prev_onload(self) -> None:
+        self._prefetcher.before_graph()
+
+    def join_after_forward(self) -> None:
+        self._prefetcher.join_graph()
+
+    def wrap_modules(self, modules_generator: Iterable[torch.nn.Module], prefix: str = "") -> list[torch.nn.Module]:
+        return list(modules_generator)

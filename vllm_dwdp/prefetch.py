@@ -11,6 +11,11 @@ attention (two H100s: 2% of a prefill step). The last layer's slot is filled at 
 the first: an idle rank already holds the first layers of the next forward. A layer that is not in its slot (a forward
 was cut short, or layers ran out of order) is fetched again before it is read; that costs a wait and is counted, it
 never yields another layer's weights.
+
+CUDA graphs carry all of this: copies and events are captured with the kernels. A graph finds the first layers in the
+slots and leaves them there, so tags are right before and after a replay, which runs none of this code. The computing
+stream waits for the copies under way before a graph is launched (`before_graph`), and a graph joins its copies before
+it ends (`join_graph`), so what runs after it needs no event of its.
 """
 
 import dataclasses
@@ -34,11 +39,17 @@ class Layer(Protocol):
 
 
 @dataclasses.dataclass(kw_only=True)
-class Slot:
+class Events:
     ready: Any  # recorded by the copy stream after the copy, waited for by the computing stream
     free: Any  # recorded by the computing stream some time after the last reader, waited for by the copy stream
+
+
+@dataclasses.dataclass(kw_only=True)
+class Slot:
+    eager: Events
+    captured: Events  # an event that was recorded in a graph means nothing outside
     tag: int | None = None  # the ordinal it holds, or is being filled with
-    reading: bool = False  # acquired since it was filled
+    forked: bool = False  # the graph being captured has a copy into it that it does not wait for yet
 
 
 class Prefetcher:
@@ -49,12 +60,20 @@ class Prefetcher:
         self.prefetched_bytes = 0
         self.refills = 0
         self.forwards = {DIRECT: 0, STREAMED: 0}
+        self.replays = 0  # the streamed forwards that were replays of graphs
         self._streamed_before = 0
         self._layers = layers
         self._stream = stream
         self._plans = [stream.plan(layer.copies) for layer in layers]
         self._following: int | None = None  # the layer to fetch once the next experts begin
-        self.slots = [Slot(ready=stream.event(), free=stream.event()) for _ in range(min(num_slots, len(layers)))]
+        self._reads_direct = False  # every graph of this step
+        self._streamed_graph = False  # this step has launched a graph that may be streamed
+        count = min(num_slots, len(layers))
+        self.slots = [
+            Slot(eager=Events(ready=stream.event(), free=stream.event()),
+                 captured=Events(ready=stream.event(), free=stream.event()))
+            for _ in range(count)
+        ]
 
     def start(self) -> None:
         """Fill every slot with its first layer."""
@@ -67,25 +86,29 @@ class Prefetcher:
     def acquire(self, layer: Layer, num_tokens: int) -> str:
         """Make `layer`'s parameters readable by kernels enqueued from now on; returns the view chosen.
 
-        At or below `direct_max_tokens` the direct view, whose addresses never change and which needs no event.
+        At or below `direct_max_tokens` the direct view, whose addresses never change and which needs no event. Raises
+        DWDPError when a layer that is captured in a graph is not in its slot.
         """
         view = DIRECT if num_tokens <= self.direct_max_tokens else STREAMED
         layer.bind(view)
         if view == STREAMED:
-            self.forwards[STREAMED] += layer.ordinal == 0
-            if self._stream.is_capturing():
-                raise DWDPError(
-                    f"a CUDA graph of {num_tokens} tokens would freeze streamed weights: keep cudagraph_capture_sizes "
-                    f"at or below direct_max_tokens={self.direct_max_tokens}"
-                )
+            capturing = self._stream.is_capturing()
+            self.forwards[STREAMED] += layer.ordinal == 0 and not capturing
             slot = self._slot_of(layer.ordinal)
             if self._following is not None and self._slot_of(self._following) is slot:  # layers run out of order
                 self._fill_following()
             if slot.tag != layer.ordinal:
+                if capturing:
+                    raise DWDPError(
+                        f"MoE layers of this model run out of order (layer {layer.ordinal} after {slot.tag}), which a "
+                        f"CUDA graph cannot stream: set --max-cudagraph-capture-size {self.direct_max_tokens}"
+                    )
                 self.refills += 1
                 self._fill(layer.ordinal)
-            self._stream.compute_wait(slot.ready)
-            slot.reading = True
+            if not capturing:
+                self._stream.compute_wait(slot.eager.ready)
+            elif slot.forked:
+                self._join(slot)
             self._fill_following()
         return view
 
@@ -102,23 +125,63 @@ class Prefetcher:
             ordinal, self._following = self._following, None
             self._fill(ordinal)
 
-    def count_step(self) -> None:
-        """A step with tokens has run: direct unless its layers were streamed (a graph's replay calls no `acquire`)."""
-        self.forwards[DIRECT] += self.forwards[STREAMED] == self._streamed_before
-        self._streamed_before = self.forwards[STREAMED]
-
     def _fill(self, ordinal: int) -> None:
+        """Copy a layer into its slot, behind everything that the computing stream has been given by now."""
         slot = self._slot_of(ordinal)
-        if slot.reading:  # by a layer that was released, or by a forward that was cut short
-            self._stream.compute_record(slot.free)
-            slot.reading = False
         if slot.tag == ordinal:  # the slot's only layer
             return
-        slot.tag = ordinal
-        self._stream.wait(slot.free)
+        slot.tag, slot.forked = ordinal, self._stream.is_capturing()
+        events = slot.captured if slot.forked else slot.eager
+        self._stream.compute_record(events.free)
+        self._stream.wait(events.free)
         self._stream.copy(self._plans[ordinal])
-        self._stream.record(slot.ready)
-        self.prefetched_bytes += self._layers[ordinal].copied_bytes
+        self._stream.record(events.ready)
+        if not slot.forked:
+            self.prefetched_bytes += self._layers[ordinal].copied_bytes
+
+    def _join(self, slot: Slot) -> None:
+        self._stream.compute_wait(slot.captured.ready)
+        slot.forked = False
+
+    def before_graph(self) -> None:
+        """A graph is about to be captured or launched: it begins when the slots are filled."""
+        if not self._reads_direct:
+            self._streamed_graph = True
+            for slot in self.slots:
+                self._stream.compute_wait(slot.eager.ready)
+
+    def join_graph(self) -> None:
+        """The capture of a graph ends: whatever runs after the graph runs after its copies."""
+        for slot in self.slots:
+            if slot.forked:
+                self._join(slot)
+
+    def begin_step(self, num_tokens: int, *, exact: bool) -> None:
+        """A step of `num_tokens` begins. `exact`: its graph is one for `direct_max_tokens` if it has no more than that.
+
+        A forward that was cut short has left other layers in the slots than a graph expects.
+        """
+        self._reads_direct = exact and num_tokens <= self.direct_max_tokens
+        self._streamed_graph = False
+        self._fill_following()
+        for ordinal, slot in enumerate(self.slots):
+            self.refills += slot.tag != ordinal
+            self._fill(ordinal)
+
+    def end_step(self, num_tokens: int) -> None:
+        """Count the step, if it had tokens: a replayed graph has called no `acquire`."""
+        if num_tokens and self.forwards[STREAMED] == self._streamed_before:
+            replayed = self._streamed_graph and num_tokens > self.direct_max_tokens
+            self.forwards[STREAMED if replayed else DIRECT] += 1
+            if replayed:
+                self.replays += 1
+                self.prefetched_bytes += sum(layer.copied_bytes for layer in self._layers if not self._is_alone(layer))
+        self._streamed_before = self.forwards[STREAMED]
+        self._reads_direct = False
+
+    def _is_alone(self, layer: Layer) -> bool:
+        """No other layer uses its slot: it was filled once."""
+        return layer.ordinal % len(self.slots) + len(self.slots) >= len(self._layers)
 
     def replan(self, layer: Layer) -> None:
         """`layer.copies` has changed. Only between steps, with the stream drained."""

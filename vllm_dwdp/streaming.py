@@ -151,6 +151,7 @@ class StreamedModel:
             "direct_max_tokens": prefetcher.direct_max_tokens,
             "prefetch_bytes": prefetcher.prefetched_bytes,
             "forwards": dict(prefetcher.forwards),
+            "replays": prefetcher.replays,
             "refills": prefetcher.refills,
             "exposed_wait_ms": prefetcher.exposed_wait_ms,
             "copy_ms": prefetcher.copy_ms,

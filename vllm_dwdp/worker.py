@@ -11,6 +11,7 @@ import torch
 import vllm
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.model_executor.offloader import set_offloader
 from vllm.platforms import current_platform
 
 import vllm_dwdp
@@ -18,7 +19,7 @@ from vllm_dwdp import config
 from vllm_dwdp.budget import Limit
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.experts import refuse_bypass, sharded
-from vllm_dwdp.graphs import limit_graphs
+from vllm_dwdp.graphs import GraphHooks, fit_graphs
 from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.metrics import Metrics
 from vllm_dwdp.rendezvous import Group, Hello, agree
@@ -61,16 +62,20 @@ class DWDPWorker(PlatformWorker):
                 super().load_model(**kwargs)
             refuse_bypass(layers, self.model_config)
             self.dwdp = StreamedModel.build(self.model_runner.get_model(), layers, group, device, options, limit)
-        limit_graphs(self.vllm_config, self.dwdp.prefetcher.direct_max_tokens)
+        prefetcher = self.dwdp.prefetcher
+        fit_graphs(self.vllm_config, prefetcher.direct_max_tokens, streamed=self.dwdp.hot is None)
+        set_offloader(GraphHooks(prefetcher))
         self._metrics = Metrics(self.dwdp)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         if self.dwdp.hot is not None:
             self.dwdp.hot.advance()
+        num_tokens = scheduler_output.total_num_scheduled_tokens
+        # A graph of requests that decode several tokens each may be larger than the captured size says.
+        self.dwdp.prefetcher.begin_step(num_tokens, exact=self.vllm_config.speculative_config is None)
         output = super().execute_model(scheduler_output)
-        if scheduler_output.total_num_scheduled_tokens:
-            self.dwdp.prefetcher.count_step()
-            self._metrics.update()
+        self.dwdp.prefetcher.end_step(num_tokens)
+        self._metrics.update()
         return output
 
     def dwdp_stats(self) -> dict[str, Any]:
