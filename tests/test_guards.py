@@ -46,9 +46,14 @@ class DbrxExperts(torch.nn.Module):
     pass
 
 
-def layer(kind: type = torch.nn.Module, movable: bool = True, **parameters: torch.Tensor) -> torch.nn.Module:
+def layer(
+    kind: type = torch.nn.Module, movable: bool = True, backend: str | None = None, **parameters: torch.Tensor
+) -> torch.nn.Module:
     module = kind()
-    module.layer_name, module.quant_method = "model.layers.3.mlp.experts", SimpleNamespace(supports_eplb=movable)
+    method = SimpleNamespace(supports_eplb=movable)
+    if backend is not None:
+        method.mxfp4_backend = SimpleNamespace(name=backend)
+    module.layer_name, module.quant_method = "model.layers.3.mlp.experts", method
     for name, value in parameters.items():
         module.register_parameter(name, torch.nn.Parameter(value))
     return module
@@ -74,3 +79,10 @@ def test_bypass() -> None:
     refuse_bypass([layer()], SimpleNamespace(model="org/model"))
     with pytest.raises(DWDPError, match="org/model built no RoutedExperts"):
         refuse_bypass([], SimpleNamespace(model="org/model"))
+
+
+def test_rows_of_marlin_can_be_moved() -> None:
+    """4-bit experts stream where Marlin runs them; another backend's refusal says how to choose it."""
+    _refuse_unstreamable(layer(movable=False, backend="MARLIN", w13_weight=torch.ones(2)))
+    with pytest.raises(DWDPError, match=r"\(TRITON\); try --moe-backend marlin"):
+        _refuse_unstreamable(layer(movable=False, backend="TRITON", w13_weight=torch.ones(2)))

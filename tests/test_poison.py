@@ -153,6 +153,31 @@ def test_poisoned_slots_change_nothing(models, setup, kind: str) -> None:
         assert all(s["refills"] > cut for s, cut in zip(group.run(stats), after_cut, strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("setup", [slow_copies, slow_kernels], ids=["slow_copies", "slow_kernels"])
+@pytest.mark.parametrize("mode", ["FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"])
+def test_poisoned_slots_change_nothing_in_graphs(models, monkeypatch, setup, mode: str) -> None:
+    """The same poison, captured: decode replays whole graphs, small prefills and mixed batches pieces of them."""
+    monkeypatch.setenv("TORCHINDUCTOR_DETERMINISTIC", "1")  # else engines may time their way to different kernels
+    compilation = {"cudagraph_mode": mode, "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 64, 256]}
+    if mode == "FULL_DECODE_ONLY":
+        compilation["mode"] = 0
+    model = models("qwen3_moe", **SHAPES["cuda"])
+    engine = ENGINES["cuda"] | dict(enforce_eager=False, compilation_config=compilation)
+    question = dict(lengths=LENGTHS["cuda"], tokens=12)
+    expected = reference(model, engine, **question)
+    setup = functools.partial(setup, "cuda")
+    with Group(model, 2, {"direct_max_tokens": 0}, engine=engine, setup=setup) as group:
+        for _ in range(2):
+            assert group.run(generate, **question) == [expected] * 2
+        for s in group.run(stats):
+            assert s["refills"] == 0 and s["forwards"]["direct"] == 0
+            assert 12 < s["replays"] < s["forwards"]["streamed"], "decode in graphs, large prefills without"
+        group.run(cut_short)
+        assert group.run(generate, **question) == [expected] * 2
+        assert all(s["refills"] > 0 for s in group.run(stats))
+
+
 def test_mixed_batch_sizes_switch_views(models) -> None:
     """Batches around direct_max_tokens alternate between both views, one by one and together: answers stay."""
     model = models("qwen3_moe")

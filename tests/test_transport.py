@@ -119,8 +119,11 @@ def check_replicas(rank: int, size: int, port: int, kind: str) -> None:
     owned = placement.owned(rank)
     where = torch_device(make_device(kind, rank))
     whole = [torch.arange(7 * n, device=where).reshape(7, n).to(dtype) for n, dtype in SMALL.items()]
+    whole += [torch.arange(7 * 12.0, device=where).reshape(7, 3, 4).transpose(1, 2), torch.empty(7, 0, device=where)]
     found = replicate(group, [w[owned.start : owned.stop].clone() for w in whole], [placement] * len(whole))
-    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(found, whole, strict=True))
+    for tensor, wanted in zip(found, whole, strict=True):
+        assert tensor.stride() == wanted.stride() and tensor.dtype == wanted.dtype
+        assert torch.equal(tensor.float(), wanted.float())
     group.barrier("done")
 
 
@@ -243,7 +246,7 @@ def test_graphs_stream(size: int, shape: dict, pieces: int) -> None:
 
 @pytest.mark.parametrize("kind", DEVICES)
 def test_small_tensors_are_replicated(kind: str) -> None:
-    """Every rank ends with all rows of the small tensors, whatever their dtype and size."""
+    """Every rank ends with all rows of the small tensors, whatever their dtype, size and strides."""
     run(check_replicas, 3, kind)
 
 

@@ -27,6 +27,8 @@ from vllm_dwdp.weights import LayerWeights
 
 # Parameters of RoutedExperts without a row for every expert.
 NOT_PER_EXPERT = {"e_score_correction_bias", "hash_indices_table"}
+# Where vLLM keeps which kernels a quantized format uses, and those whose rows can be moved although EPLB does not.
+BACKENDS, MOVABLE_BACKEND = ("mxfp4_backend", "wna16_backend", "wna16_moe_backend"), "MARLIN"
 # Experts classes whose loader ignores vLLM's expert map.
 LOADS_ALL_EXPERTS = {"DbrxExperts"}
 # A tensor with at most this part of the layer's largest is replicated: biases, scales per tensor, sparse block scales.
@@ -67,7 +69,11 @@ def sharded(
     @functools.wraps(load_gpt_oss)
     def load_owned_rows(self: Any, weights: Any) -> Any:
         owned = layers[0].dwdp_placement.owned(rank)
-        return load_gpt_oss(self, ((name, _owned_rows(name, weight, owned)) for name, weight in weights))
+        num_experts, self.config.num_local_experts = self.config.num_local_experts, len(owned)
+        try:
+            return load_gpt_oss(self, ((name, _owned_rows(name, weight, owned)) for name, weight in weights))
+        finally:
+            self.config.num_local_experts = num_experts
 
     RoutedExperts.__init__ = build_shard
     DefaultModelLoader._init_ep_weight_filter = select_owned
@@ -113,10 +119,12 @@ def _refuse_unstreamable(layer: RoutedExperts) -> None:
             f"{layer.layer_name}: {type(layer).__name__} copies checkpoint tensors of all experts at once, a rank "
             f"cannot load its share; try --model-impl transformers"
         )
-    if not method.supports_eplb:
+    backends = {getattr(method, name).name for name in BACKENDS if hasattr(method, name)}
+    if not method.supports_eplb and MOVABLE_BACKEND not in backends:
         raise DWDPError(
-            f"{layer.layer_name}: {type(method).__name__} keeps its experts in a form whose rows cannot be moved; DWDP "
-            f"streams unquantized, FP8, ModelOpt NVFP4, MXFP4 and compressed-tensors FP8 experts"
+            f"{layer.layer_name}: {type(method).__name__} keeps its experts in a form whose rows cannot be moved"
+            f"{f' ({min(backends)}); try --moe-backend marlin' if backends else ''}; DWDP streams unquantized and FP8 "
+            f"experts, and 4-bit ones of the Marlin backend"
         )
     static = [name for name, _ in layer.named_parameters() if name.endswith("input_scale")]
     if static:
@@ -139,14 +147,16 @@ def per_expert(layer: RoutedExperts, rank: int) -> dict[str, torch.nn.Parameter]
 def expert_parameters(layer: RoutedExperts, rank: int) -> tuple[list[str], list[str]]:
     """(streamed, replicated) names of the parameters per expert, in registration order.
 
-    Raises DWDPError when a streamed one is not contiguous by expert.
+    Raises DWDPError when one is not contiguous by expert.
     """
     rows = per_expert(layer, rank)
     largest = max(p[0].numel() * p.element_size() for p in rows.values())
     streamed = [n for n, p in rows.items() if p[0].numel() * p.element_size() > SMALL * largest]
-    for name in streamed:
-        parameter = rows[name]
-        if parameter.stride(0) != parameter[0].numel() or parameter.untyped_storage().nbytes() < parameter.nbytes:
+    for name, parameter in rows.items():
+        is_dense = parameter.stride(0) == parameter[0].numel() and (
+            parameter.untyped_storage().nbytes() >= parameter.nbytes
+        )
+        if parameter.numel() and not is_dense:
             raise DWDPError(f"{layer.layer_name}.{name} is padded or strided between experts: DWDP cannot stream it")
     return streamed, [name for name in rows if name not in streamed]
 

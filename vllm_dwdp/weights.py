@@ -267,13 +267,16 @@ def exchange(group: Group, device: Device, layers: Sequence[LayerWeights]) -> No
 def replicate(
     group: Group, tensors: Sequence[torch.Tensor], placements: Sequence[Placement]
 ) -> list[torch.Tensor]:
-    """All-gather small per-expert tensors through the rendezvous: from [owned, ...] on every rank to [E, ...]."""
+    """All-gather small per-expert tensors through the rendezvous: from [owned, ...] on every rank to [E, ...].
+
+    Each expert's row keeps its strides. Empty rows, as of a format's optional tensors, are allowed.
+    """
     mine = [tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes() for tensor in tensors]
     everyone = group.gather("small tensors", mine)
     full = []
     for number, (tensor, placement) in enumerate(zip(tensors, placements, strict=True)):
-        whole = tensor.new_empty((placement.num_experts, *tensor.shape[1:]))
-        for rank, said in enumerate(everyone):
+        whole = tensor.new_empty_strided((placement.num_experts, *tensor.shape[1:]), tensor.stride())
+        for rank, said in enumerate(everyone if whole.numel() else ()):
             owned = placement.owned(rank)
             rows = torch.frombuffer(bytearray(said[number]), dtype=torch.uint8).view(tensor.dtype)
             whole[owned.start : owned.stop] = rows.view(len(owned), *tensor.shape[1:]).to(tensor.device)

@@ -1,0 +1,39 @@
+"""Invariant: quantized experts answer as stock vLLM's do, and it is their small rows that move, scales with them."""
+
+from pathlib import Path
+
+import pytest
+from harness import Group, generate, reference, stats
+from quantized import SCHEMES, SHAPE, SHAPES, quantize
+
+ENGINE = dict(
+    dtype="bfloat16", max_model_len=1024, max_num_batched_tokens=512, max_num_seqs=16, kv_cache_memory_bytes=2**28,
+    gpu_memory_utilization=0.3, enable_prefix_caching=False,
+)
+QUESTION = dict(lengths=[5, 300, 64, 17, 700, 40, 129, 1], tokens=16)
+EXPERT_BITS = {"fp8_block": 8, "fp8_channel": 8, "fp8": 8, "int4": 4.5, "awq": 4.5, "gptq": 4.5, "mxfp4": 4.25}
+OPTIONS = {"streamed": {"direct_max_tokens": 0}, "both views": {}, "cached": {"cache_gib": 0.006}}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", [*SCHEMES, "fp8"])
+def test_schemes(models, tmp_path: Path, scheme: str) -> None:
+    """Token for token as one engine that holds everything, with every view and cache; bytes are the format's."""
+    family = "gpt_oss" if scheme == "mxfp4" else "qwen3_moe"
+    model, engine = models(family, **SHAPES.get(scheme, SHAPE)), dict(ENGINE)
+    if scheme == "fp8":
+        engine["quantization"] = "fp8"  # while it loads
+    else:
+        model = quantize(model, scheme, tmp_path / scheme)
+    if scheme == "mxfp4":
+        engine["moe_backend"] = "marlin"
+    expected = reference(model, engine, **QUESTION)
+    assert len({tuple(tokens) for tokens in expected}) > len(expected) / 2, "the model answers much alike"
+    for name, options in OPTIONS.items():
+        with Group(model, 2, options, engine=engine) as group:
+            assert group.run(generate, **QUESTION) == [expected] * 2, name
+            for s in group.run(stats):
+                values = 4 * 16 * 3 * 512 * 256  # layers, owned experts, matrices
+                held = s["memory_bytes"]["shard"] + s["memory_bytes"]["replicated"] / 2
+                assert 1 <= held * 8 / values / EXPERT_BITS[scheme] < 1.1, s["memory_bytes"]
+                assert s["forwards"]["streamed"] > 0 and s["prefetch_bytes"] > 0 and s["refills"] == 0
