@@ -162,7 +162,7 @@ class Prefetcher:
         A forward that was cut short has left other layers in the slots than a graph expects.
         """
         self._reads_direct = exact and num_tokens <= self.direct_max_tokens
-        self._streamed_graph = False
+        self._streamed_graph, self._streamed_before = False, self.forwards[STREAMED]
         self._fill_following()
         for ordinal, slot in enumerate(self.slots):
             self.refills += slot.tag != ordinal
@@ -176,7 +176,6 @@ class Prefetcher:
             if replayed:
                 self.replays += 1
                 self.prefetched_bytes += sum(layer.copied_bytes for layer in self._layers if not self._is_alone(layer))
-        self._streamed_before = self.forwards[STREAMED]
         self._reads_direct = False
 
     def _is_alone(self, layer: Layer) -> bool:
