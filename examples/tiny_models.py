@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers.initialization import no_init_weights
 
 SEED = 0
 VOCAB = 512  # rows of the embedding; the tokenizer uses the first 259
@@ -81,7 +82,8 @@ def make_model(family: str, folder: Path, **config_overrides: Any) -> Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
 
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **fields))
+    with no_init_weights():  # all are drawn below
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **fields))
     _draw_weights(model)
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)

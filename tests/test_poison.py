@@ -18,7 +18,7 @@ LENGTHS = {"host": [3, 60, 9, 31, 1, 22, 50, 5], "cuda": [random.Random(n).randr
 SHAPES = {  # on GPUs the layers of Qwen3-30B-A3B
     "host": {},
     "cuda": dict(
-        hidden_size=2048, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, num_hidden_layers=3,
+        hidden_size=2048, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, num_hidden_layers=4,
         head_dim=128, num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=2048, dtype="bfloat16",
     ),
 }
