@@ -61,6 +61,15 @@ def generate(
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def differences(found: list[list[list[int]]], expected: list[list[int]]) -> list[tuple[int, int, int]]:
+    """(rank, prompt, first token that differs) of every answer that is not the expected one."""
+    return [
+        (rank, number, next((i for i, (a, b) in enumerate(zip(tokens, wanted)) if a != b), min(len(tokens), len(wanted))))
+        for rank, answers in enumerate(found)
+        for number, (tokens, wanted) in enumerate(zip(answers, expected, strict=True)) if tokens != wanted
+    ]
+
+
 def stats(llm: Any) -> dict[str, Any]:
     return llm.collective_rpc("dwdp_stats")[0]
 

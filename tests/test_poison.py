@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from harness import Group, generate, reference, stats, streamed_model
+from harness import Group, differences, generate, reference, stats, streamed_model
 from test_transport import DEVICES
 
 LENGTHS = {"host": [3, 60, 9, 31, 1, 22, 50, 5], "cuda": [random.Random(n).randrange(5, 1500) for n in range(64)]}
@@ -156,12 +156,13 @@ def test_poisoned_slots_change_nothing(models, setup, kind: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("setup", [slow_copies, slow_kernels], ids=["slow_copies", "slow_kernels"])
 @pytest.mark.parametrize("mode", ["FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"])
-def test_poisoned_slots_change_nothing_in_graphs(models, monkeypatch, setup, mode: str) -> None:
-    """The same poison, captured: decode replays whole graphs, small prefills and mixed batches pieces of them."""
-    monkeypatch.setenv("TORCHINDUCTOR_DETERMINISTIC", "1")  # else engines may time their way to different kernels
+def test_poisoned_slots_change_nothing_in_graphs(models, setup, mode: str) -> None:
+    """The same poison, captured: decode replays whole graphs, small prefills and mixed batches pieces of them.
+
+    The pieces are not compiled: Inductor times its way to kernels, so two processes may round differently.
+    """
     compilation = {"cudagraph_mode": mode, "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 64, 256]}
-    if mode == "FULL_DECODE_ONLY":
-        compilation["mode"] = 0
+    compilation |= {"mode": 0} if mode == "FULL_DECODE_ONLY" else {"mode": 3, "backend": "eager"}
     model = models("qwen3_moe", **SHAPES["cuda"])
     engine = ENGINES["cuda"] | dict(enforce_eager=False, compilation_config=compilation)
     question = dict(lengths=LENGTHS["cuda"], tokens=12)
@@ -169,12 +170,12 @@ def test_poisoned_slots_change_nothing_in_graphs(models, monkeypatch, setup, mod
     setup = functools.partial(setup, "cuda")
     with Group(model, 2, {"direct_max_tokens": 0}, engine=engine, setup=setup) as group:
         for _ in range(2):
-            assert group.run(generate, **question) == [expected] * 2
+            assert differences(group.run(generate, **question), expected) == []
         for s in group.run(stats):
             assert s["refills"] == 0 and s["forwards"]["direct"] == 0
             assert 12 < s["replays"] < s["forwards"]["streamed"], "decode in graphs, large prefills without"
         group.run(cut_short)
-        assert group.run(generate, **question) == [expected] * 2
+        assert differences(group.run(generate, **question), expected) == []
         assert all(s["refills"] > 0 for s in group.run(stats))
 
 

@@ -159,6 +159,7 @@ def run(function, size: int, kind: str, expect_ok: bool = True, **shape) -> list
     if expect_ok:
         outcomes = dict(results.get(timeout=5) for _ in ranks)
         assert outcomes == dict.fromkeys(range(size)), "\n".join(filter(None, outcomes.values()))
+        assert [process.exitcode for process in ranks] == [0] * size, "compute-sanitizer reports by exit code"
     return ranks
 
 

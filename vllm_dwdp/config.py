@@ -27,7 +27,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     slice_mib: Annotated[
         Annotated[int, Meta(ge=0)] | None,
         Meta(description="copy in slices of this size, interleaved over the sources; 0 copies whole ranges "
-                         "(default: 0 at two ranks, 4 from three)"),
+                         "(default: 0 at two ranks, 16 from three)"),
     ] = None
     direct_max_tokens: Annotated[
         Annotated[int, Meta(ge=0)] | None,
@@ -56,7 +56,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     @property
     def slice_bytes(self) -> int:
         """Bytes in a slice of a copy; 0 for whole ranges. Needs `size`."""
-        default = 0 if (self.size or 2) < 3 else 4
+        default = 0 if (self.size or 2) < 3 else 16
         return (default if self.slice_mib is None else self.slice_mib) * 2**20
 
     def shared(self) -> dict[str, Any]:
