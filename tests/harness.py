@@ -61,10 +61,10 @@ def generate(
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def differences(found: list[list[list[int]]], expected: list[list[int]]) -> list[tuple[int, int, int]]:
-    """(rank, prompt, first token that differs) of every answer that is not the expected one."""
+def differences(found: list[list[list[int]]], expected: list[list[int]]) -> list[tuple[int, int, list[int]]]:
+    """(rank, prompt, places of the tokens that differ) for every answer that is not the expected one."""
     return [
-        (rank, number, next((i for i, (a, b) in enumerate(zip(tokens, wanted)) if a != b), min(len(tokens), len(wanted))))
+        (rank, number, [place for place, pair in enumerate(zip(tokens, wanted, strict=True)) if pair[0] != pair[1]])
         for rank, answers in enumerate(found)
         for number, (tokens, wanted) in enumerate(zip(answers, expected, strict=True)) if tokens != wanted
     ]

@@ -14,10 +14,10 @@ SHAPE = dict(
     hidden_size=512, moe_intermediate_size=256, num_experts=32, num_experts_per_tok=4, num_hidden_layers=4, head_dim=64,
     num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=2048, dtype="bfloat16",
 )
-SHAPES: dict[str, dict[str, Any]] = {  # scheme: config overrides; gpt-oss counts its experts' width as intermediate_size
-    "mxfp4": {name: value for name, value in SHAPE.items() if name not in ("moe_intermediate_size", "dtype",
+SHAPES: dict[str, dict[str, Any]] = {  # scheme: config overrides; gpt-oss calls its experts' width intermediate_size
+    "mxfp4": {name: value for name, value in SHAPE.items() if name not in ("moe_intermediate_size",
                                                                            "max_position_embeddings")}
-    | dict(intermediate_size=256, sliding_window=128, dtype="bfloat16"),
+    | dict(intermediate_size=256, sliding_window=128),
 }
 
 
@@ -84,7 +84,8 @@ def mxfp4(name: str, weight: torch.Tensor, generator: torch.Generator) -> dict[s
 def compressed(**weights: Any) -> dict[str, Any]:
     """compressed-tensors' config; `input_activations` among `weights` is taken out."""
     inputs = weights.pop("input_activations", None)
-    group = {"targets": ["Linear"], "weights": {"symmetric": True, "dynamic": False} | weights, "input_activations": inputs}
+    weights = {"symmetric": True, "dynamic": False} | weights
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
     return {
         "quant_method": "compressed-tensors", "config_groups": {"group_0": group},
         "format": "float-quantized" if inputs else "pack-quantized",

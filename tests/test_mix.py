@@ -11,14 +11,24 @@ from typing import Any
 
 import pytest
 from harness import Group, stats
+from quantized import SHAPE
+from test_transport import DEVICES
 
 REQUESTS = int(os.environ.get("DWDP_MIX_REQUESTS", 200))  # over both ranks
 LIMIT_S = 180 + REQUESTS
 MAX_TOKENS, MAX_SEQS, MAX_LEN = 64, 16, 256
 ENGINE = dict(
     max_model_len=MAX_LEN, max_num_seqs=MAX_SEQS, max_num_batched_tokens=MAX_TOKENS, block_size=32,
-    kv_cache_memory_bytes=24 * 32 << 10,  # 24 blocks: three of the longest requests
 )
+BLOCKS = 24  # three of the longest requests
+KINDS: dict[str, tuple[dict, dict, dict]] = {  # model, engine, DWDP options
+    "host": ({}, ENGINE | dict(kv_cache_memory_bytes=BLOCKS * 32 << 10), {}),
+    "cuda": (SHAPE, ENGINE | dict(  # whole graphs for decode, pieces for other batches
+        kv_cache_memory_bytes=BLOCKS * 64 << 10, dtype="bfloat16", gpu_memory_utilization=0.3, enforce_eager=False,
+        compilation_config={"mode": 3, "backend": "eager", "cudagraph_mode": "FULL_AND_PIECEWISE",
+                            "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, MAX_TOKENS]},
+    ), {"direct_max_tokens": 4}),
+}
 BURSTS = [1, 1, 1, 2, 3, 6, MAX_SEQS + 4]
 LENGTHS = [range(1, 12), range(12, MAX_TOKENS), range(MAX_TOKENS + 1, MAX_LEN - 40)]  # of a burst's prompts
 PAUSES = [0, 1, 2, 8, 20, 100]  # steps until the next burst; after the longest most are idle
@@ -91,16 +101,18 @@ def drive(llm: Any, seed: int, count: int) -> tuple[dict[int, tuple[str, list[in
     return answers, seen, engine.get_num_unfinished_requests() + len(scheduler.requests)
 
 
+@pytest.mark.parametrize("kind", DEVICES)
 @pytest.mark.timeout(3 * LIMIT_S)
-def test_everyday_traffic(models) -> None:
-    """Two ranks with default options, each under its own traffic, answer as a stock engine does under the same."""
-    model, count = models("qwen3_moe"), REQUESTS // 2
+def test_everyday_traffic(models, kind: str) -> None:
+    """Two ranks, each under its own traffic, answer as a stock engine does under the same; on GPUs also in graphs."""
+    shape, settings, options = KINDS[kind]
+    model, count = models("qwen3_moe", **shape), REQUESTS // 2
     expected = []
     for seed in range(2):
-        with Group(model, 0, engine=ENGINE) as stock:
+        with Group(model, 0, engine=settings) as stock:
             stock.ranks[0].send(drive, seed, count)
             expected.append(stock.ranks[0].answer(LIMIT_S))
-    with Group(model, 2, engine=ENGINE) as group:
+    with Group(model, 2, options, engine=settings) as group:
         for seed, rank in enumerate(group.ranks):
             rank.send(drive, seed, count)
         found = [rank.answer(LIMIT_S) for rank in group.ranks]
@@ -111,5 +123,5 @@ def test_everyday_traffic(models) -> None:
         assert seen == stock_seen and seen["finished"] + seen["aborted waiting"] + seen["aborted running"] == count
         assert left == 0 and not [claim for claim in CLAIMS if not seen[claim]]
         assert s["refills"] == 0 and s["forwards"]["streamed"] > 0 and s["forwards"]["direct"] > 0
-        assert sum(s["forwards"].values()) == seen["steps"]
+        assert sum(s["forwards"].values()) == seen["steps"] and (s["replays"] > 0) == (kind == "cuda")
         print(f"rank {s['rank']}: {s['forwards']}, {dict(sorted(seen.items()))}")
