@@ -112,7 +112,8 @@ class Rank:
         if not self.streams:
             return {}
         found = self.llm.collective_rpc("dwdp_stats")[0]
-        return {name: found[name] for name in ("exposed_wait_ms", "copy_ms", "prefetch_bytes", "replays")} | found["forwards"]
+        counted = ("exposed_wait_ms", "copy_ms", "prefetch_bytes", "replays")
+        return {name: found[name] for name in counted} | found["forwards"]
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
