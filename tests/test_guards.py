@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.experts import _refuse_unstreamable, refuse_bypass
+from vllm_dwdp.experts import _rebuild_kernel, _refuse_unstreamable, mk, refuse_bypass
 from vllm_dwdp.worker import membership
 
 
@@ -86,3 +86,17 @@ def test_rows_of_marlin_can_be_moved() -> None:
     _refuse_unstreamable(layer(movable=False, backend="MARLIN", w13_weight=torch.ones(2)))
     with pytest.raises(DWDPError, match=r"\(TRITON\); try --moe-backend marlin"):
         _refuse_unstreamable(layer(movable=False, backend="TRITON", w13_weight=torch.ones(2)))
+
+
+def test_rebuilt_kernel(monkeypatch) -> None:
+    """A rebuilt kernel keeps the hook that a model has put on its experts: without, it would leave out a norm."""
+    monkeypatch.setattr(mk, "FusedMoEKernel", lambda finalize, fused: SimpleNamespace(fused_experts=fused))
+    built = layer()
+    built.moe_config = None
+    built.quant_method = method = SimpleNamespace(get_fused_moe_quant_config=lambda _: None)
+    for hook in (None, print):
+        fused = SimpleNamespace(**{} if hook is None else {"post_gemm2_hook": hook})
+        method.moe_kernel = SimpleNamespace(prepare_finalize=None, fused_experts=fused)
+        _rebuild_kernel(built)
+        assert method.moe_kernel.fused_experts is not fused
+        assert method.moe_kernel.fused_experts.post_gemm2_hook is hook

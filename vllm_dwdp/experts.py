@@ -208,6 +208,7 @@ def _rebuild_kernel(layer: RoutedExperts) -> None:
         raise DWDPError(f"{layer.layer_name}: {type(method).__name__} has no modular kernel that DWDP could rebuild")
     method.moe_quant_config = method.get_fused_moe_quant_config(layer)
     experts = type(kernel.fused_experts)(moe_config=layer.moe_config, quant_config=method.moe_quant_config)
+    experts.post_gemm2_hook = getattr(kernel.fused_experts, "post_gemm2_hook", None)  # from vLLM 0.33; models set it
     method.moe_kernel = mk.FusedMoEKernel(kernel.prepare_finalize, experts)
 
 
