@@ -6,13 +6,15 @@ A new vLLM that moves one fails here by name, and is refused at start-up until `
 import ast
 import importlib
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import vllm
 from conftest import ROOT
 
-from vllm_dwdp import checks, engine
+from vllm_dwdp import checks, engine, experts
 
 ARGUMENTS, CORE, UTILS = "vllm.engine.arg_utils:", "vllm.v1.engine.core:", "vllm.v1.engine.utils:"
 MOE, CONFIG = "vllm.model_executor.layers.fused_moe.", "vllm.config:"
@@ -63,8 +65,8 @@ ATTRIBUTES = {
                                "data_parallel_rank_local data_parallel_index data_parallel_external_lb "
                                "data_parallel_hybrid_lb data_parallel_master_ip data_parallel_master_port "
                                "_coord_store_port",
-    CONFIG + "ModelConfig": "is_moe model dtype quantization hf_config hf_text_config enforce_eager enable_sleep_mode "
-                            "enable_cumem_allocator",
+    CONFIG + "ModelConfig": "is_moe model architecture dtype quantization hf_config hf_text_config enforce_eager "
+                            "enable_sleep_mode enable_cumem_allocator",
     CONFIG + "CompilationConfig": "cudagraph_mode cudagraph_capture_sizes max_cudagraph_capture_size",
     CONFIG + "CUDAGraphMode": "NONE",
     CONFIG + "CacheConfig": "gpu_memory_utilization kv_cache_memory_bytes",
@@ -85,6 +87,11 @@ ATTRIBUTES = {
     MOE + "runner.moe_runner:MoERunner": "_forward_entry shared_experts",
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader": "local_expert_ids",
     "vllm.v1.core.sched.output:SchedulerOutput": "total_num_scheduled_tokens",
+}
+
+EXPERTS = experts.UNSHARDABLE.keys() | {
+    "DeepseekV4HeterogeneousSharedRoutedExperts", "GptOssRoutedExperts", "MuseSparkConsolidatedRoutedExperts",
+    "MuseSparkRoutedExperts", "TransformersRoutedExperts",
 }
 
 
@@ -138,6 +145,12 @@ def test_imports(where: str) -> None:
     """Every name that the package imports from vLLM is there."""
     module, name = where.split(":")
     assert hasattr(importlib.import_module(module), name), where
+
+
+def test_experts() -> None:
+    """Every kind of routed experts is one whose loader and forward were read: those that do not shard are refused."""
+    source = "\n".join(path.read_text() for path in Path(vllm.__file__).parent.rglob("*.py"))
+    assert set(re.findall(r"^class (\w+)\([^)]*RoutedExperts\b", source, re.MULTILINE)) <= EXPERTS
 
 
 @pytest.mark.parametrize("op", ["moe_forward", "moe_forward_shared"])

@@ -46,6 +46,10 @@ class DbrxExperts(torch.nn.Module):
     pass
 
 
+class SubstitutedRoutedExperts(torch.nn.Module):
+    pass
+
+
 def layer(
     kind: type = torch.nn.Module, movable: bool = True, backend: str | None = None, **parameters: torch.Tensor
 ) -> torch.nn.Module:
@@ -65,6 +69,7 @@ def layer(
         (torch.nn.Module, False, [], "SimpleNamespace keeps its experts"),
         (torch.nn.Module, True, ["w13_weight", "w13_input_scale"], "w13_input_scale"),
         (DbrxExperts, True, [], "DbrxExperts"),
+        (SubstitutedRoutedExperts, True, [], "SubstitutedRoutedExperts"),
     ],
 )
 def test_unstreamable_layer(kind: type, movable: bool, parameters: list[str], named: str) -> None:

@@ -108,6 +108,7 @@ def test_dense_model(configure, dense: str) -> None:
         ("parallel_config", "decode_context_parallel_size", 2, "context parallelism"),
         ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
         ("model_config", "enable_cumem_allocator", True, "cumem"),
+        ("model_config", "_architecture", "FlintForCausalLM", "FlintForCausalLM"),
     ],
 )
 def test_settings_of_other_platforms(configure, monkeypatch, part: str, field: str, value: Any, named: str) -> None:

@@ -10,6 +10,8 @@ TESTED_VLLM = ("0.32",)  # minor versions whose contract test passes
 UNTESTED = "DWDP_ALLOW_UNTESTED_VLLM"
 # MoE backends that fuse dispatch or replace RoutedExperts.
 BYPASSING_BACKENDS = ("mega_moe", "moe_ep", "moonep")
+# Models whose own kernels read a RoutedExperts' weights without calling it.
+READ_EXPERTS = ("FlintForCausalLM",)
 
 
 def refuse_version(version: str, allow_untested: bool) -> None:
@@ -61,6 +63,8 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
          "a speculative draft model with MoE layers: use a dense draft model or ngram"),
         (any(part in str(vllm_config.kernel_config.moe_backend) for part in BYPASSING_BACKENDS),
          f"--moe-backend {vllm_config.kernel_config.moe_backend}: it bypasses RoutedExperts; use auto or triton"),
+        (model.architecture in READ_EXPERTS,
+         f"{model.architecture}: its decode kernels read experts past the layer that waits for them; drop it"),
     ):
         if refused:
             raise DWDPError(f"--parallel dwdp does not go with {reason}")

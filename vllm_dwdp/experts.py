@@ -29,8 +29,11 @@ from vllm_dwdp.weights import LayerWeights
 NOT_PER_EXPERT = {"e_score_correction_bias", "hash_indices_table"}
 # Where vLLM keeps which kernels a quantized format uses, and those whose rows can be moved although EPLB does not.
 BACKENDS, MOVABLE_BACKEND = ("mxfp4_backend", "wna16_backend", "wna16_moe_backend"), "MARLIN"
-# Experts classes whose loader ignores vLLM's expert map.
-LOADS_ALL_EXPERTS = {"DbrxExperts"}
+# Experts classes of which a rank cannot load its share, and why.
+UNSHARDABLE = {
+    "DbrxExperts": "copies checkpoint tensors of all experts at once: try --model-impl transformers",
+    "SubstitutedRoutedExperts": "numbers its experts otherwise than the checkpoint does: use the model before pruning",
+}
 # A tensor with at most this part of the layer's largest is replicated: biases, scales per tensor, sparse block scales.
 SMALL = 1 / 64
 
@@ -113,12 +116,9 @@ def _owned_rows(name: str, weight: torch.Tensor, owned: range) -> torch.Tensor:
 
 
 def _refuse_unstreamable(layer: RoutedExperts) -> None:
-    method = layer.quant_method
-    if type(layer).__name__ in LOADS_ALL_EXPERTS:
-        raise DWDPError(
-            f"{layer.layer_name}: {type(layer).__name__} copies checkpoint tensors of all experts at once, a rank "
-            f"cannot load its share; try --model-impl transformers"
-        )
+    method, kind = layer.quant_method, type(layer).__name__
+    if kind in UNSHARDABLE:
+        raise DWDPError(f"{layer.layer_name}: a rank cannot load its share of {kind}, which {UNSHARDABLE[kind]}")
     backends = {getattr(method, name).name for name in BACKENDS if hasattr(method, name)}
     if not method.supports_eplb and MOVABLE_BACKEND not in backends:
         raise DWDPError(
