@@ -155,7 +155,7 @@ def test_what_is_served(configure, engine_args: dict, dwdp: dict) -> None:
     assert made.additional_config["dwdp"] == {**dwdp, "size": size, "direct_max_tokens": 7}
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0", "0.320.0"])
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0", "0.320.0"])
 def test_version(configure, monkeypatch, version: str) -> None:
     """A vLLM that was not tested is refused by version, unless DWDP_ALLOW_UNTESTED_VLLM=1."""
     monkeypatch.setattr("vllm.__version__", version)

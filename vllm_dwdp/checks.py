@@ -6,7 +6,7 @@ from vllm_dwdp.config import Options
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.placement import Placement
 
-TESTED_VLLM = ("0.32",)  # minor versions whose contract test passes
+TESTED_VLLM = ("0.32", "0.33")  # minor versions whose contract test passes
 UNTESTED = "DWDP_ALLOW_UNTESTED_VLLM"
 # MoE backends that fuse dispatch or replace RoutedExperts.
 BYPASSING_BACKENDS = ("mega_moe", "moe_ep", "moonep")
