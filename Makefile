@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test clean
+.PHONY: help setup demo test contract clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -8,6 +8,7 @@ STUBS := .venv/stubs
 DONE := .venv/setup-done
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -f $(STUBS) -c $(STUBS)/constraints.txt
 VLLM := 0.32.0
+WITH := 0.33.0
 TORCH := torch==2.13.0+cpu
 
 help: ## list these targets
@@ -25,6 +26,11 @@ test: export HF_HUB_OFFLINE := 1
 test: export VLLM_NO_USAGE_STATS := 1
 test: setup ## run the tests; ARGS="-k placement" goes to pytest
 	@$(BIN)/pytest $(ARGS)
+
+contract: export VLLM_TARGET_DEVICE := cpu
+contract: setup ## check that this package finds all that it touches in another vLLM: make contract WITH=0.33.0
+	$(BIN)/pip install -qq --disable-pip-version-check --no-deps --upgrade --target .venv/vllm-$(WITH) vllm==$(WITH)
+	PYTHONPATH=.venv/vllm-$(WITH) $(BIN)/pytest tests/test_contract.py $(ARGS)
 
 clean: ## remove everything that make made, .venv included
 	rm -rf .venv .cache .pytest_cache .hypothesis build *.egg-info

@@ -18,7 +18,7 @@ from vllm_dwdp import checks, engine, experts
 
 ARGUMENTS, CORE, UTILS = "vllm.engine.arg_utils:", "vllm.v1.engine.core:", "vllm.v1.engine.utils:"
 MOE, CONFIG = "vllm.model_executor.layers.fused_moe.", "vllm.config:"
-WORKER = "vllm.v1.worker.gpu_worker:Worker."
+WORKER, QUANTIZATION = "vllm.v1.worker.gpu_worker:Worker.", "vllm.model_executor.layers.quantization."
 
 # What is called or replaced, and the parameters that are given or relied on.
 CALLED = {
@@ -40,6 +40,7 @@ CALLED = {
     MOE + "modular_kernel:FusedMoEExperts.__init__": "moe_config quant_config",
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader._init_ep_weight_filter": "model_config",
     "vllm.model_executor.models.gpt_oss:GptOssModel.load_weights": "weights",
+    "vllm.model_executor.models.gpt_oss:GptOssModel._load_weights_mxfp4": "self",
     "vllm.model_executor.offloader:set_offloader": "instance",
     "vllm.model_executor.offloader:BaseOffloader.sync_prev_onload": "self",
     "vllm.model_executor.offloader:BaseOffloader.join_after_forward": "self",
@@ -87,6 +88,12 @@ ATTRIBUTES = {
     MOE + "runner.moe_runner:MoERunner": "_forward_entry shared_experts",
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader": "local_expert_ids",
     "vllm.v1.core.sched.output:SchedulerOutput": "total_num_scheduled_tokens",
+    "vllm.model_executor.models.gpt_oss:GptOssModel": "config",
+    QUANTIZATION + "mxfp4:GptOssMxfp4MoEMethod": "mxfp4_backend",
+    QUANTIZATION + "auto_awq:AutoAWQMoEMethod": "wna16_moe_backend",
+    QUANTIZATION + "auto_gptq:AutoGPTQMoEMethod": "wna16_moe_backend",
+    QUANTIZATION + "compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16:"
+                   "CompressedTensorsWNA16MoEMethod": "wna16_backend",
 }
 
 EXPERTS = experts.UNSHARDABLE.keys() | {

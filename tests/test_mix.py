@@ -113,6 +113,7 @@ def test_everyday_traffic(models, kind: str) -> None:
             stock.ranks[0].send(drive, seed, count)
             expected.append(stock.ranks[0].answer(LIMIT_S))
     with Group(model, 2, options, engine=settings) as group:
+        warm_ups = [sum(s["forwards"].values()) for s in group.run(stats)]
         for seed, rank in enumerate(group.ranks):
             rank.send(drive, seed, count)
         found = [rank.answer(LIMIT_S) for rank in group.ranks]
@@ -123,5 +124,6 @@ def test_everyday_traffic(models, kind: str) -> None:
         assert seen == stock_seen and seen["finished"] + seen["aborted waiting"] + seen["aborted running"] == count
         assert left == 0 and not [claim for claim in CLAIMS if not seen[claim]]
         assert s["refills"] == 0 and s["forwards"]["streamed"] > 0 and s["forwards"]["direct"] > 0
-        assert sum(s["forwards"].values()) == seen["steps"] and (s["replays"] > 0) == (kind == "cuda")
+        assert sum(s["forwards"].values()) - warm_ups[s["rank"]] == seen["steps"]
+        assert (s["replays"] > 0) == (kind == "cuda")
         print(f"rank {s['rank']}: {s['forwards']}, {dict(sorted(seen.items()))}")

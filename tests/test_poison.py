@@ -104,7 +104,7 @@ slow_copies = functools.partial(poison, 0.004, 0.0)
 slow_kernels = functools.partial(poison, 0.0, 0.004)
 
 
-def cut_short(llm) -> str:
+def cut_short(llm, num_tokens: int = 64) -> str:
     """Let layer 2 of one forward fail after its weights were acquired, then let it work again."""
     weights = streamed_model(llm).layers[2]
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
@@ -117,7 +117,7 @@ def cut_short(llm) -> str:
 
     layer.quant_method.apply = fail
     try:
-        runner._dummy_run(64)
+        runner._dummy_run(num_tokens)
     except RuntimeError as error:
         return str(error)
     finally:
@@ -174,7 +174,7 @@ def test_poisoned_slots_change_nothing_in_graphs(models, setup, mode: str) -> No
         for s in group.run(stats):
             assert s["refills"] == 0 and s["forwards"]["direct"] == 0
             assert 12 < s["replays"] < s["forwards"]["streamed"], "decode in graphs, large prefills without"
-        group.run(cut_short)
+        assert group.run(cut_short, 512) == ["injected"] * 2, "no graph is that large"
         assert differences(group.run(generate, **question), expected) == []
         assert all(s["refills"] > 0 for s in group.run(stats))
 

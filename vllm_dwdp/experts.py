@@ -49,7 +49,7 @@ def sharded(
     """
     layers: list[RoutedExperts] = []
     build, select_files = RoutedExperts.__init__, DefaultModelLoader._init_ep_weight_filter
-    load_gpt_oss = gpt_oss.GptOssModel.load_weights
+    load_gpt_oss, load_mxfp4 = gpt_oss.GptOssModel.load_weights, gpt_oss.GptOssModel._load_weights_mxfp4
 
     @functools.wraps(build)
     def build_shard(self: RoutedExperts, *args: Any, **kwargs: Any) -> None:
@@ -72,21 +72,27 @@ def sharded(
     @functools.wraps(load_gpt_oss)
     def load_owned_rows(self: Any, weights: Any) -> Any:
         owned = layers[0].dwdp_placement.owned(rank)
-        num_experts, self.config.num_local_experts = self.config.num_local_experts, len(owned)
+        return load_gpt_oss(self, ((name, _owned_rows(name, weight, owned)) for name, weight in weights))
+
+    @functools.wraps(load_mxfp4)
+    def load_owned_mxfp4(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Its views of the owned rows are shaped by the config's number of experts."""
+        num_experts = self.config.num_local_experts
+        self.config.num_local_experts = len(layers[0].dwdp_placement.owned(rank))
         try:
-            return load_gpt_oss(self, ((name, _owned_rows(name, weight, owned)) for name, weight in weights))
+            return load_mxfp4(self, *args, **kwargs)
         finally:
             self.config.num_local_experts = num_experts
 
     RoutedExperts.__init__ = build_shard
     DefaultModelLoader._init_ep_weight_filter = select_owned
-    gpt_oss.GptOssModel.load_weights = load_owned_rows
+    gpt_oss.GptOssModel.load_weights, gpt_oss.GptOssModel._load_weights_mxfp4 = load_owned_rows, load_owned_mxfp4
     try:
         yield layers
     finally:
         RoutedExperts.__init__ = build
         DefaultModelLoader._init_ep_weight_filter = select_files
-        gpt_oss.GptOssModel.load_weights = load_gpt_oss
+        gpt_oss.GptOssModel.load_weights, gpt_oss.GptOssModel._load_weights_mxfp4 = load_gpt_oss, load_mxfp4
 
 
 def refuse_bypass(layers: Sequence[RoutedExperts], model_config: Any) -> None:
