@@ -4,13 +4,13 @@ import contextlib
 import multiprocessing
 import os
 import random
-import secrets
-import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from vllm_dwdp.entrypoints.bench import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")  # vLLM takes 8 s to import: once for all ranks
 CONTEXT.set_forkserver_preload(
@@ -21,14 +21,6 @@ ENGINE = dict(
     kv_cache_memory_bytes=64 << 20, distributed_executor_backend="uni", seed=0, disable_log_stats=True,
 )
 START_S = 400.0  # compiled on a GPU
-
-
-def free_port() -> int:
-    """A port below those that the kernel hands out by itself, so that nothing takes it before its user is up."""
-    while True:
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port := secrets.randbelow(10_000) + 20_000))
-            return port
 
 
 def processes_in(folder: Path) -> list[str]:
