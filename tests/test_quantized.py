@@ -32,7 +32,7 @@ def test_schemes(models, tmp_path: Path, scheme: str) -> None:
     else:
         model = quantize(model, scheme, tmp_path / scheme)
     if scheme == "mxfp4":
-        engine["moe_backend"] = "marlin"
+        engine["moe_backend"] = "marlin"  # which DWDP chooses by itself
     expected = reference(model, engine, **question)
     assert len({tuple(tokens) for tokens in expected}) > len(expected) / 2, "the model answers much alike"
     for name, options in OPTIONS.items():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from quantized import quantize
 from vllm.engine.arg_utils import EngineArgs
 
 import vllm_dwdp.entrypoints.plugin as plugin
@@ -153,6 +154,13 @@ def test_what_is_served(configure, engine_args: dict, dwdp: dict) -> None:
     assert made.parallel_config.worker_cls == "vllm_dwdp.worker.DWDPWorker"
     size = dwdp.get("size", engine_args.get("data_parallel_size", 2))
     assert made.additional_config["dwdp"] == {**dwdp, "size": size, "direct_max_tokens": 7}
+
+
+@pytest.mark.parametrize(("given", "chosen"), [({}, "marlin"), ({"moe_backend": "triton"}, "triton")])
+def test_kernels_of_gpt_oss(models, configure, tmp_path: Path, given: dict, chosen: str) -> None:
+    """MXFP4 experts get kernels that DWDP can stream, unless the user has named some."""
+    made = configure(model=quantize(models("gpt_oss"), "mxfp4", tmp_path / "mxfp4"), dtype="bfloat16", **given)
+    assert made.kernel_config.moe_backend == chosen
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0", "0.320.0"])

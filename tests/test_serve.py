@@ -134,19 +134,24 @@ def test_an_idle_rank_takes_no_steps(server: Server) -> None:
 
 def test_a_rank_frozen_in_mid_request_delays_no_other(server: Server) -> None:
     """The other rank goes on reading its memory and answers; the frozen one ends its own request when it may run."""
-    before, frozen = server.steps(0), server.engines()[0]
-    with server.request("Once upon a time", 1200, rank=0, stream=True) as long:
-        assert long.readline().startswith(b"data:")
-        os.kill(frozen, signal.SIGSTOP)
-        try:
-            while not all("(stopped)" in task.read_text() for task in Path(f"/proc/{frozen}/task").glob("*/status")):
-                time.sleep(0.001)
-            at = server.steps(0)
-            short = {server.complete("A mixture of experts", 8, rank=1) for _ in range(3)}
-            assert server.steps(0) == at < before + 1200, "rank 0 was in the middle of its request all the time"
-        finally:
-            os.kill(frozen, signal.SIGCONT)
-        assert b"[DONE]" in long.read() and server.steps(0) >= before + 1200
+    frozen, short = server.engines()[0], set()
+    for _ in range(5):  # on a busy machine the request may be over before it can be frozen
+        end = server.steps(0) + 1200
+        with server.request("Once upon a time", 1200, rank=0, stream=True) as long:
+            assert long.readline().startswith(b"data:")
+            os.kill(frozen, signal.SIGSTOP)
+            try:
+                threads = Path(f"/proc/{frozen}/task")
+                while not all("(stopped)" in thread.read_text() for thread in threads.glob("*/status")):
+                    time.sleep(0.001)
+                if (at := server.steps(0)) < end:
+                    short = {server.complete("A mixture of experts", 8, rank=1) for _ in range(3)}
+                    assert server.steps(0) == at, "rank 0 was in the middle of its request all the time"
+            finally:
+                os.kill(frozen, signal.SIGCONT)
+            assert b"[DONE]" in long.read() and server.steps(0) >= end
+        if short:
+            break
     assert short == {server.complete("A mixture of experts", 8, rank=0)}
 
 

@@ -13,10 +13,12 @@ from typing import Any
 
 import msgspec
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.engine import core
 
 from vllm_dwdp import checks, config, graphs, hooks
 
+logger = init_logger("vllm.dwdp.engine")
 WORKER = "vllm_dwdp.worker.DWDPWorker"
 CORE, UTILS = "vllm.v1.engine.core", "vllm.v1.engine.utils"
 _WAVES, _LOCKSTEP = "enable_wave_coordination", "coordinated_dp"
@@ -34,6 +36,9 @@ def prepare(vllm_config: VllmConfig) -> None:
     if options.size is None and parallel.data_parallel_size > 1:
         options = msgspec.structs.replace(options, size=parallel.data_parallel_size)
     checks.refuse_unsupported(vllm_config, options)
+    if vllm_config.model_config.quantization == "gpt_oss_mxfp4" and vllm_config.kernel_config.moe_backend == "auto":
+        vllm_config.kernel_config.moe_backend = "marlin"
+        logger.info("DWDP chooses --moe-backend marlin for MXFP4: in other kernels' layouts an expert cannot be moved")
     options = msgspec.structs.replace(options, direct_max_tokens=graphs.direct_max_tokens(vllm_config, options))
     # JSON values that stay the same from start to start: vLLM hashes them into the compile cache's key.
     vllm_config.additional_config[config.KEY] = msgspec.to_builtins(options)
