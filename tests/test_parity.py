@@ -67,3 +67,19 @@ def test_options(models, options: dict) -> None:
             assert s["experts"]["owned"] == 8
         if "timing" in options:
             assert s["copy_ms"] > 0 and s["exposed_wait_ms"] >= 0
+
+
+def drafted(llm) -> int:
+    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_draft_tokens")
+
+
+def test_speculative_decoding(models) -> None:
+    """Drafts make a request decode several tokens at once, in batches of either view; answers stay."""
+    model = models("qwen3_moe")
+    engine = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3,
+                                     "prompt_lookup_min": 1}, "disable_log_stats": False}
+    with Group(model, 2, engine=engine) as group:
+        assert group.run(generate) == [reference(model)] * 2
+        assert all(count > 0 for count in group.run(drafted))
+        for s in group.run(stats):
+            assert s["forwards"]["streamed"] > 1 and s["forwards"]["direct"] > 0 and s["refills"] == 0
