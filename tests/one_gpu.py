@@ -33,7 +33,7 @@ def without_streamed_graphs(rank: int) -> None:
     from vllm_dwdp import worker
 
     fit = worker.fit_graphs
-    worker.fit_graphs = lambda config, largest, *, streamed: fit(config, largest, streamed=False)
+    worker.fit_graphs = lambda config, largest, *, has_hot_cache: fit(config, largest, has_hot_cache=True)
 
 
 def drive(llm: Any, batch: int, prompt: int, tokens: int) -> float:

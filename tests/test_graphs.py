@@ -61,18 +61,20 @@ def test_direct_max_tokens(options: dict, text: dict, eager: int, graphs: int) -
 def test_captured_sizes(largest: int) -> None:
     """All of vLLM's sizes stay, and direct_max_tokens is one of them unless it is above them all."""
     made = make_config()
-    fit_graphs(made, largest, streamed=True)
+    fit_graphs(made, largest, has_hot_cache=False)
     compilation = made.compilation_config
     assert compilation.cudagraph_capture_sizes == sorted({*SIZES, largest} if 0 < largest < SIZES[-1] else SIZES)
     assert compilation.max_cudagraph_capture_size == SIZES[-1]
     assert compilation.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
 
 
+@pytest.mark.parametrize("why", ["hot", "breakable"])
 @pytest.mark.parametrize("largest", [1, 7, 8, 21, 31])
-def test_direct_sizes_only(largest: int) -> None:
+def test_direct_sizes_only(monkeypatch, largest: int, why: str) -> None:
     """Where copies cannot be captured, every size is at most direct_max_tokens, which is captured itself."""
     made = make_config()
-    fit_graphs(made, largest, streamed=False)
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", str(int(why == "breakable")))
+    fit_graphs(made, largest, has_hot_cache=why == "hot")
     compilation = made.compilation_config
     assert compilation.cudagraph_capture_sizes == [size for size in SIZES if size < largest] + [largest]
     assert compilation.max_cudagraph_capture_size == largest
@@ -82,7 +84,7 @@ def test_direct_sizes_only(largest: int) -> None:
 def test_no_graphs_left() -> None:
     """With neither view to capture, graphs are off."""
     made = make_config()
-    fit_graphs(made, 0, streamed=False)
+    fit_graphs(made, 0, has_hot_cache=True)
     assert made.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
     assert made.compilation_config.cudagraph_capture_sizes == []
 
@@ -91,7 +93,7 @@ def test_no_graphs_left() -> None:
 def test_graphs_off(off: dict) -> None:
     """A config without graphs is left as it is."""
     made = make_config(**off)
-    fit_graphs(made, 8, streamed=False)
+    fit_graphs(made, 8, has_hot_cache=True)
     assert made.compilation_config.cudagraph_capture_sizes == SIZES
 
 

@@ -2,8 +2,9 @@
 
 The direct view's addresses never change and it needs no event: a graph captures it as it is. A graph of the streamed
 view captures the copies and events with the kernels (prefetch.py). vLLM tells when it captures or launches a graph by
-two methods of its offloader, which this rank replaces. Where the hot cache puts other pages under a copy's source,
-a captured copy could not follow: there, graphs are kept to the direct view.
+two methods of its offloader, which this rank replaces. Graphs are kept to the direct view where the hot cache puts
+other pages under a copy's source, which a captured copy could not follow, and where vLLM breaks graphs off without
+telling, as a graph must wait for its copies before it ends.
 """
 
 import math
@@ -11,6 +12,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.offloader import BaseOffloader
@@ -56,18 +58,17 @@ def has_graphs(vllm_config: VllmConfig) -> bool:
     return not vllm_config.model_config.enforce_eager and mode != CUDAGraphMode.NONE
 
 
-def fit_graphs(vllm_config: VllmConfig, largest: int, *, streamed: bool) -> None:
-    """Capture the size `largest`, the direct view's last, so that no smaller batch is padded beyond it.
-
-    Without `streamed` graphs end there.
-    """
+def fit_graphs(vllm_config: VllmConfig, largest: int, *, has_hot_cache: bool) -> None:
+    """Capture the size `largest`, the direct view's last, so that no smaller batch is padded beyond it."""
     compilation = vllm_config.compilation_config
     if not has_graphs(vllm_config) or compilation.max_cudagraph_capture_size <= largest:
         return
-    above = [size for size in compilation.cudagraph_capture_sizes if size > largest] if streamed else []
-    sizes = [size for size in compilation.cudagraph_capture_sizes if size < largest] + [largest] * (largest > 0) + above
-    if not streamed:
-        logger.info("DWDP keeps CUDA graphs to batches of %d tokens (direct view): the hot cache swaps pages", largest)
+    sizes = [size for size in compilation.cudagraph_capture_sizes if size < largest] + [largest] * (largest > 0)
+    if has_hot_cache or is_breakable_cudagraph_enabled():
+        reason = "the hot cache swaps pages" if has_hot_cache else "breakable graphs may end before their copies"
+        logger.info("DWDP keeps CUDA graphs to batches of %d tokens (direct view): %s", largest, reason)
+    else:
+        sizes += [size for size in compilation.cudagraph_capture_sizes if size > largest]
     compilation.cudagraph_capture_sizes = sizes
     compilation.max_cudagraph_capture_size = max(sizes, default=0)
     if not sizes:

@@ -63,7 +63,7 @@ class DWDPWorker(PlatformWorker):
             refuse_bypass(layers, self.model_config)
             self.dwdp = StreamedModel.build(self.model_runner.get_model(), layers, group, device, options, limit)
         prefetcher = self.dwdp.prefetcher
-        fit_graphs(self.vllm_config, prefetcher.direct_max_tokens, streamed=self.dwdp.hot is None)
+        fit_graphs(self.vllm_config, prefetcher.direct_max_tokens, has_hot_cache=self.dwdp.hot is not None)
         set_offloader(GraphHooks(prefetcher))
         self._metrics = Metrics(self.dwdp)
 
