@@ -71,7 +71,7 @@ class DWDPWorker(PlatformWorker):
         if self.dwdp.hot is not None:
             self.dwdp.hot.advance()
         num_tokens = scheduler_output.total_num_scheduled_tokens
-        # A graph of requests that decode several tokens each may be larger than the captured size says.
+        # Where a request decodes several tokens, vLLM may pad a batch to a graph larger than the next captured size.
         self.dwdp.prefetcher.begin_step(num_tokens, exact=self.vllm_config.speculative_config is None)
         output = super().execute_model(scheduler_output)
         self.dwdp.prefetcher.end_step(num_tokens)
