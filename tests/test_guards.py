@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.experts import _rebuild_kernel, _refuse_unstreamable, mk, refuse_bypass
+from vllm_dwdp.experts import (
+    _owned_rows, _rebuild_kernel, _refuse_unstreamable, gpt_oss, mk, refuse_bypass, sharded,
+)
+from vllm_dwdp.placement import Placement
 from vllm_dwdp.worker import membership
 
 
@@ -105,3 +108,17 @@ def test_rebuilt_kernel(monkeypatch) -> None:
         _rebuild_kernel(built)
         assert method.moe_kernel.fused_experts is not fused
         assert method.moe_kernel.fused_experts.post_gemm2_hook is hook
+
+
+def test_gpt_oss_loads_mxfp4_by_owned_rows(monkeypatch) -> None:
+    """Its loader views the rows it is given as all experts of the config, which no kernel of this machine runs."""
+    seen = []
+    monkeypatch.setattr(
+        gpt_oss.GptOssModel, "_load_weights_mxfp4", lambda self: seen.append(self.config.num_local_experts)
+    )
+    model = SimpleNamespace(config=SimpleNamespace(num_local_experts=13))
+    with sharded(1, 2, None, before_reading=lambda _: None) as layers:
+        layers.append(SimpleNamespace(dwdp_placement=Placement(num_experts=13, size=2)))
+        gpt_oss.GptOssModel._load_weights_mxfp4(model)
+    assert seen == [7] and model.config.num_local_experts == 13
+    assert _owned_rows("layers.0.mlp.experts.w13_weight", torch.arange(13), range(6, 13)).tolist() == list(range(6, 13))
