@@ -11,7 +11,7 @@ ENGINE = dict(
     gpu_memory_utilization=0.3, enable_prefix_caching=False,
 )
 LONG = dict(lengths=[5, 300, 64, 17, 700, 40, 129, 1], tokens=16)
-# Marlin sums in an order that changes from run to run once an expert has more than a block of 8 tokens.
+# Marlin's order of sums seems to change from run to run once an expert has more than a block of 8 tokens.
 SHORT = dict(lengths=[5, 8, 3, 1, 7, 2, 6, 4], tokens=16, one_by_one=True)
 EXPERT_BITS = {"fp8_block": 8, "fp8_channel": 8, "fp8": 8, "int4": 4.5, "awq": 4.5, "gptq": 4.5, "mxfp4": 4.25}
 OPTIONS = {
