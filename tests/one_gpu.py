@@ -16,6 +16,8 @@ from typing import Any
 
 from harness import Group, stats, streamed_model
 
+from vllm_dwdp.entrypoints.bench_rank import Rank
+
 LAYERS, ROUNDS, PROMPT = 8, 3, 128
 ENGINE = dict(
     dtype="bfloat16", load_format="dummy", hf_overrides={"num_hidden_layers": LAYERS}, enforce_eager=False,
@@ -38,20 +40,13 @@ def without_streamed_graphs(rank: int) -> None:
 
 def drive(llm: Any, batch: int, prompt: int, tokens: int) -> float:
     """Milliseconds a decode step of `batch` requests or, with one token each, prompt tokens/s."""
-    from vllm import SamplingParams
-
-    engine = llm.llm_engine
-    sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
-    start_s, first_s, have = time.monotonic(), 0.0, set()
-    for number in range(batch):
-        ids = [(7 * place + 13 * number) % 200 + 10 for place in range(prompt)]
-        engine.add_request(str(number), {"prompt_token_ids": ids}, sampling)
-    while engine.has_unfinished_requests():
-        have |= {output.request_id for output in engine.step()}
-        if not first_s and len(have) == batch:
-            first_s = time.monotonic()
-    end_s = time.monotonic()
-    return 1e3 * (end_s - first_s) / (tokens - 1) if tokens > 1 else batch * prompt / (end_s - start_s)
+    rank = Rank()
+    rank.llm, rank.streams = llm, False
+    rank.prompts = [[[(7 * place + 13 * n) % 200 + 10 for place in range(prompt)] for n in range(batch)]]
+    ran = rank.run(num_prompts=batch, output_len=tokens)
+    if tokens == 1:
+        return ran.prompt_tokens / (ran.end_s - ran.start_s)
+    return 1e3 * (ran.end_s - ran.first_s) / (tokens - 1)
 
 
 def bind_us(llm: Any) -> float:

@@ -63,14 +63,11 @@ def awq(name: str, weight: torch.Tensor, generator: torch.Generator) -> dict[str
 
 
 def gptq(name: str, weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """As AWQ, but that a number of qweight holds eight of a column, not of a row."""
     rows, columns = weight.shape
-    stem = name.removesuffix(".weight")
-    return {
-        f"{stem}.qweight": random_int32((columns // 8, rows), generator),
-        f"{stem}.qzeros": torch.full((columns // GROUP, rows // 8), 0x77777777, dtype=torch.int32),
-        f"{stem}.scales": scales(columns // GROUP, rows, weight, generator),
-        f"{stem}.g_idx": torch.arange(columns, dtype=torch.int32) // GROUP,
-    }
+    stem, made = name.removesuffix(".weight"), awq(name, weight, generator)
+    made[f"{stem}.qweight"] = made[f"{stem}.qweight"].view(columns // 8, rows)
+    return made | {f"{stem}.g_idx": torch.arange(columns, dtype=torch.int32) // GROUP}
 
 
 def mxfp4(name: str, weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -122,8 +119,8 @@ def quantize(model: str, scheme: str, folder: Path) -> str:
                         for n, t in made.items()}
         else:
             tensors[name] = tensor
-            kept += [name.removesuffix(".weight")] * name.endswith("proj.weight")
-            kept += [name.removesuffix(".weight")] * name.endswith("mlp.gate.weight")
+            if name.endswith(("proj.weight", "mlp.gate.weight")):
+                kept.append(name.removesuffix(".weight"))
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     if quantization["quant_method"] in ("fp8", "awq", "mxfp4"):

@@ -158,11 +158,9 @@ def expert_parameters(layer: RoutedExperts, rank: int) -> tuple[list[str], list[
     rows = per_expert(layer, rank)
     largest = max(p[0].numel() * p.element_size() for p in rows.values())
     streamed = [n for n, p in rows.items() if p[0].numel() * p.element_size() > SMALL * largest]
-    for name, parameter in rows.items():
-        is_dense = parameter.stride(0) == parameter[0].numel() and (
-            parameter.untyped_storage().nbytes() >= parameter.nbytes
-        )
-        if parameter.numel() and not is_dense:
+    for name, p in rows.items():
+        is_dense = p.stride(0) == p[0].numel() and p.untyped_storage().nbytes() >= p.nbytes
+        if p.numel() and not is_dense:
             raise DWDPError(f"{layer.layer_name}.{name} is padded or strided between experts: DWDP cannot stream it")
     return streamed, [name for name in rows if name not in streamed]
 
