@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
-from vllm_dwdp.entrypoints import bench
-from vllm_dwdp.entrypoints.bench_modes import Settings
+from vllm_dwdp.entrypoints.bench import run as bench
+from vllm_dwdp.entrypoints.bench.modes import Settings
 from vllm_dwdp.errors import DWDPError
 
 

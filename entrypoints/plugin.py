@@ -14,19 +14,18 @@ from typing import Any
 
 import msgspec
 
-from vllm_dwdp import config, hooks
+from vllm_dwdp import config
+from vllm_dwdp.integration import hooks
 from vllm_dwdp.errors import DWDPError
-
-ARGUMENTS = "vllm.engine.arg_utils"
 
 
 def register() -> None:
     """Install the command-line options and the switch. Idempotent, never raises."""
-    if ARGUMENTS not in sys.modules:  # an engine or worker process: its worker class and entry point are already ours
+    if hooks.ADD_CLI_ARGS.module not in sys.modules:  # an engine or worker process: its worker class and entry point are already ours
         return
     try:
-        hooks.wrap(ARGUMENTS, "EngineArgs.add_cli_args", ("parser",), _add_cli_args)
-        hooks.wrap(ARGUMENTS, "EngineArgs.create_engine_config", ("self",), _create_engine_config)
+        hooks.ADD_CLI_ARGS.install(_add_cli_args)
+        hooks.CREATE_ENGINE_CONFIG.install(_create_engine_config)
     except Exception as error:  # noqa: BLE001 - a plugin must not take stock vLLM down
         logging.getLogger("vllm.dwdp").warning("vllm-dwdp is off: %s", error)
 
@@ -36,10 +35,10 @@ def _create_engine_config(original: Callable) -> Callable:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         vllm_config = original(self, *args, **kwargs)
         if config.KEY in (vllm_config.additional_config or {}):
-            from vllm_dwdp import engine  # imports the engine, which a process without DWDP may not need
+            from vllm_dwdp.integration import launch  # imports the engine, which a process without DWDP may not need
 
             _print_refusals_in_one_line()
-            engine.prepare(vllm_config)
+            launch.prepare(vllm_config)
         return vllm_config
 
     return create_engine_config

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from vllm_dwdp.entrypoints.bench import free_port
+from vllm_dwdp.entrypoints.bench.run import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".cache" / "demo"

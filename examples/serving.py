@@ -22,9 +22,9 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from vllm_dwdp.entrypoints.bench import free_port
-from vllm_dwdp.entrypoints.bench_rank import kill_session
-from vllm_dwdp.entrypoints.bench_report import aligned
+from vllm_dwdp.entrypoints.bench.run import free_port
+from vllm_dwdp.entrypoints.bench.rank import kill_session
+from vllm_dwdp.entrypoints.bench.report import aligned
 
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 MODES = {

@@ -16,7 +16,7 @@ from typing import Any
 
 from harness import Group, stats, streamed_model
 
-from vllm_dwdp.entrypoints.bench_rank import Rank
+from vllm_dwdp.entrypoints.bench.rank import Rank
 
 LAYERS, ROUNDS, PROMPT = 8, 3, 128
 ENGINE = dict(
@@ -32,7 +32,7 @@ SINGLE: Mode = (0, None, None)
 
 def without_streamed_graphs(rank: int) -> None:
     """Capture the direct view only, as for a hot cache."""
-    from vllm_dwdp import worker
+    from vllm_dwdp.integration import worker
 
     fit = worker.fit_graphs
     worker.fit_graphs = lambda config, largest, *, has_hot_cache: fit(config, largest, has_hot_cache=True)
@@ -51,7 +51,7 @@ def drive(llm: Any, batch: int, prompt: int, tokens: int) -> float:
 
 def bind_us(llm: Any) -> float:
     """Host time to point one layer at its other view."""
-    layers, times = streamed_model(llm).layers, 300
+    layers, times = streamed_model(llm).weights, 300
     start_s = time.perf_counter()
     for _ in range(times):
         for layer in layers:

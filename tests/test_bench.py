@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 from harness import processes_in
 
-from vllm_dwdp.entrypoints import bench, bench_engines, cli
-from vllm_dwdp.entrypoints.bench_engines import EngineFailure, Engines, last_exception
-from vllm_dwdp.entrypoints.bench_modes import Settings, load_arguments, visible_devices
-from vllm_dwdp.entrypoints.bench_rank import Held, Ran, make_prompts, prompt_lengths
-from vllm_dwdp.entrypoints.bench_report import GIB, chart, reading, summarize, table, total
+from vllm_dwdp.entrypoints import cli
+from vllm_dwdp.entrypoints.bench import engines
+from vllm_dwdp.entrypoints.bench import run as bench
+from vllm_dwdp.entrypoints.bench.engines import EngineFailure, Engines, last_exception
+from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, visible_devices
+from vllm_dwdp.entrypoints.bench.rank import Held, Ran, make_prompts, prompt_lengths
+from vllm_dwdp.entrypoints.bench.report import GIB, chart, reading, summarize, table, total
 from vllm_dwdp.errors import DWDPError
 
 CONFIG = {
@@ -35,8 +37,8 @@ CPU = {
 # "hang" or "die" misbehaves once it is asked to run.
 PRETENDER = """
 import os, subprocess, sys, time
-from vllm_dwdp.entrypoints import bench_rank
-from vllm_dwdp.entrypoints.bench_rank import Held, Ran
+from vllm_dwdp.entrypoints.bench import rank as bench_rank
+from vllm_dwdp.entrypoints.bench.rank import Held, Ran
 subprocess.Popen(["sleep", "600"], process_group=0)
 class Rank:
     runs = 0
@@ -91,7 +93,7 @@ def pretenders(tmp_path, monkeypatch):
     script = tmp_path / "pretender.py"
     script.write_text(PRETENDER)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench_engines, "RANK_COMMAND", (sys.executable, str(script)))
+    monkeypatch.setattr(engines, "RANK_COMMAND", (sys.executable, str(script)))
     monkeypatch.setattr(bench, "cuda_devices", lambda size: None)
     yield tmp_path
     assert processes_in(tmp_path) == []

@@ -14,7 +14,7 @@ import torch
 import vllm
 from conftest import ROOT
 
-from vllm_dwdp import checks, engine, experts
+from vllm_dwdp.integration import checks, launch, loading
 
 ARGUMENTS, CORE, UTILS = "vllm.engine.arg_utils:", "vllm.v1.engine.core:", "vllm.v1.engine.utils:"
 MOE, CONFIG = "vllm.model_executor.layers.fused_moe.", "vllm.config:"
@@ -96,7 +96,7 @@ ATTRIBUTES = {
                    "CompressedTensorsWNA16MoEMethod": "wna16_backend",
 }
 
-EXPERTS = experts.UNSHARDABLE.keys() | {
+EXPERTS = loading.UNSHARDABLE.keys() | {
     "DeepseekV4HeterogeneousSharedRoutedExperts", "GptOssRoutedExperts", "MuseSparkConsolidatedRoutedExperts",
     "MuseSparkRoutedExperts", "TransformersRoutedExperts",
 }
@@ -112,8 +112,8 @@ def absent(where: str, *, parameters: str = "", attributes: str = "") -> list[st
             found = getattr(found, part)
     except (ImportError, AttributeError):
         return [name]
-    if found is engine.run_engine_core:  # another test has put the hook in place
-        found = engine._run_engine_core
+    if found is launch.run_engine_core:  # another test has put the hook in place
+        found = launch._run_engine_core
     if parameters:
         accepted = inspect.signature(found).parameters
         return [f"{name}({p})" for p in parameters.split() if p not in accepted]

@@ -7,7 +7,7 @@ from harness import Group, streamed_model
 from vllm.config import CompilationConfig, CUDAGraphMode
 
 from vllm_dwdp.config import Options
-from vllm_dwdp.graphs import default_direct_max_tokens, direct_max_tokens, fit_graphs
+from vllm_dwdp.integration.graphs import default_direct_max_tokens, direct_max_tokens, fit_graphs
 
 SIZES = [1, 2, 4, 8, 16, 24, 32]
 
@@ -99,7 +99,7 @@ def test_graphs_off(off: dict) -> None:
 
 def capture_on_cpu(rank: int) -> None:
     """Give the config what it has on CUDA just before the model loads; CPU's worker captures nothing by itself."""
-    from vllm_dwdp.worker import DWDPWorker
+    from vllm_dwdp.integration.worker import DWDPWorker
 
     load = DWDPWorker.load_model
 

@@ -4,13 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.model_executor.models import gpt_oss
 
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.experts import (
-    _owned_rows, _rebuild_kernel, _refuse_unstreamable, gpt_oss, mk, refuse_bypass, sharded,
-)
+from vllm_dwdp.integration.binding import _rebuild_kernel
+from vllm_dwdp.integration.loading import _owned_rows, _refuse_unstreamable, refuse_bypass, sharded
 from vllm_dwdp.placement import Placement
-from vllm_dwdp.worker import membership
+from vllm_dwdp.integration.worker import membership
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_gpt_oss_loads_mxfp4_by_owned_rows(monkeypatch) -> None:
         gpt_oss.GptOssModel, "_load_weights_mxfp4", lambda self: seen.append(self.config.num_local_experts)
     )
     model = SimpleNamespace(config=SimpleNamespace(num_local_experts=13))
-    with sharded(1, 2, None, before_reading=lambda _: None) as layers:
+    with sharded(1, 2, None, before_reading=lambda _: None) as shards:
         layers.append(SimpleNamespace(dwdp_placement=Placement(num_experts=13, size=2)))
         gpt_oss.GptOssModel._load_weights_mxfp4(model)
     assert seen == [7] and model.config.num_local_experts == 13

@@ -106,7 +106,7 @@ def one_round(llm) -> dict:
     after, reads = stats(llm)["direct_bytes"], model.hot._billed_at - reads
     cache = model.hot.nbytes // model.hot._uncached_bytes.max()
     even = 0
-    for layer, residents in zip(model.layers, spread_residents(cache, len(model.layers)), strict=True):
+    for layer, residents in zip(model.weights, spread_residents(cache, len(model.weights)), strict=True):
         held = layer.tensors[0].spec.layout.placement.held(model.rank, residents)
         remote = [expert for expert in range(12) if expert not in held]
         even += int((reads[layer.ordinal] * model.hot._uncached_bytes[layer.ordinal])[remote].sum())

@@ -14,15 +14,15 @@ def watch(rank: int) -> None:
     """Record expert bytes at every allocation of shareable memory, and every tensor taken from the checkpoint."""
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+    from vllm_dwdp import assembly
     from vllm_dwdp.kernels.host import HostDevice
-    from vllm_dwdp.streaming import StreamedModel
 
-    allocate, build = HostDevice.allocate, StreamedModel.build.__func__
+    allocate, assemble = HostDevice.allocate, assembly.assemble
     modules: list = []
 
-    def watched_build(cls, model, layers, *args, **kwargs):
-        modules.extend(layers)
-        return build(cls, model, layers, *args, **kwargs)
+    def watched_assemble(loaded, *args, **kwargs):
+        modules.extend(layer.module for layer in loaded.layers)
+        return assemble(loaded, *args, **kwargs)
 
     def watched_allocate(self, nbytes):
         block = allocate(self, nbytes)
@@ -30,7 +30,7 @@ def watch(rank: int) -> None:
         PEAK["bytes"] = max(PEAK["bytes"], self.allocated_bytes + own)
         return block
 
-    HostDevice.allocate, StreamedModel.build = watched_allocate, classmethod(watched_build)
+    HostDevice.allocate, assembly.assemble = watched_allocate, watched_assemble
     weights = DefaultModelLoader.get_all_weights
 
     def watched_weights(self, *args, **kwargs):
@@ -54,7 +54,7 @@ def small_device(rank: int) -> None:
 def measured(llm) -> dict:
     """Bytes of this process's shared memory, by the kernel's count; what was seen while loading."""
     model = streamed_model(llm)
-    own = [block.fd for layer in model.layers for tensor in layer.tensors for _, block in tensor.held]
+    own = [block.fd for layer in model.weights for tensor in layer.tensors for _, block in tensor.held]
     own += [block.fd for block in model.slots._blocks.values()]
     own += [block.fd for block in model.hot._blocks] if model.hot else []
     held = sum(os.fstat(fd).st_blocks * 512 for fd in own)

@@ -38,7 +38,7 @@ def test_contents(wheel: Path) -> None:
     (info,) = [top for top in tops if top.endswith(".dist-info")]
     assert tops - {info} == {"vllm_dwdp"}
     places = {"vllm_dwdp": "vllm_dwdp", "kernels": "vllm_dwdp/kernels", "entrypoints": "vllm_dwdp/entrypoints"}
-    expected = {f"{to}/{path.name}" for folder, to in places.items() for path in (ROOT / folder).glob("*.py")}
+    expected = {f"{to}/{path.relative_to(ROOT / folder)}" for folder, to in places.items() for path in (ROOT / folder).rglob("*.py")}
     assert {name for name in names if name.startswith("vllm_dwdp/")} == expected | {"vllm_dwdp/py.typed"}
     assert f"{info}/licenses/LICENSE" in names
     assert zipfile.ZipFile(wheel).read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
@@ -57,7 +57,7 @@ def test_installed(wheel: Path, tmp_path: Path) -> None:
         assert set(points) == {("vllm.general_plugins", "dwdp"), ("console_scripts", "vllm-dwdp")}, points
         assert all(callable(point) for point in points.values())
         points["vllm.general_plugins", "dwdp"]()
-        import vllm_dwdp, vllm_dwdp.kernels.device, vllm_dwdp.worker, vllm_dwdp.entrypoints.plugin
+        import vllm_dwdp, vllm_dwdp.kernels.device, vllm_dwdp.integration.worker, vllm_dwdp.entrypoints.plugin
         assert vllm_dwdp.__version__ == found.version == sys.argv[2], (vllm_dwdp.__version__, found.version)
         for name, module in list(sys.modules.items()):
             if name.split(".")[0] == "vllm_dwdp":

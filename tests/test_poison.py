@@ -106,7 +106,7 @@ slow_kernels = functools.partial(poison, 0.0, 0.004)
 
 def cut_short(llm, num_tokens: int = 64) -> str:
     """Let layer 2 of one forward fail after its weights were acquired, then let it work again."""
-    weights = streamed_model(llm).layers[2]
+    weights = streamed_model(llm).weights[2]
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     modules = [m for m in runner.get_model().modules() if getattr(m, "layer_name", None) == weights.name]
     (layer,) = [m for m in modules if hasattr(m, "quant_method")]
@@ -128,7 +128,7 @@ def cut_short(llm, num_tokens: int = 64) -> str:
 def out_of_order(llm) -> None:
     """Acquire and release the layers backwards, as a model that runs them in another order would."""
     model = streamed_model(llm)
-    for layer in reversed(model.layers):
+    for layer in reversed(model.weights):
         model.prefetcher.release(layer, model.prefetcher.acquire(layer, 1000))
 
 

@@ -10,7 +10,8 @@ from quantized import quantize
 from vllm.engine.arg_utils import EngineArgs
 
 import vllm_dwdp.entrypoints.plugin as plugin
-from vllm_dwdp import checks, config
+from vllm_dwdp import config
+from vllm_dwdp.integration import checks
 from vllm_dwdp.errors import DWDPError
 
 APART = {"data_parallel_size": 1}
@@ -151,7 +152,7 @@ def test_speculation(configure, models, dense: str, draft: str) -> None:
 def test_what_is_served(configure, engine_args: dict, dwdp: dict) -> None:
     """The neighbours of what is refused pass, become DWDP ranks, and keep the user's options."""
     made = configure(dwdp, **engine_args)
-    assert made.parallel_config.worker_cls == "vllm_dwdp.worker.DWDPWorker"
+    assert made.parallel_config.worker_cls == "vllm_dwdp.integration.worker.DWDPWorker"
     size = dwdp.get("size", engine_args.get("data_parallel_size", 2))
     assert made.additional_config["dwdp"] == {**dwdp, "size": size, "direct_max_tokens": 7}
 

@@ -95,13 +95,13 @@ register()
 for case, stock in zip(cases, stocks):
     made = configure(case)
     assert watched() == before, case
-    assert made.parallel_config.worker_cls == stock.parallel_config.worker_cls != "vllm_dwdp.worker.DWDPWorker"
+    assert made.parallel_config.worker_cls == stock.parallel_config.worker_cls != "vllm_dwdp.integration.worker.DWDPWorker"
     assert made.additional_config == stock.additional_config == (case or {})
     assert made.compute_hash() == stock.compute_hash()
-    assert "vllm_dwdp.engine" not in sys.modules
+    assert "vllm_dwdp.integration.launch" not in sys.modules
 made = configure({"dwdp": {}})
 assert [a is not b for a, b in zip(watched(), before)] == [True, False, True, True, True], "the test sees no hook"
-assert made.parallel_config.worker_cls == "vllm_dwdp.worker.DWDPWorker"
+assert made.parallel_config.worker_cls == "vllm_dwdp.integration.worker.DWDPWorker"
 """, model=models("qwen3_moe"))
 
 
@@ -109,19 +109,19 @@ def test_launch_hook_not_taken(models) -> None:
     """A launch hook that is not in place stops the launch and is named: vLLM would run coordinated ranks."""
     fresh(WATCHED + """
 register()
-from vllm_dwdp import hooks
+from vllm_dwdp.integration.hooks import Hook
 from vllm_dwdp.errors import DWDPError
-take, stock = hooks.wrap, watched()
+take, stock = Hook.install, watched()
 for path in ("EngineCoreProc.run_engine_core", "DPCoordinator", "wait_for_engine_startup"):
     core.EngineCoreProc.run_engine_core, _, utils.DPCoordinator, utils.wait_for_engine_startup, _ = stock
     core.EngineCoreProc.run_engine_core = staticmethod(stock[0])
-    hooks.wrap = lambda module, at, *rest: None if at == path else take(module, at, *rest)
+    Hook.install = lambda hook, wrapper: None if hook.path == path else take(hook, wrapper)
     try:
         configure({"dwdp": {}})
     except DWDPError as error:
         assert f"hook {path} did not take" in str(error), error
     else:
         raise SystemExit(f"went on without {path}")
-hooks.wrap = take
+Hook.install = take
 configure({"dwdp": {}})
 """, model=models("qwen3_moe"))

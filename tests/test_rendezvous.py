@@ -14,7 +14,8 @@ import pytest
 from harness import free_port
 
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.rendezvous import Group, HandleClient, HandleServer, Hello, agree
+from vllm_dwdp.exchange import HandleClient, HandleServer
+from vllm_dwdp.rendezvous import Group, Hello, agree
 
 HELLO = Hello(
     rank=0, size=3, plugin="1", vllm="2", model="m", options={"slots": 2, "deep": {"a": [1, 2]}}, device="cpu",
@@ -197,7 +198,7 @@ def test_lost_handles(answers: bool, named: str) -> None:
 
 def test_a_peer_whose_gpu_is_not_visible_is_named(monkeypatch) -> None:
     """Of this host only: another host's GPUs are reached by FABRIC handles."""
-    from vllm_dwdp import worker
+    from vllm_dwdp.integration import worker
 
     said = []
     monkeypatch.setattr(worker.logger, "warning", lambda text, *values: said.append(text % values))

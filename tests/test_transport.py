@@ -14,11 +14,13 @@ from harness import CONTEXT
 from torch.distributed import TCPStore
 
 from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.experts import ExpertLayer
 from vllm_dwdp.layout import Layout
 from vllm_dwdp.placement import Placement
 from vllm_dwdp.prefetch import DIRECT, STREAMED, Prefetcher
 from vllm_dwdp.rendezvous import Group
-from vllm_dwdp.weights import FullTensor, LayerWeights, Slots, TensorSpec, exchange, replicate
+from vllm_dwdp.exchange import exchange, replicate
+from vllm_dwdp.weights import FullTensor, LayerWeights, Slots, TensorSpec
 
 SMALL = {1: torch.float32, 33: torch.bfloat16, 12: torch.float8_e4m3fn, 600_000: torch.float32}  # values a row: dtype
 DEVICES = ["host", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -120,8 +122,13 @@ def check_replicas(rank: int, size: int, port: int, kind: str) -> None:
     where = torch_device(make_device(kind, rank))
     whole = [torch.arange(7 * n, device=where).reshape(7, n).to(dtype) for n, dtype in SMALL.items()]
     whole += [torch.arange(7 * 12.0, device=where).reshape(7, 3, 4).transpose(1, 2), torch.empty(7, 0, device=where)]
-    found = replicate(group, [w[owned.start : owned.stop].clone() for w in whole], [placement] * len(whole))
-    for tensor, wanted in zip(found, whole, strict=True):
+    module, names = torch.nn.Module(), tuple(f"small{i}" for i in range(len(whole)))
+    for name, tensor in zip(names, whole, strict=True):
+        module.register_parameter(name, torch.nn.Parameter(tensor[owned.start : owned.stop].clone(), requires_grad=False))
+    layer = ExpertLayer(name="layer", module=module, placement=placement, streamed=(), replicated=names)
+    (found,) = replicate(group, [layer])
+    for name, wanted in zip(names, whole, strict=True):
+        tensor = found[name]
         assert tensor.stride() == wanted.stride() and tensor.dtype == wanted.dtype
         assert torch.equal(tensor.contiguous().view(torch.uint8), wanted.contiguous().view(torch.uint8))
     group.barrier("done")

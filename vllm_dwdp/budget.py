@@ -1,9 +1,8 @@
 """Budget: what slots and cache take beside the shard, and what there is for them. Refuses what cannot fit."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
-
-from vllm.logger import init_logger
 
 from vllm_dwdp.config import Options
 from vllm_dwdp.errors import DWDPError
@@ -11,7 +10,7 @@ from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.layout import bundle_size
 from vllm_dwdp.placement import Placement, spread_residents
 
-logger = init_logger("vllm.dwdp.budget")
+logger = logging.getLogger("vllm.dwdp.budget")
 GIB = 2**30
 
 

@@ -1,15 +1,11 @@
-"""Rendezvous: how the ranks of a group find each other, agree, and hand over memory. Used while starting, never after.
+"""Rendezvous: how the ranks of a group find each other and agree. Used while starting, never after.
 
-Everything goes through a torch TCPStore (rank 0 or vLLM's launcher hosts it), except file descriptors, which need a
-Unix socket. Every wait has a timeout, says every so often whom it waits for, and ends early when a peer reports why
+Everything goes through a torch TCPStore (rank 0 or vLLM's launcher hosts it). Every wait has a timeout, says every so often whom it waits for, and ends early when a peer reports why
 it stopped.
 """
 
-import array
 import contextlib
-import secrets
-import socket
-import threading
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -17,17 +13,15 @@ from typing import Any, ClassVar, TypeVar
 
 import msgspec
 from torch.distributed import PrefixStore, Store, TCPStore
-from vllm.logger import init_logger
 
 from vllm_dwdp.errors import DWDPError
 
-logger = init_logger("vllm.dwdp.rendezvous")
+logger = logging.getLogger("vllm.dwdp.rendezvous")
 T = TypeVar("T")
 _POLL_S = 0.05
 _REPORT_S = 15.0
 _FAREWELL_S = 5.0
 _PART_BYTES = 4 * 2**20
-_FDS_PER_MESSAGE = 128  # the kernel takes 253
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True):
@@ -204,80 +198,6 @@ def agree(group: Group, what: str, mine: T, *, own: Sequence[str] = ()) -> list[
                     f"{rank}; start every rank with the same model, settings and versions"
                 )
     return everyone
-
-
-class HandleServer:
-    """Serves this rank's memory handles to its peers: one request a layer, so that few descriptors are open at once.
-
-    `export(layer)` makes the descriptors of a layer's blocks; they are closed once sent.
-    """
-
-    def __init__(self, group: Group, export: Callable[[int], list[int]]):
-        self._export, self._timeout_s = export, group.timeout_s
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.address = f"\0vllm-dwdp-{secrets.token_hex(16)}"  # abstract: leaves no file behind
-        self._listener.bind(self.address)
-        self._listener.listen(group.size)
-        self._thread = threading.Thread(target=self._accept, name="dwdp-handles", daemon=True)
-        self._thread.start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # the listener is closed when the exchange is over
-            while True:
-                connection, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        with connection:
-            connection.settimeout(self._timeout_s)
-            while request := connection.recv(4):
-                fds = self._export(int.from_bytes(request, "little"))
-                try:
-                    for at in range(0, len(fds), _FDS_PER_MESSAGE):
-                        socket.send_fds(connection, [b"+"], fds[at : at + _FDS_PER_MESSAGE])
-                finally:
-                    _close_all(fds)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-
-class HandleClient:
-    """Fetches a peer's descriptors, a layer at a time."""
-
-    def __init__(self, group: Group, peer: int, address: str):
-        self._peer = peer
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(group.timeout_s)
-        self._socket.connect(address)
-
-    @contextlib.contextmanager
-    def fetch(self, layer: int, count: int) -> Iterator[list[int]]:
-        """The `count` descriptors of a layer's blocks, in export order; closed when the body ends."""
-        fds: list[int] = []
-        try:
-            self._socket.sendall(layer.to_bytes(4, "little"))
-            while len(fds) < count:
-                data, more, _, _ = socket.recv_fds(self._socket, 1, _FDS_PER_MESSAGE)
-                if not data:
-                    raise DWDPError(f"rank {self._peer} ended while it handed over layer {layer}'s memory")
-                fds += array.array("i", more)
-            yield fds
-        except TimeoutError:
-            raise DWDPError(f"rank {self._peer} did not hand over layer {layer}'s memory in time") from None
-        finally:
-            _close_all(fds)
-
-    def close(self) -> None:
-        self._socket.close()
-
-
-def _close_all(fds: Sequence[int]) -> None:
-    for fd in fds:
-        with contextlib.suppress(OSError):
-            socket.close(fd)
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -18,9 +18,7 @@ import torch
 
 from vllm_dwdp.kernels.device import Block, Device, Region
 from vllm_dwdp.layout import Layout, interleave
-from vllm_dwdp.placement import Placement
 from vllm_dwdp.prefetch import DIRECT, STREAMED
-from vllm_dwdp.rendezvous import Group, HandleClient, HandleServer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,55 +228,3 @@ class Slots:
     def close(self) -> None:
         for block in self._blocks.values():
             block.close()
-
-
-def exchange(group: Group, device: Device, layers: Sequence[LayerWeights]) -> None:
-    """Import every peer's shard of every layer. Returns on all ranks or raises DWDPError on all that can tell."""
-
-    def export(ordinal: int) -> list[int | bytes]:
-        return [device.export(block) for tensor in layers[ordinal].tensors for _, block in tensor.shard]
-
-    def adopt(peer: int, layer: LayerWeights, handles: Sequence[int | bytes]) -> None:
-        remaining = iter(handles)
-        for tensor in layer.tensors:
-            sizes = [len(pages) * device.page_bytes for pages in tensor.spec.layout.segments(peer)]
-            tensor.attach(peer, [device.adopt(next(remaining), nbytes) for nbytes in sizes])
-
-    if device.handle_kind == "fabric":
-        everyone = group.gather("fabric handles", [export(layer.ordinal) for layer in layers])
-        for peer, layer in itertools.product(group.peers, layers):
-            adopt(peer, layer, everyone[peer][layer.ordinal])
-        return
-    server = HandleServer(group, export)
-    try:
-        addresses = group.gather("serving shards", server.address)
-        for peer in group.peers:
-            client = HandleClient(group, peer, addresses[peer])
-            for layer in layers:
-                count = sum(len(tensor.spec.layout.segments(peer)) for tensor in layer.tensors)
-                with client.fetch(layer.ordinal, count) as fds:
-                    adopt(peer, layer, fds)
-            client.close()
-        group.barrier("memory imported")
-    finally:
-        server.close()
-
-
-def replicate(
-    group: Group, tensors: Sequence[torch.Tensor], placements: Sequence[Placement]
-) -> list[torch.Tensor]:
-    """All-gather small per-expert tensors through the rendezvous: from [owned, ...] on every rank to [E, ...].
-
-    Each expert's row keeps its strides. Empty rows, as of a format's optional tensors, are allowed.
-    """
-    mine = [tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes() for tensor in tensors]
-    everyone = group.gather("small tensors", mine)
-    full = []
-    for number, (tensor, placement) in enumerate(zip(tensors, placements, strict=True)):
-        whole = tensor.new_empty_strided((placement.num_experts, *tensor.shape[1:]), tensor.stride())
-        for rank, said in enumerate(everyone if whole.numel() else ()):
-            owned = placement.owned(rank)
-            rows = torch.frombuffer(bytearray(said[number]), dtype=torch.uint8).view(tensor.dtype)
-            whole[owned.start : owned.stop] = rows.view(len(owned), *tensor.shape[1:]).to(tensor.device)
-        full.append(whole)
-    return full

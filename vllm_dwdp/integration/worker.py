@@ -15,15 +15,14 @@ from vllm.model_executor.offloader import set_offloader
 from vllm.platforms import current_platform
 
 import vllm_dwdp
-from vllm_dwdp import config
+from vllm_dwdp import assembly, config
 from vllm_dwdp.budget import Limit
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.experts import refuse_bypass, sharded
-from vllm_dwdp.graphs import GraphHooks, fit_graphs
+from vllm_dwdp.integration import binding, loading
+from vllm_dwdp.integration.graphs import GraphHooks, fit_graphs
 from vllm_dwdp.kernels.device import Device
-from vllm_dwdp.metrics import Metrics
+from vllm_dwdp.integration.metrics import Metrics
 from vllm_dwdp.rendezvous import Group, Hello, agree
-from vllm_dwdp.streaming import StreamedModel, refuse_oversize
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -36,7 +35,7 @@ logger = init_logger("vllm.dwdp.worker")
 class DWDPWorker(PlatformWorker):
     """One rank. `dwdp` is set once the model is loaded."""
 
-    dwdp: StreamedModel
+    dwdp: assembly.StreamedModel
 
     def load_model(self, **kwargs: Any) -> None:
         """Meet the peers, load this rank's shard, share it, and fill the first slots.
@@ -55,13 +54,25 @@ class DWDPWorker(PlatformWorker):
             limit = Limit(
                 gpu_memory_utilization=cache.gpu_memory_utilization, kv_cache_memory_bytes=cache.kv_cache_memory_bytes
             )
-            with sharded(
+            with loading.sharded(
                 rank, options.size, options.experts_per_rank,
-                before_reading=lambda layers: refuse_oversize(layers, rank, device, options, limit),
-            ) as layers:
+                before_reading=lambda shards: loading.refuse_oversize(shards, rank, device, options, limit),
+            ) as shards:
                 super().load_model(**kwargs)
-            refuse_bypass(layers, self.model_config)
-            self.dwdp = StreamedModel.build(self.model_runner.get_model(), layers, group, device, options, limit)
+            loading.refuse_bypass(shards, self.model_config)
+            model = self.model_runner.get_model()
+            loaded = assembly.Loaded(
+                layers=[loading.describe(layer, placement, rank) for layer, placement in shards.items()],
+                digest=loading.digest(model, shards),
+            )
+            self.dwdp = assembly.assemble(loaded, group, device, options, limit)
+            try:
+                binding.bind(self.dwdp)
+                binding.keep_opaque(model)
+                self.dwdp.start()
+            except BaseException:
+                self.dwdp.close()
+                raise
         prefetcher = self.dwdp.prefetcher
         fit_graphs(self.vllm_config, prefetcher.direct_max_tokens, has_hot_cache=self.dwdp.hot is not None)
         set_offloader(GraphHooks(prefetcher))

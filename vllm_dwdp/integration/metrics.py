@@ -7,7 +7,7 @@ PROMETHEUS_MULTIPROC_DIR.
 
 from prometheus_client import Counter, Gauge
 
-from vllm_dwdp.streaming import StreamedModel
+from vllm_dwdp.assembly import StreamedModel
 
 
 class Metrics:

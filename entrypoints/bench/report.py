@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from vllm_dwdp.entrypoints.bench_rank import Held, Ran
+from vllm_dwdp.entrypoints.bench.rank import Held, Ran
 
 GIB = 2**30
 MAX_REASON_CHARS = 160

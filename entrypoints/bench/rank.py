@@ -19,7 +19,7 @@ import psutil
 
 from vllm_dwdp import config
 
-PROBE = "vllm_dwdp.entrypoints.bench_rank.ExpertMemory"
+PROBE = "vllm_dwdp.entrypoints.bench.rank.ExpertMemory"
 MIN_TOKEN = 10  # leaves out the special tokens that models keep at either end of the vocabulary
 KILL_S = 10.0
 TRACKER_S = 2.0

@@ -12,10 +12,10 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from vllm_dwdp.entrypoints.bench_rank import KILL_S, Failed, Ran, kill_session
+from vllm_dwdp.entrypoints.bench.rank import KILL_S, Failed, Ran, kill_session
 
 RANK_COMMAND = (
-    sys.executable, "-c", "import sys; from vllm_dwdp.entrypoints.bench_rank import main; main(int(sys.argv[1]))"
+    sys.executable, "-c", "import sys; from vllm_dwdp.entrypoints.bench.rank import main; main(int(sys.argv[1]))"
 )
 POLL_S = 0.1
 QUIT_S = 20.0  # an engine frees shared memory and sockets in good order within seconds

@@ -16,11 +16,11 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.engine import core
 
-from vllm_dwdp import checks, config, graphs, hooks
+from vllm_dwdp import config
+from vllm_dwdp.integration import checks, graphs, hooks
 
 logger = init_logger("vllm.dwdp.engine")
-WORKER = "vllm_dwdp.worker.DWDPWorker"
-CORE, UTILS = "vllm.v1.engine.core", "vllm.v1.engine.utils"
+WORKER = "vllm_dwdp.integration.worker.DWDPWorker"
 _WAVES, _LOCKSTEP = "enable_wave_coordination", "coordinated_dp"
 
 
@@ -48,13 +48,13 @@ def prepare(vllm_config: VllmConfig) -> None:
 
 def install() -> None:
     """Put the launch hooks in place and make sure that they are."""
-    for module, path, parameters, wrapper in (
-        (CORE, "EngineCoreProc.run_engine_core", ("dp_rank", "vllm_config"), lambda _: run_engine_core),
-        (UTILS, "DPCoordinator", ("parallel_config", _WAVES), _without(_WAVES)),
-        (UTILS, "wait_for_engine_startup", ("parallel_config", _LOCKSTEP), _without(_LOCKSTEP)),
+    for hook, wrapper in (
+        (hooks.RUN_ENGINE_CORE, lambda _: run_engine_core),
+        (hooks.COORDINATOR, _without(_WAVES)),
+        (hooks.WAIT_FOR_STARTUP, _without(_LOCKSTEP)),
     ):
-        hooks.wrap(module, path, parameters, wrapper)
-        hooks.verify(module, path)
+        hook.install(wrapper)
+        hook.verify()
 
 
 def _without(flag: str) -> Callable[[Callable], Callable]:
@@ -89,6 +89,7 @@ _run_engine_core = core.EngineCoreProc.run_engine_core
 
 def run_engine_core(*args: Any, **kwargs: Any) -> None:
     """The engine process's entry point. A spawned child unpickles it by this module's name: it imports DWDP first."""
-    if config.parse(kwargs["vllm_config"].additional_config) is not None:
-        core.DPEngineCoreProc = IndependentEngineCore
-    _run_engine_core(*args, **kwargs)
+    if config.parse(kwargs["vllm_config"].additional_config) is None:
+        return _run_engine_core(*args, **kwargs)
+    with hooks.LOCKSTEP_ENGINE.during(lambda _: IndependentEngineCore):
+        _run_engine_core(*args, **kwargs)

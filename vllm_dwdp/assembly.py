@@ -1,0 +1,233 @@
+"""Assembly: from loaded shards to a rank that streams, phase by phase.
+
+Each phase is a function from one frozen record to the next. What a phase makes is undone in reverse by one ExitStack,
+at a failure or when the running model is closed:
+
+    loaded --agree--> agreed --place--> placed --import_peers--> imported --compose--> composed --start--> running
+"""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vllm_dwdp import budget
+from vllm_dwdp.config import Options
+from vllm_dwdp.exchange import exchange, replicate
+from vllm_dwdp.experts import ExpertLayer
+from vllm_dwdp.hot import HotCache
+from vllm_dwdp.kernels.device import Device
+from vllm_dwdp.prefetch import Prefetcher
+from vllm_dwdp.rendezvous import Group, Manifest
+from vllm_dwdp.rendezvous import agree as agree_on
+from vllm_dwdp.weights import FullTensor, LayerWeights, Slots
+
+logger = logging.getLogger("vllm.dwdp")
+EVERYTHING = 2**31  # direct_max_tokens when nothing is remote
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Means:
+    """What every phase works with. `undo` takes back what was made."""
+
+    group: Group
+    device: Device
+    options: Options
+    limit: budget.Limit
+    undo: contextlib.ExitStack
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """Layers that hold this rank's shard; `digest` fingerprints the weights that every rank holds alike."""
+
+    layers: Sequence[ExpertLayer]
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Agreed:
+    """Every rank has the same layers and spends its cache alike."""
+
+    layers: Sequence[ExpertLayer]
+    cache: budget.CachePlan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placed:
+    """The shard lies in shareable memory, its source is freed; small tensors are whole, [E, ...], by name."""
+
+    cache: budget.CachePlan
+    layers: Sequence[ExpertLayer]
+    weights: Sequence[LayerWeights]
+    replicas: Sequence[dict[str, torch.Tensor]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Imported(Placed):
+    """Peers' shards are imported; edge pages and residents are complete."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Composed(Imported):
+    """Both views of every tensor can be read."""
+
+    slots: Slots
+
+
+class StreamedModel:
+    """A rank that streams. Its layers show the full tensors once they are bound (integration/binding.py)."""
+
+    def __init__(self, composed: Composed, prefetcher: Prefetcher, hot: HotCache | None, means: Means):
+        self.rank, self.size = means.group.rank, means.group.size
+        self.layers, self.weights, self.replicas = composed.layers, composed.weights, composed.replicas
+        self.slots, self.prefetcher, self.hot = composed.slots, prefetcher, hot
+        self._device, self._undo = means.device, means.undo.pop_all()
+
+    def start(self) -> None:
+        """Fill the cache and the first slots. To be called once the layers are bound."""
+        if self.hot is not None:
+            self.hot.start()
+        self.prefetcher.start()
+        logger.info(
+            "DWDP rank %d of %d: %d MoE layers, %d slots, direct view up to %d tokens", self.rank, self.size,
+            len(self.weights), len(self.prefetcher.slots), self.prefetcher.direct_max_tokens,
+        )
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Expert memory on this rank by kind. `padding` is what whole pages add to the bytes of owned experts."""
+        return memory_bytes(self.weights, self.replicas, self.rank, self.slots.nbytes, self.hot.nbytes if self.hot else 0)
+
+    def stats(self) -> dict[str, Any]:
+        prefetcher = self.prefetcher
+        prefetcher.drain()
+        if self.hot is not None:
+            self.hot.bill()
+        layout = self.weights[0].tensors[0].spec.layout
+        owned, held = layout.placement.owned(self.rank), layout.placement.held(self.rank, layout.residents)
+        return {
+            "rank": self.rank,
+            "size": self.size,
+            "experts": {"owned": len(owned), "resident": len(held) - len(owned),
+                        "streamed": layout.placement.num_experts - len(held)},
+            "memory_bytes": self.memory_bytes(),
+            "allocated_bytes": self._device.allocated_bytes,
+            "num_slots": len(prefetcher.slots),
+            "slot_tags": [slot.tag for slot in prefetcher.slots],
+            "direct_max_tokens": prefetcher.direct_max_tokens,
+            "prefetch_bytes": prefetcher.prefetched_bytes,
+            "forwards": dict(prefetcher.forwards),
+            "replays": prefetcher.replays,
+            "refills": prefetcher.refills,
+            "exposed_wait_ms": prefetcher.exposed_wait_ms,
+            "copy_ms": prefetcher.copy_ms,
+            "direct_bytes": self.hot and self.hot.direct_bytes,
+            "swapped": self.hot and self.hot.swapped,
+        }
+
+    def close(self) -> None:
+        """Stop copying, then unmap and release everything. Peers keep what they have imported. Repeats safely."""
+        self._undo.close()
+
+
+def assemble(
+    loaded: Loaded, group: Group, device: Device, options: Options, limit: budget.Limit
+) -> StreamedModel:
+    """Go through all phases. Source weights are freed layer by layer.
+
+    Raises DWDPError on every rank when ranks disagree (before anything is freed) or memory does not suffice; nothing
+    that was made is left then.
+    """
+    with contextlib.ExitStack() as undo:
+        means = Means(group=group, device=device, options=options, limit=limit, undo=undo)
+        return start(compose(import_peers(place(agree(loaded, means), means), means), means), means)
+
+
+def agree(loaded: Loaded, means: Means) -> Agreed:
+    group, device, options = means.group, means.device, means.options
+    sizes = [layer.size for layer in loaded.layers]
+    cache = min(group.gather("cache", budget.cache_bytes(sizes, device, options, means.limit)))
+    plan = budget.plan_cache(sizes, cache, options.cache_policy, device.page_bytes)
+    described = [layer.manifest(count) for layer, count in zip(loaded.layers, plan.residents, strict=True)]
+    agree_on(group, "manifest", Manifest(digest=loaded.digest, page_bytes=device.page_bytes, layers=described))
+    return Agreed(layers=loaded.layers, cache=plan)
+
+
+def place(agreed: Agreed, means: Means) -> Placed:
+    """One layer's source is gone before the next layer's memory is made."""
+    replicas, device, cache = replicate(means.group, agreed.layers), means.device, agreed.cache
+    means.undo.callback(device.release_cached)
+    weights = []
+    for ordinal, (layer, residents) in enumerate(zip(agreed.layers, cache.residents, strict=True)):
+        tensors = []
+        for name in layer.streamed:
+            spec = layer.spec(name, residents=residents, bundle=cache.bundle, page_bytes=device.page_bytes)
+            tensors.append(tensor := FullTensor(spec, means.group.rank))
+            means.undo.callback(tensor.close)
+            parameter = layer.parameter(name)
+            tensor.migrate(device, parameter.data)
+            parameter.data = parameter.data.new_empty(0)
+            device.release_cached()
+        weights.append(LayerWeights(ordinal, layer.name, tensors))
+    return Placed(cache=cache, layers=agreed.layers, weights=weights, replicas=replicas)
+
+
+def import_peers(placed: Placed, means: Means) -> Imported:
+    means.group.barrier("shard in place")
+    exchange(means.group, means.device, placed.weights)
+    for layer in placed.weights:
+        for tensor in layer.tensors:
+            tensor.fill(means.device)
+    return Imported(**vars(placed))
+
+
+def compose(imported: Imported, means: Means) -> Composed:
+    slots = Slots(means.device, imported.weights, means.options.slots, means.group.rank)
+    means.undo.callback(slots.close)
+    for layer in imported.weights:
+        for tensor in layer.tensors:
+            tensor.compose(means.device, slots.of(layer, tensor.spec.name))
+        layer.plan(means.options.slice_bytes)
+    return Composed(**vars(imported), slots=slots)
+
+
+def start(composed: Composed, means: Means) -> StreamedModel:
+    options, rank, layers = means.options, means.group.rank, composed.weights
+    is_remote = any(layer.copies for layer in layers)
+    stream = means.device.stream(timing=options.timing)
+    prefetcher = Prefetcher(
+        layers, stream, num_slots=options.slots,
+        direct_max_tokens=(options.direct_max_tokens or 0) if is_remote else EVERYTHING,
+    )
+    hot = None
+    if composed.cache.bundle:
+        hot = HotCache(
+            layers, means.device, stream, prefetcher, rank=rank, num_pages=composed.cache.hot_pages,
+            slice_bytes=options.slice_bytes,
+        )
+        means.undo.callback(hot.close)
+    means.undo.callback(prefetcher.close)
+    mine = memory_bytes(layers, composed.replicas, rank, composed.slots.nbytes, hot.nbytes if hot else 0)
+    everyone = means.group.gather("pages complete", mine)
+    if rank == 0:
+        logger.info("DWDP expert memory\n%s", budget.table(everyone))
+    return StreamedModel(composed, prefetcher, hot, means)
+
+
+def memory_bytes(
+    layers: Sequence[LayerWeights], replicas: Sequence[dict[str, torch.Tensor]], rank: int, slots: int, hot: int
+) -> dict[str, int]:
+    """Bytes of expert memory by kind; `slots` and `hot` are those of the slots and of the hot cache."""
+    tensors = [tensor for layer in layers for tensor in layer.tensors]
+    layouts = [tensor.spec.layout for tensor in tensors]
+    shard = sum(len(layout.bytes_of(layout.placement.owned(rank))) for layout in layouts)
+    return {
+        "shard": shard,
+        "resident": hot + sum(block.nbytes for tensor in tensors for _, block in tensor.residents),
+        "slots": slots,
+        "replicated": sum(tensor.nbytes for named in replicas for tensor in named.values()),
+        "padding": sum(block.nbytes for tensor in tensors for _, block in tensor.shard) - shard,
+    }

@@ -1,0 +1,101 @@
+"""Hooks: every attribute of vLLM that is replaced, how it is replaced, and how it is known that the replacement took."""
+
+import contextlib
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from vllm_dwdp.errors import DWDPError
+
+_MARK = "_dwdp_hook"
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+    """An attribute of vLLM, `module`.`path`, where `path` is a name or Class.name.
+
+    `parameters` are those of the original that the replacement relies on.
+    """
+
+    module: str
+    path: str
+    parameters: tuple[str, ...] = ()
+
+    def install(self, wrapper: Callable[[Any], Any]) -> None:
+        """Replace the attribute by `wrapper(original)`, once, for the life of the process.
+
+        Raises DWDPError naming the attribute when it is gone or takes other parameters.
+        """
+        if not self._is_installed():
+            self._replace(wrapper)
+
+    def verify(self) -> None:
+        """Raises DWDPError when the hook is not in place: vLLM would quietly run without DWDP."""
+        if not self._is_installed():
+            raise DWDPError(
+                f"hook {self.path} did not take: another plugin has replaced it; DWDP stops rather than run without"
+            )
+
+    @contextlib.contextmanager
+    def during(self, wrapper: Callable[[Any], Any]) -> Iterator[None]:
+        """Replace the attribute while the body runs. Raises DWDPError as `install` does, and as `verify` at the end."""
+        owner, name = self._locate()
+        original = inspect.getattr_static(owner, name)
+        self._replace(wrapper)
+        try:
+            yield
+            self.verify()
+        finally:
+            setattr(owner, name, original)
+
+    def _is_installed(self) -> bool:
+        owner, name = self._locate()
+        return _MARK in vars(getattr(owner, name))
+
+    def _replace(self, wrapper: Callable[[Any], Any]) -> None:
+        owner, name = self._locate()
+        original = getattr(owner, name)
+        accepted = inspect.signature(original).parameters
+        variadic = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+        if absent := [p for p in self.parameters if p not in accepted and not variadic]:
+            raise DWDPError(
+                f"vLLM's {self.module}.{self.path} no longer takes {', '.join(absent)}: this vLLM is not supported"
+            )
+        hooked = wrapper(original)
+        setattr(hooked, _MARK, True)
+        is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+        setattr(owner, name, staticmethod(hooked) if is_static else hooked)
+
+    def _locate(self) -> tuple[Any, str]:
+        owner: Any = importlib.import_module(self.module)
+        *classes, name = self.path.split(".")
+        try:
+            for part in classes:
+                owner = getattr(owner, part)
+            getattr(owner, name)
+        except AttributeError:
+            raise DWDPError(f"vLLM has no {self.module}.{self.path}: this vLLM is not supported") from None
+        return owner, name
+
+
+_ARGUMENTS, _CORE, _UTILS = "vllm.engine.arg_utils", "vllm.v1.engine.core", "vllm.v1.engine.utils"
+_GPT_OSS = "vllm.model_executor.models.gpt_oss"
+
+ADD_CLI_ARGS = Hook(_ARGUMENTS, "EngineArgs.add_cli_args", ("parser",))
+CREATE_ENGINE_CONFIG = Hook(_ARGUMENTS, "EngineArgs.create_engine_config", ("self",))
+RUN_ENGINE_CORE = Hook(_CORE, "EngineCoreProc.run_engine_core", ("dp_rank", "vllm_config"))
+LOCKSTEP_ENGINE = Hook(_CORE, "DPEngineCoreProc", ("vllm_config",))
+COORDINATOR = Hook(_UTILS, "DPCoordinator", ("parallel_config", "enable_wave_coordination"))
+WAIT_FOR_STARTUP = Hook(_UTILS, "wait_for_engine_startup", ("parallel_config", "coordinated_dp"))
+BUILD_EXPERTS = Hook(
+    "vllm.model_executor.layers.fused_moe.routed_experts", "RoutedExperts.__init__", ("moe_config", "expert_map_manager")
+)
+SELECT_FILES = Hook(
+    "vllm.model_executor.model_loader.default_loader", "DefaultModelLoader._init_ep_weight_filter", ("model_config",)
+)
+LOAD_GPT_OSS = Hook(_GPT_OSS, "GptOssModel.load_weights", ("weights",))
+LOAD_GPT_OSS_MXFP4 = Hook(_GPT_OSS, "GptOssModel._load_weights_mxfp4", ("self",))
+
+HOOKS = tuple(value for value in globals().values() if isinstance(value, Hook))

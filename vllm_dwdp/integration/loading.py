@@ -1,0 +1,201 @@
+"""Loading: vLLM's RoutedExperts, built and loaded with this rank's shard, and described as one record a layer."""
+
+import contextlib
+import copy
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+from vllm_dwdp import budget
+from vllm_dwdp.config import Options
+from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.experts import ExpertLayer
+from vllm_dwdp.integration import hooks
+from vllm_dwdp.kernels.device import Device
+from vllm_dwdp.placement import Placement
+
+Shards = dict[RoutedExperts, Placement]  # a model's expert layers, in the order in which they were built
+
+# Parameters of RoutedExperts without a row for every expert.
+NOT_PER_EXPERT = {"e_score_correction_bias", "hash_indices_table"}
+# Where vLLM keeps which kernels a quantized format uses, and those whose rows can be moved although EPLB does not.
+BACKENDS, MOVABLE_BACKEND = ("mxfp4_backend", "wna16_backend", "wna16_moe_backend"), "MARLIN"
+# Experts classes of which a rank cannot load its share, and why.
+UNSHARDABLE = {
+    "DbrxExperts": "copies checkpoint tensors of all experts at once: try --model-impl transformers",
+    "SubstitutedRoutedExperts": "numbers its experts otherwise than the checkpoint does: use the model before pruning",
+}
+# A tensor with at most this part of the layer's largest is replicated: biases, scales per tensor, sparse block scales.
+SMALL = 1 / 64
+
+
+@contextlib.contextmanager
+def sharded(
+    rank: int, size: int, experts_per_rank: int | None, before_reading: Callable[[Shards], None]
+) -> Iterator[Shards]:
+    """While the body builds and loads a model, every RoutedExperts holds only this rank's experts.
+
+    Yields the layers built, in order; `before_reading` gets them before a checkpoint is read. Raises DWDPError, also
+    before that, for a layer that cannot be streamed, and when the model has built none.
+    """
+    shards: Shards = {}
+
+    def build(original: Callable) -> Callable:
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def build_shard(*args: Any, **kwargs: Any) -> None:
+            given = signature.bind(*args, **kwargs)
+            layer, moe_config = given.arguments["self"], given.arguments["moe_config"]
+            placement = Placement(num_experts=moe_config.num_experts, size=size, experts_per_rank=experts_per_rank)
+            owned = placement.owned(rank)
+            given.arguments["expert_map_manager"] = _own_experts_only(given.arguments["expert_map_manager"], owned)
+            moe_config.num_local_experts = len(owned)
+            original(*given.args, **given.kwargs)
+            _refuse_unstreamable(layer)
+            shards[layer] = placement
+
+        return build_shard
+
+    def select(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def select_owned(self: Any, model_config: Any) -> None:
+            refuse_bypass(shards, model_config)
+            before_reading(shards)
+            original(self, model_config)
+            self.local_expert_ids = set().union(*(placement.owned(rank) for placement in shards.values()))
+
+        return select_owned
+
+    def first_owned() -> range:
+        return next(iter(shards.values())).owned(rank)
+
+    def load_gpt_oss(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def load_owned(self: Any, weights: Any) -> Any:
+            owned = first_owned()
+            return original(self, ((name, _owned_rows(name, weight, owned)) for name, weight in weights))
+
+        return load_owned
+
+    def load_mxfp4(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def load_owned(self: Any, *args: Any, **kwargs: Any) -> Any:
+            """Its views of the owned rows are shaped by the config's number of experts."""
+            num_experts = self.config.num_local_experts
+            self.config.num_local_experts = len(first_owned())
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                self.config.num_local_experts = num_experts
+
+        return load_owned
+
+    with contextlib.ExitStack() as stack:
+        for hook, wrapper in (
+            (hooks.BUILD_EXPERTS, build), (hooks.SELECT_FILES, select),
+            (hooks.LOAD_GPT_OSS, load_gpt_oss), (hooks.LOAD_GPT_OSS_MXFP4, load_mxfp4),
+        ):
+            stack.enter_context(hook.during(wrapper))
+        yield shards
+
+
+def refuse_bypass(layers: Iterable[RoutedExperts], model_config: Any) -> None:
+    """Raises DWDPError when a MoE model has built none of the layers that DWDP streams."""
+    if not layers:
+        raise DWDPError(
+            f"{model_config.model} built no RoutedExperts layer: its experts take a fused path of their own, which "
+            f"DWDP cannot stream; choose another --moe-backend or --model-impl, or drop --parallel dwdp"
+        )
+
+
+def _own_experts_only(manager: Any, owned: range) -> Any:
+    """A copy of vLLM's map from global to local expert that knows the owned ones only: loaders drop the rest."""
+    if manager.num_fused_shared_experts:
+        raise DWDPError("shared experts fused into the routed ones cannot be streamed: switch shared-expert fusion off")
+    manager = copy.copy(manager)
+    manager._local_num_experts = len(owned)
+    manager._expert_map = torch.full((manager.global_num_experts,), -1, dtype=torch.int32, device="cpu")
+    manager._expert_map[owned.start : owned.stop] = torch.arange(len(owned), dtype=torch.int32, device="cpu")
+    return manager
+
+
+def _owned_rows(name: str, weight: torch.Tensor, owned: range) -> torch.Tensor:
+    """gpt-oss' loader takes checkpoint tensors of all experts and copies them whole: hand it the owned rows."""
+    stacked = ".mlp.experts." in name and not name.split(".mlp.experts.")[1][:1].isdigit()
+    return weight[owned.start : owned.stop] if stacked else weight
+
+
+def _refuse_unstreamable(layer: RoutedExperts) -> None:
+    method, kind = layer.quant_method, type(layer).__name__
+    if kind in UNSHARDABLE:
+        raise DWDPError(f"{layer.layer_name}: a rank cannot load its share of {kind}, which {UNSHARDABLE[kind]}")
+    backends = {getattr(method, name).name for name in BACKENDS if hasattr(method, name)}
+    if not method.supports_eplb and MOVABLE_BACKEND not in backends:
+        raise DWDPError(
+            f"{layer.layer_name}: {type(method).__name__} keeps its experts in a form whose rows cannot be moved"
+            f"{f' ({min(backends)}); try --moe-backend marlin' if backends else ''}; DWDP streams unquantized and FP8 "
+            f"experts, and 4-bit ones of the Marlin backend"
+        )
+    static = [name for name, _ in layer.named_parameters() if name.endswith("input_scale")]
+    if static:
+        raise DWDPError(
+            f"{layer.layer_name}: {static[0]} is a static activation scale, which vLLM reduces over the experts that a "
+            f"rank holds, so ranks would differ; use a checkpoint with dynamic activation scales"
+        )
+
+
+def _rows(layer: RoutedExperts, num_owned: int) -> dict[str, torch.nn.Parameter]:
+    """The parameters that have a row for every owned expert, in registration order."""
+    return {
+        name: parameter
+        for name, parameter in layer.named_parameters()
+        if name not in NOT_PER_EXPERT and parameter.dim() and parameter.shape[0] == num_owned
+    }
+
+
+def describe(layer: RoutedExperts, placement: Placement, rank: int) -> ExpertLayer:
+    """The record of a loaded layer. Raises DWDPError when a parameter is not contiguous by expert."""
+    rows = _rows(layer, len(placement.owned(rank)))
+    row_bytes = {name: p[0].numel() * p.element_size() for name, p in rows.items()}
+    streamed = [name for name, nbytes in row_bytes.items() if nbytes > SMALL * max(row_bytes.values())]
+    for name, p in rows.items():
+        is_dense = p.stride(0) == p[0].numel() and p.untyped_storage().nbytes() >= p.nbytes
+        if p.numel() and not is_dense:
+            raise DWDPError(f"{layer.layer_name}.{name} is padded or strided between experts: DWDP cannot stream it")
+    return ExpertLayer(
+        name=layer.layer_name, module=layer, placement=placement, streamed=tuple(streamed),
+        replicated=tuple(name for name in rows if name not in streamed),
+    )
+
+
+def refuse_oversize(shards: Shards, rank: int, device: Device, options: Options, limit: budget.Limit) -> None:
+    """Raises DWDPError when slots or cache will not fit beside the shards, whose memory the layers have taken already.
+
+    Layers that are quantized while they load have no memory yet; assembly checks them.
+    """
+    if not any(parameter.is_meta for layer in shards for parameter in layer.parameters()):
+        sizes = [
+            ExpertLayer(
+                name=layer.layer_name, module=layer, placement=placement, replicated=(),
+                streamed=tuple(_rows(layer, len(placement.owned(rank)))),
+            ).size
+            for layer, placement in shards.items()
+        ]
+        budget.cache_bytes(sizes, device, options, limit)
+
+
+def digest(model: torch.nn.Module, layers: Iterable[RoutedExperts]) -> str:
+    """A fingerprint of the weights that every rank holds alike: the first bytes of every parameter but the experts'."""
+    experts = {id(p) for layer in layers for p in layer.parameters()}
+    total = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in experts and parameter.numel():
+            head = parameter.detach().flatten()[:64].contiguous().view(torch.uint8).cpu()
+            total.update(name.encode() + bytes(head.tolist()))
+    return total.hexdigest()
