@@ -119,7 +119,7 @@ def test_gpt_oss_loads_mxfp4_by_owned_rows(monkeypatch) -> None:
     )
     model = SimpleNamespace(config=SimpleNamespace(num_local_experts=13))
     with sharded(1, 2, None, before_reading=lambda _: None) as shards:
-        layers.append(SimpleNamespace(dwdp_placement=Placement(num_experts=13, size=2)))
+        shards["experts"] = Placement(num_experts=13, size=2)
         gpt_oss.GptOssModel._load_weights_mxfp4(model)
     assert seen == [7] and model.config.num_local_experts == 13
     assert _owned_rows("layers.0.mlp.experts.w13_weight", torch.arange(13), range(6, 13)).tolist() == list(range(6, 13))

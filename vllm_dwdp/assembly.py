@@ -85,6 +85,7 @@ class StreamedModel:
         self.rank, self.size = means.group.rank, means.group.size
         self.layers, self.weights, self.replicas = composed.layers, composed.weights, composed.replicas
         self.slots, self.prefetcher, self.hot = composed.slots, prefetcher, hot
+        self._group = means.group  # rank 0 hosts the store, which peers may still be reading
         self._device, self._undo = means.device, means.undo.pop_all()
 
     def start(self) -> None:
