@@ -1,0 +1,138 @@
+"""The interface of a token exchange: rows that ranks send to the owners of their experts, and partial sums that return.
+
+Every rank has an inbox, a block of memory that its peers map writable. A dispatched layer takes two exchanges:
+
+    dispatch   push own rows, expert ids and weights into the inbox of every member; raise a flag; wait for theirs;
+               gather own and received rows, with the ids that another rank computes replaced by -1
+    combine    push every member's partial sums back; raise a flag; wait for theirs; add them in rank order in float32
+
+A flag carries the round and the layer, so a late or early rank cannot take another round's rows. An inbox has a region
+for every sender and needs no second copy: a rank pushes layer l + 1's rows after it has the receiver's partial sums of
+layer l, which the receiver sends when its kernels have read its inbox; and it pushes partial sums of layer l + 1 after
+it has the receiver's rows of that layer, which the receiver sends when it has added those of layer l.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+FLAG_BYTES = 128  # a flag has a cache line of its own
+WAIT_S = 20.0  # how long a rank waits inside a round, before it names whom it waited for
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InboxMap:
+    """Where things lie in an inbox, in bytes. `rows` is what one sender may send at once.
+
+    `hidden` and `top_k` are the largest of all layers, `itemsize` is of the activations' dtype.
+    """
+
+    size: int
+    rows: int
+    hidden: int
+    top_k: int
+    itemsize: int
+
+    @property
+    def ids(self) -> int:
+        """int32 [size, rows, top_k], after the flags, [2, size]."""
+        return 2 * self.size * FLAG_BYTES
+
+    @property
+    def weights(self) -> int:
+        """float32 [size, rows, top_k]."""
+        return _aligned(self.ids + 4 * self.size * self.rows * self.top_k)
+
+    @property
+    def hiddens(self) -> int:
+        """Rows that arrived, [size, rows, hidden]."""
+        return _aligned(self.weights + 4 * self.size * self.rows * self.top_k)
+
+    @property
+    def sums(self) -> int:
+        """Partial sums that came back, [size, rows, hidden]."""
+        return self.hiddens + self.itemsize * self.size * self.rows * self.hidden
+
+    @property
+    def nbytes(self) -> int:
+        return self.sums + self.itemsize * self.size * self.rows * self.hidden
+
+    def flag(self, phase: int, sender: int) -> int:
+        return (phase * self.size + sender) * FLAG_BYTES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoundLayout:
+    """Who takes part in a forward with how many rows, and where each rank's rows begin among the gathered ones.
+
+    `tokens` counts every rank's rows, 0 of those who help or stay away. With `padded` every rank has so many places, as in a
+    CUDA graph; without it rows follow each other.
+    """
+
+    number: int
+    members: tuple[int, ...]
+    tokens: tuple[int, ...]
+    padded: int = 0
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        places = [self.padded or count for count in self.tokens]
+        return tuple(sum(places[:rank]) for rank in range(len(places)))
+
+    @property
+    def num_rows(self) -> int:
+        return self.padded * len(self.tokens) or sum(self.tokens)
+
+    @property
+    def mask(self) -> int:
+        return sum(1 << rank for rank in self.members)
+
+
+def owners_of(owned: Sequence[range], num_experts: int) -> list[list[int]]:
+    """[member mask][expert]: the member that computes an expert for everybody, -1 where each rank does for itself.
+
+    Where several members own an expert, those with an even number of it take the first of them, others the last, which
+    halves overlaps.
+    """
+    table = []
+    for mask in range(1 << len(owned)):
+        row = []
+        for expert in range(num_experts):
+            owners = [rank for rank, experts in enumerate(owned) if mask >> rank & 1 and expert in experts]
+            row.append(owners[-(expert % 2)] if owners else -1)
+        table.append(row)
+    return table
+
+
+class TokenExchange(abc.ABC):
+    """One rank's inbox and its peers'. Only the thread that runs the model may call it."""
+
+    @abc.abstractmethod
+    def begin(self, layout: RoundLayout) -> None:
+        """What is enqueued from now on belongs to this round."""
+
+    @abc.abstractmethod
+    def dispatch(
+        self, layer: int, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, padded: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Own and received rows, their weights and ids: [rows, hidden], [rows, top_k] twice; given own ones, alike.
+
+        `padded` is the places that each rank has, 0 for as many as the round says.
+        """
+
+    @abc.abstractmethod
+    def combine(self, layer: int, partial: torch.Tensor, num_rows: int, padded: int) -> torch.Tensor:
+        """The sums of own rows, [num_rows, hidden], from this rank's partial sums of all rows, [rows, hidden]."""
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Raises DWDPError naming the rank that did not come, if a wait of an enqueued round has ended in vain."""
+
+    @abc.abstractmethod
+    def close(self) -> None: ...
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // 256) * 256

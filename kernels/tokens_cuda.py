@@ -1,0 +1,213 @@
+"""The token exchange of NVIDIA GPUs: two Triton kernels a layer that write to peers' memory and meet by flags there.
+
+Both can be captured in a CUDA graph: who takes part, how many rows each rank has and the round's number are read from
+device memory, so one graph serves a step alone and a dispatched one.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import globaltimer
+
+from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.kernels.tokens import FLAG_BYTES, WAIT_S, InboxMap, RoundLayout, TokenExchange
+
+RING = 16  # steps whose control words may be under way at once
+MAX_PROGRAMS = 48
+
+
+@triton.jit
+def _at(address, offset: tl.constexpr, dtype: tl.constexpr):
+    """A pointer into an inbox, whose areas are aligned."""
+    return tl.multiple_of((address + offset).to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def _meet(counter, programs, peers, phase, epoch, mask, failed, error, ME: tl.constexpr, N: tl.constexpr,
+          FLAG: tl.constexpr, LIMIT_NS: tl.constexpr):
+    """Raise this rank's flag at every member once all programs have pushed, then wait for every member's flag.
+
+    Once a wait has ended in vain none waits any more: the host learns of it by `error` and stops.
+    """
+    tl.debug_barrier()
+    if tl.atomic_add(counter, 1, sem="acq_rel", scope="sys") == programs - 1:
+        tl.atomic_xchg(counter, 0, sem="relaxed", scope="sys")
+        for peer in tl.static_range(N):
+            if peer != ME:
+                if (mask >> peer) & 1 != 0:
+                    flag = (tl.load(peers + peer) + (phase * N + ME) * FLAG).to(tl.pointer_type(tl.int64))
+                    tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
+    deadline = globaltimer() + LIMIT_NS
+    if tl.load(failed) != 0:
+        deadline = deadline - LIMIT_NS
+    for peer in tl.static_range(N):
+        if peer != ME:
+            if (mask >> peer) & 1 != 0:
+                flag = (tl.load(peers + ME) + (phase * N + peer) * FLAG).to(tl.pointer_type(tl.int64))
+                waiting = tl.atomic_add(flag, 0, sem="acquire", scope="sys") != epoch
+                while waiting:
+                    waiting = tl.atomic_add(flag, 0, sem="acquire", scope="sys") != epoch
+                    if globaltimer() > deadline:
+                        waiting = False
+                        tl.store(failed, 1)
+                        tl.atomic_cas(error.to(tl.pointer_type(tl.int32)), 0, peer + 1, sem="relaxed", scope="sys")
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["layer", "num_rows", "padded"])
+def _dispatch(hidden, ids, weights, out_hidden, out_ids, out_weights, control, peers, owners, counter, failed, error,
+              layer, num_rows, padded, stride_hidden, E: tl.constexpr, ME: tl.constexpr, N: tl.constexpr,
+              ROWS: tl.constexpr, H: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+              AT_IDS: tl.constexpr, AT_WEIGHTS: tl.constexpr, AT_HIDDEN: tl.constexpr, FLAG: tl.constexpr,
+              LIMIT_NS: tl.constexpr):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    dtype: tl.constexpr = hidden.dtype.element_ty
+    h, k = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_K)
+    epoch, mask = tl.load(control) + layer, tl.load(control + 1)
+    mine = tl.minimum(tl.load(control + 2 + ME), num_rows)
+    for peer in tl.static_range(N):
+        if peer != ME:
+            if (mask >> peer) & 1 != 0:
+                base = tl.load(peers + peer)
+                to_hidden = _at(base, AT_HIDDEN, dtype) + ME * ROWS * H
+                to_ids = _at(base, AT_IDS, tl.int32) + ME * ROWS * K
+                to_weights = _at(base, AT_WEIGHTS, tl.float32) + ME * ROWS * K
+                for row in range(program, mine, programs):
+                    tl.store(to_hidden + row * H + h, tl.load(hidden + row * stride_hidden + h, mask=h < H), mask=h < H)
+                    tl.store(to_ids + row * K + k, tl.load(ids + row * K + k, mask=k < K).to(tl.int32), mask=k < K)
+                    tl.store(to_weights + row * K + k, tl.load(weights + row * K + k, mask=k < K).to(tl.float32), mask=k < K)
+    _meet(counter, programs, peers, 0, epoch, mask, failed, error, ME, N, FLAG, LIMIT_NS)
+    here = tl.load(peers + ME)
+    for sender in tl.static_range(N):
+        count = tl.load(control + 2 + sender)
+        if sender == ME:
+            count = mine
+        if (mask >> sender) & 1 == 0:
+            count = count * 0
+        places, start = count, tl.load(control + 2 + N + sender)
+        if padded > 0:
+            places, start = padded.to(tl.int64), (padded * sender).to(tl.int64)
+        for row in range(program, places, programs):
+            arrived = row < count
+            at = start + row
+            if sender == ME:
+                x = tl.load(hidden + row * stride_hidden + h, mask=(h < H) & arrived, other=0.0)
+                w = tl.load(weights + row * K + k, mask=(k < K) & arrived, other=0.0).to(tl.float32)
+                e = tl.load(ids + row * K + k, mask=(k < K) & arrived, other=-1).to(tl.int32)
+            else:
+                from_hidden = _at(here, AT_HIDDEN, dtype) + (sender * ROWS + row) * H
+                from_ids = _at(here, AT_IDS, tl.int32) + (sender * ROWS + row) * K
+                from_weights = _at(here, AT_WEIGHTS, tl.float32) + (sender * ROWS + row) * K
+                x = tl.load(from_hidden + h, mask=(h < H) & arrived, other=0.0, cache_modifier=".cg")
+                w = tl.load(from_weights + k, mask=(k < K) & arrived, other=0.0, cache_modifier=".cg")
+                e = tl.load(from_ids + k, mask=(k < K) & arrived, other=-1, cache_modifier=".cg")
+            owner = tl.load(owners + mask * E + e, mask=(k < K) & (e >= 0), other=-2)
+            is_mine = owner == ME
+            if sender == ME:
+                is_mine = is_mine | (owner == -1)
+            tl.store(out_hidden + at * H + h, x, mask=h < H)
+            tl.store(out_ids + at * K + k, tl.where(is_mine, e, -1).to(out_ids.dtype.element_ty), mask=k < K)
+            tl.store(out_weights + at * K + k, tl.where(is_mine, w, 0.0).to(out_weights.dtype.element_ty), mask=k < K)
+
+
+@triton.jit(do_not_specialize=["layer", "num_rows", "padded"])
+def _combine(partial, out, control, peers, counter, failed, error, layer, num_rows, padded, stride_partial, ME: tl.constexpr,
+             N: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, AT_SUMS: tl.constexpr,
+             FLAG: tl.constexpr, LIMIT_NS: tl.constexpr):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    dtype: tl.constexpr = partial.dtype.element_ty
+    h = tl.arange(0, BLOCK_H)
+    epoch, mask = tl.load(control) + layer, tl.load(control + 1)
+    for peer in tl.static_range(N):
+        if peer != ME:
+            if (mask >> peer) & 1 != 0:
+                start = tl.load(control + 2 + N + peer)
+                if padded > 0:
+                    start = (padded * peer).to(tl.int64)
+                to = _at(tl.load(peers + peer), AT_SUMS, dtype) + ME * ROWS * H
+                for row in range(program, tl.load(control + 2 + peer), programs):
+                    tl.store(to + row * H + h, tl.load(partial + (start + row) * stride_partial + h, mask=h < H), mask=h < H)
+    _meet(counter, programs, peers, 1, epoch, mask, failed, error, ME, N, FLAG, LIMIT_NS)
+    begin = tl.load(control + 2 + N + ME)
+    if padded > 0:
+        begin = (padded * ME).to(tl.int64)
+    mine = tl.load(control + 2 + ME)
+    here = _at(tl.load(peers + ME), AT_SUMS, dtype)
+    for row in range(program, num_rows, programs):
+        total = tl.zeros([BLOCK_H], tl.float32)
+        for rank in tl.static_range(N):
+            if rank == ME:
+                total += tl.load(partial + (begin + row) * stride_partial + h, mask=h < H).to(tl.float32)
+            else:
+                came = (((mask >> rank) & 1) != 0) & (row < mine)
+                total += tl.load(here + (rank * ROWS + row) * H + h, mask=(h < H) & came, other=0.0,
+                                 cache_modifier=".cg").to(tl.float32)
+        tl.store(out + row * H + h, total.to(dtype), mask=h < H)
+
+
+class CudaTokens(TokenExchange):
+    """`inboxes` are the addresses at which this rank maps every rank's inbox; `owners` is `tokens.owners_of`."""
+
+    def __init__(self, device: torch.device, rank: int, at: InboxMap, inboxes: Sequence[int], owners: list[list[int]],
+                 num_layers: int):
+        self._rank, self._at, self._num_layers = rank, at, num_layers
+        self._peers = torch.tensor(inboxes, dtype=torch.int64, device=device)
+        self._owners = torch.tensor(owners, dtype=torch.int32, device=device)
+        self._control = torch.zeros(2 + 2 * at.size, dtype=torch.int64, device=device)
+        self._counter = torch.zeros(1, dtype=torch.int32, device=device)
+        self._failed = torch.zeros_like(self._counter)
+        self._staged = torch.zeros(RING, 2 + 2 * at.size, dtype=torch.int64, pin_memory=True)
+        self._error = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        self._turn = 0
+        self._layout = RoundLayout(number=0, members=(rank,), tokens=(at.rows,) * at.size)
+        self.begin(self._layout)
+
+    def begin(self, layout: RoundLayout) -> None:
+        self._layout = layout
+        words = self._staged[self._turn % RING]
+        self._turn += 1
+        epoch = layout.number * self._num_layers + 1
+        words.copy_(torch.tensor([epoch, layout.mask, *layout.tokens, *layout.starts]))
+        self._control.copy_(words, non_blocking=True)
+
+    def dispatch(
+        self, layer: int, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, padded: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        at, (num_rows, width), top_k = self._at, hidden.shape, ids.shape[1]
+        total = padded * at.size or self._layout.num_rows
+        rows, new_ids, new_weights = hidden.new_empty(total, width), ids.new_empty(total, top_k), weights.new_empty(total, top_k)
+        assert ids.is_contiguous() and weights.is_contiguous() and hidden.stride(1) == 1
+        _dispatch[self._programs(total),](
+            hidden, ids, weights, rows, new_ids, new_weights, self._control, self._peers, self._owners, self._counter,
+            self._failed, self._error.data_ptr(), layer, num_rows, padded, hidden.stride(0), E=self._owners.shape[1], ME=self._rank,
+            N=at.size, ROWS=at.rows, H=width, K=top_k, BLOCK_H=triton.next_power_of_2(width),
+            BLOCK_K=triton.next_power_of_2(top_k), AT_IDS=at.ids, AT_WEIGHTS=at.weights, AT_HIDDEN=at.hiddens,
+            FLAG=FLAG_BYTES, LIMIT_NS=int(WAIT_S * 1e9), num_warps=8,
+        )
+        return rows, new_weights, new_ids
+
+    def combine(self, layer: int, partial: torch.Tensor, num_rows: int, padded: int) -> torch.Tensor:
+        at, width = self._at, partial.shape[1]
+        out = partial.new_empty(num_rows, width)
+        _combine[self._programs(partial.shape[0]),](
+            partial, out, self._control, self._peers, self._counter, self._failed, self._error.data_ptr(), layer, num_rows, padded,
+            partial.stride(0), ME=self._rank, N=at.size, ROWS=at.rows, H=width, BLOCK_H=triton.next_power_of_2(width),
+            AT_SUMS=at.sums, FLAG=FLAG_BYTES, LIMIT_NS=int(WAIT_S * 1e9), num_warps=8,
+        )
+        return out
+
+    @staticmethod
+    def _programs(num_rows: int) -> int:
+        return max(min(num_rows // 2, MAX_PROGRAMS), 1)
+
+    def check(self) -> None:
+        if whom := int(self._error[0]):
+            raise DWDPError(
+                f"rank {whom - 1} did not come to a round that it had agreed to within {WAIT_S:.0f} s: it has ended or "
+                f"hangs; see its log, and restart the group"
+            )
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self._control.device)

@@ -1,0 +1,112 @@
+"""The token exchange of a machine without a GPU: the same protocol, by the thread that computes, over shared memory.
+
+The CPU build's expert kernel takes no masked ids: a masked place gets an expert that this rank computes, and weight 0.
+"""
+
+import ctypes
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.kernels.tokens import WAIT_S, InboxMap, RoundLayout, TokenExchange
+
+POLL_S = 20e-6
+
+
+class HostTokens(TokenExchange):
+    """`inboxes` are the addresses at which this rank maps every rank's inbox; `owners` is `tokens.owners_of`.
+
+    `is_alive` tells whether a rank's process still runs.
+    """
+
+    def __init__(self, rank: int, at: InboxMap, inboxes: Sequence[int], owners: list[list[int]], num_layers: int,
+                 is_alive: Callable[[int], bool] = lambda _: True):
+        self._rank, self._at, self._num_layers, self._is_alive = rank, at, num_layers, is_alive
+        self._owners = torch.tensor(owners, dtype=torch.int64)
+        self._bytes = [
+            torch.frombuffer((ctypes.c_char * at.nbytes).from_address(address), dtype=torch.uint8) for address in inboxes
+        ]
+        self._flags = [
+            [[ctypes.c_int64.from_address(address + at.flag(phase, sender)) for sender in range(at.size)]
+             for phase in range(2)]
+            for address in inboxes
+        ]
+        self.begin(RoundLayout(number=0, members=(rank,), tokens=(at.rows,) * at.size))
+
+    def _area(self, inbox: int, offset: int, sender: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """[rows, columns] of what `sender` puts into an inbox at `offset`."""
+        start = offset + sender * self._at.rows * shape[1] * dtype.itemsize
+        return self._bytes[inbox][start : start + shape[0] * shape[1] * dtype.itemsize].view(dtype).view(shape)
+
+    def begin(self, layout: RoundLayout) -> None:
+        self._layout = layout
+        self._peers = [rank for rank in layout.members if rank != self._rank]
+
+    def _meet(self, phase: int, layer: int) -> None:
+        epoch = self._layout.number * self._num_layers + 1 + layer
+        for peer in self._peers:
+            self._flags[peer][phase][self._rank].value = epoch
+        deadline = time.monotonic() + WAIT_S
+        for peer in self._peers:
+            while self._flags[self._rank][phase][peer].value != epoch:
+                if not self._is_alive(peer) or time.monotonic() > deadline:
+                    raise DWDPError(
+                        f"rank {peer} did not come to a round that it had agreed to: it has ended, or hung for "
+                        f"{WAIT_S:.0f} s; see its log, and restart the group"
+                    )
+                time.sleep(POLL_S)
+
+    def dispatch(
+        self, layer: int, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, padded: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        at, layout, me, (num_rows, width), top_k = self._at, self._layout, self._rank, hidden.shape, ids.shape[1]
+        mine = min(layout.tokens[me], num_rows)
+        for peer in self._peers:
+            self._area(peer, at.hiddens, me, (mine, width), hidden.dtype).copy_(hidden[:mine])
+            self._area(peer, at.ids, me, (mine, top_k), torch.int32).copy_(ids[:mine])
+            self._area(peer, at.weights, me, (mine, top_k), torch.float32).copy_(weights[:mine])
+        self._meet(0, layer)
+        total = padded * at.size or layout.num_rows
+        owners = self._owners[layout.mask]
+        spare = int((owners == me).nonzero()[0])
+        rows, new_weights = hidden.new_zeros(total, width), weights.new_zeros(total, top_k)
+        new_ids = ids.new_full((total, top_k), spare)
+        for sender in layout.members:
+            count = mine if sender == me else layout.tokens[sender]
+            start = padded * sender if padded else layout.starts[sender]
+            there = slice(start, start + count)
+            if sender == me:
+                rows[there], asked, given = hidden[:mine], ids[:mine], weights[:mine]
+            else:
+                rows[there] = self._area(me, at.hiddens, sender, (count, width), hidden.dtype)
+                asked = self._area(me, at.ids, sender, (count, top_k), torch.int32)
+                given = self._area(me, at.weights, sender, (count, top_k), torch.float32)
+            owner = torch.where(asked >= 0, owners[asked.clamp_min(0).long()], -2)
+            is_mine = (owner == me) | ((owner == -1) & (sender == me))
+            new_ids[there] = torch.where(is_mine, asked, spare).to(ids.dtype)
+            new_weights[there] = torch.where(is_mine, given, 0).to(weights.dtype)
+        return rows, new_weights, new_ids
+
+    def combine(self, layer: int, partial: torch.Tensor, num_rows: int, padded: int) -> torch.Tensor:
+        at, layout, me, width = self._at, self._layout, self._rank, partial.shape[1]
+        start = [padded * rank for rank in range(at.size)] if padded else layout.starts
+        for peer in self._peers:
+            count = layout.tokens[peer]
+            self._area(peer, at.sums, me, (count, width), partial.dtype).copy_(partial[start[peer] : start[peer] + count])
+        self._meet(1, layer)
+        mine = min(layout.tokens[me], num_rows)
+        total = torch.zeros(num_rows, width, dtype=torch.float32)
+        for rank in layout.members:
+            if rank == me:
+                total += partial[start[me] : start[me] + num_rows]
+            else:
+                total[:mine] += self._area(me, at.sums, rank, (mine, width), partial.dtype)
+        return total.to(partial.dtype)
+
+    def check(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,179 @@
+"""Invariant: a dispatched layer sums what the owners of its experts computed, bitwise, whoever was early or late.
+
+Ranks are processes with an inbox each; their experts multiply by a number. What has been read is poisoned before the
+flag that lets the sender write again. The same bodies run over shared memory here and, marked `gpu`, over CUDA memory.
+"""
+
+import ctypes
+import random
+import signal
+import time
+import traceback
+from multiprocessing.reduction import recv_handle, send_handle
+
+import pytest
+import torch
+from harness import CONTEXT
+from test_transport import DEVICES, make_device, torch_device
+
+from vllm_dwdp.kernels.tokens import InboxMap, RoundLayout, owners_of
+from vllm_dwdp.placement import Placement
+
+EXPERTS, TOP_K, HIDDEN, ROWS, LAYERS = 10, 3, 64, 24, 4
+
+
+class Ranks:
+    """One rank's inbox and its peers', mapped."""
+
+    def __init__(self, rank: int, size: int, kind: str, pipes: dict, *, at: InboxMap, experts: int = EXPERTS,
+                 num_layers: int = LAYERS, per_rank: int | None = None):
+        self.device = make_device(kind, rank)
+        page = self.device.page_bytes
+        nbytes = -(-at.nbytes // page) * page
+        block = self.device.allocate(nbytes)
+        for peer, pipe in pipes.items():
+            fd = self.device.export(block)
+            pipe.send(0)
+            send_handle(pipe, fd, None)
+        self.blocks = {rank: block}
+        for peer, pipe in pipes.items():
+            pipe.recv()
+            self.blocks[peer] = self.device.adopt(recv_handle(pipe), nbytes)
+        self.regions = []
+        for peer in range(size):
+            self.regions.append(region := self.device.reserve(nbytes))
+            region.map(0, self.blocks[peer], writable=True)
+        placement = Placement(num_experts=experts, size=size, experts_per_rank=per_rank)
+        self.owners = owners_of([placement.owned(r) for r in range(size)], experts)
+        inboxes = [region.address for region in self.regions]
+        self.mine = self.regions[rank].tensor(0, (nbytes,), (1,), torch.uint8)
+        self.mine.zero_()
+        for pipe in pipes.values():
+            pipe.send(1)
+        for pipe in pipes.values():
+            pipe.recv()
+        if kind == "host":
+            from vllm_dwdp.kernels.tokens_host import HostTokens
+
+            self.tokens = HostTokens(rank, at, inboxes, self.owners, num_layers)
+        else:
+            from vllm_dwdp.kernels.tokens_cuda import CudaTokens
+
+            self.tokens = CudaTokens(self.device.device, rank, at, inboxes, self.owners, num_layers)
+
+
+def rows_of(seed: int, rank: int, count: int, dtype: torch.dtype):
+    """What a rank computes on in one layer: the same for whoever asks."""
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    hidden = torch.randn(count, HIDDEN, generator=generator).to(dtype)
+    weights = torch.rand(count, TOP_K, generator=generator)
+    ids = torch.rand(count, EXPERTS, generator=generator).argsort(1)[:, :TOP_K].to(torch.int32).contiguous()
+    return hidden, weights, ids
+
+
+def experts(hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Expert e multiplies by e + 1; a masked place adds nothing. Summed place by place in float32."""
+    factor = torch.where(ids >= 0, weights * (ids + 1), 0.0)
+    total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    for place in range(ids.shape[1]):
+        total += factor[:, place : place + 1] * hidden.float()
+    return total.to(hidden.dtype)
+
+
+def expected(seed: int, rank: int, layout: RoundLayout, owners: list[list[int]], dtype: torch.dtype) -> torch.Tensor:
+    hidden, weights, ids = rows_of(seed, rank, layout.tokens[rank], dtype)
+    owner = torch.tensor(owners[layout.mask])[ids.long()]
+    total = torch.zeros(hidden.shape, dtype=torch.float32)
+    for member in layout.members:
+        computes = (owner == member) | ((owner == -1) & (member == rank))
+        total += experts(hidden, torch.where(computes, weights, 0.0), torch.where(computes, ids, -1)).float()
+    return total.to(dtype)
+
+
+def rounds(size: int, count: int, seed: int = 0) -> list[RoundLayout]:
+    rng = random.Random(seed)
+    found = []
+    for number in range(1, count + 1):
+        members = tuple(sorted(rng.sample(range(size), rng.randint(2, size))))
+        tokens = tuple(rng.choice([0, 1, rng.randint(1, ROWS)]) if r in members else 0 for r in range(size))
+        padded = rng.choice([0, max(tokens)]) if any(tokens) else 1
+        found.append(RoundLayout(number=number, members=members, tokens=tokens, padded=padded))
+    return found
+
+
+def poison(ranks: Ranks, layout: RoundLayout, offset: int, row_bytes: int) -> None:
+    """Ruin what the members of this round have sent; another rank may have sent rows of the next."""
+    for sender in layout.members:
+        start = offset + sender * ROWS * row_bytes
+        ranks.mine[start : start + ROWS * row_bytes].fill_(0xFF)
+
+
+def check_rounds(rank: int, size: int, kind: str, pipes: dict, dtype: torch.dtype, count: int, per_rank: int | None) -> None:
+    at = InboxMap(size=size, rows=ROWS, hidden=HIDDEN, top_k=TOP_K, itemsize=dtype.itemsize)
+    ranks = Ranks(rank, size, kind, pipes, at=at, per_rank=per_rank)
+    where, rng, found = torch_device(ranks.device), random.Random(rank), []
+    for layout in rounds(size, count):
+        if rank not in layout.members:
+            alone = tuple(rng.randint(1, ROWS) if r == rank else 0 for r in range(size))
+            layout = RoundLayout(number=layout.number, members=(rank,), tokens=alone, padded=rng.choice([0, ROWS]))
+        ranks.tokens.begin(layout)
+        own = layout.padded or layout.tokens[rank]
+        for layer in range(LAYERS):
+            seed = layout.number * LAYERS + layer
+            rows = rows_of(seed, rank, layout.tokens[rank], dtype)
+            hidden, weights, ids = (
+                torch.cat([r, r.new_full((own - r.shape[0], r.shape[1]), -1)]).to(where) for r in rows
+            )
+            if rng.random() < 0.2:
+                time.sleep(rng.random() * 0.01)
+            gathered = ranks.tokens.dispatch(layer, hidden, weights, ids, layout.padded)
+            assert gathered[0].shape[0] == layout.num_rows
+            poison(ranks, layout, at.hiddens, HIDDEN * at.itemsize)
+            poison(ranks, layout, at.ids, 4 * TOP_K)
+            poison(ranks, layout, at.weights, 4 * TOP_K)
+            partial = experts(*gathered)
+            sums = ranks.tokens.combine(layer, partial, own, layout.padded)
+            poison(ranks, layout, at.sums, HIDDEN * at.itemsize)
+            found.append((sums[: layout.tokens[rank]], seed, layout))
+    for sums, seed, layout in found:
+        wanted = expected(seed, rank, layout, ranks.owners, dtype)
+        assert torch.equal(sums.cpu(), wanted), f"round {layout}: {(sums.cpu() - wanted).abs().max()}"
+    ranks.tokens.check()
+    ranks.tokens.close()
+
+
+def _rank(function, rank: int, size: int, kind: str, pipes: dict, keywords: dict, results) -> None:
+    try:
+        function(rank, size, kind, pipes, **keywords)
+        results.put((rank, None))
+    except BaseException:  # noqa: BLE001
+        results.put((rank, traceback.format_exc()))
+        raise
+
+
+def run(function, size: int, kind: str, timeout_s: float = 120, **keywords) -> dict[int, str | None]:
+    pipes = [{} for _ in range(size)]
+    for a in range(size):
+        for b in range(a):
+            pipes[a][b], pipes[b][a] = CONTEXT.Pipe()
+    results = CONTEXT.Queue()
+    ranks = [CONTEXT.Process(target=_rank, args=(function, r, size, kind, pipes[r], keywords, results)) for r in range(size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout_s)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    outcomes = dict.fromkeys(range(size), "no answer")
+    while not results.empty():
+        outcomes |= [results.get()]
+    return outcomes
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+@pytest.mark.parametrize(("size", "dtype", "per_rank"), [(2, torch.bfloat16, None), (3, torch.float32, 5), (4, torch.bfloat16, None)])
+def test_sums_are_exact(kind: str, size: int, dtype: torch.dtype, per_rank: int | None) -> None:
+    """Members, row counts and layouts change from round to round; ranks that stay away compute alone meanwhile."""
+    outcomes = run(check_rounds, size, kind, dtype=dtype, count=60, per_rank=per_rank)
+    assert outcomes == dict.fromkeys(range(size)), "\n".join(filter(None, outcomes.values()))
