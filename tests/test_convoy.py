@@ -130,14 +130,26 @@ def act(rules: types.ModuleType, world: World, action: tuple) -> World:
     return after
 
 
-def counted_from_last_round(world: World) -> World:
-    by = world.record.number
-    back = lambda rounds: tuple(r and r._replace(number=r.number - by) for r in rounds)  # noqa: E731
-    # tokens that nobody will read are all alike
-    read = tuple(t if d == "wait" or isinstance(d, tuple) else 0 for t, d in zip(world.tokens, world.does, strict=True))
-    tokens = tuple(t if s == 2 else 0 for t, s in zip(world.record.tokens, world.record.states, strict=True))
-    record = world.record._replace(number=0, due=back(world.record.due), tokens=tokens)
-    return world._replace(record=record, owes=back(world.owes), tokens=read)
+def without_history(world: World) -> World:
+    """Only the order of the rounds still owed counts, not their numbers, nor what nobody will read; nor which rank is which."""
+    size, dead = len(world.does), [does == "dead" for does in world.does]
+    due = tuple(None if d else r for d, r in zip(dead, world.record.due, strict=True))
+    order = sorted({r.number for r in due if r}, reverse=True)
+    back = lambda rounds: tuple(r and r._replace(number=-order.index(r.number)) for r in rounds)  # noqa: E731
+    waits = convoy.State.WAITING
+    tokens = tuple(t if s == waits else 0 for t, s in zip(world.record.tokens, world.record.states, strict=True))
+    record = world.record._replace(number=0, due=back(due), tokens=tokens)
+    said = tuple(t if d == "wait" else 0 for t, d in zip(world.tokens, world.does, strict=True))
+    loaded, comes = ([x and not dead[r] for r, x in enumerate(row)] for row in (world.loaded, world.comes))
+    world = world._replace(record=record, owes=back(world.owes), tokens=said, loaded=tuple(loaded), comes=tuple(comes))
+    keys = [(str(world.does[r]), record.states[r], loaded[r], comes[r], said[r], bool(due[r])) for r in range(size)]
+    to = sorted(range(size), key=keys.__getitem__)  # rank to[i] is called i
+    move = lambda row: tuple(row[r] for r in to)  # noqa: E731
+    turn = lambda r: r and r._replace(members=tuple(sorted(map(to.index, r.members))), tokens=move(r.tokens))  # noqa: E731
+    rounds = tuple(turn(r) for r in move(record.due))
+    record = record._replace(states=move(record.states), tokens=move(record.tokens), due=rounds)
+    owes = tuple(turn(r) for r in move(world.owes))
+    return World(record, *(move(row) for row in (world.does, world.loaded, world.comes)), owes, move(world.tokens), world.deaths)
 
 
 def explore(rules: types.ModuleType, size: int, deaths: int, tokens: tuple[int, ...] = (3,), limit: int = 10**6) -> int:
@@ -148,7 +160,7 @@ def explore(rules: types.ModuleType, size: int, deaths: int, tokens: tuple[int, 
         world = queue.popleft()
         for action in actions(world, tokens):
             try:
-                after = counted_from_last_round(act(rules, world, action))
+                after = without_history(act(rules, world, action))
             except Wrong as wrong:
                 raise Wrong(f"{wrong}: {action} in {world}") from None
             if after not in seen:
