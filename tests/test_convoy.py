@@ -1,0 +1,177 @@
+"""Invariant: ranks agree on every round, owe nothing when they launch, and wait only for who will come: over all interleavings.
+
+The world below is what really happened; it knows nothing of the record. Every rank does, in every order, whatever an engine may
+do: join, wait, lose patience, launch a large step and see it end, help, go away, die. After each operation the record's answer is
+held against the world. Runs have no length: round numbers count from the last round, so the states are finitely many.
+"""
+
+import inspect
+import random
+import types
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from vllm_dwdp import convoy
+
+
+class World(NamedTuple):
+    record: convoy.Record
+    does: tuple  # by rank: "run", "wait", "help", "dead", or ("again", what it came for) after a helper round
+    loaded: tuple  # a large step is on its device
+    comes: tuple  # a small step or an operation is behind it, and it was not waited for in vain since
+    owes: tuple  # the round that it was taken into and has not launched
+    tokens: tuple  # of the step that it came with
+    deaths: int  # that may still happen
+
+
+class Wrong(AssertionError):
+    pass
+
+
+def check(condition: object, what: str) -> None:
+    if not condition:
+        raise Wrong(what)
+
+
+def put(row: tuple, rank: int, value: object) -> tuple:
+    return (*row[:rank], value, *row[rank + 1 :])
+
+
+def first(rules: types.ModuleType, size: int, deaths: int) -> World:
+    no = (False,) * size
+    return World(rules.start(size), ("run",) * size, no, no, (None,) * size, (0,) * size, deaths)
+
+
+def actions(world: World, sizes: tuple[int, ...]) -> Iterator[tuple]:
+    """Everything that may happen next: (rank, what, tokens)."""
+    for rank, does in enumerate(world.does):
+        if does == "dead":
+            continue
+        if isinstance(does, tuple):
+            yield rank, *does[1]
+        elif does == "wait":
+            yield rank, "join", world.tokens[rank]
+            yield rank, "give_up", 0
+        else:
+            yield from ((rank, "join", tokens) for tokens in sizes)
+            yield from ((rank, what, 0) for what in ("large", "idle", "away"))
+        if world.loaded[rank]:
+            yield rank, "large_done", 0
+        if world.deaths:
+            yield rank, "die", 0
+
+
+def act(rules: types.ModuleType, world: World, action: tuple) -> World:
+    rank, what, tokens = action
+    if what == "die":
+        return world._replace(does=put(world.does, rank, "dead"), owes=put(world.owes, rank, None), deaths=world.deaths - 1)
+    again, alive = isinstance(world.does[rank], tuple), lambda r: world.does[r] != "dead"
+    before, give = world.record, {"join": (tokens, alive), "give_up": (), "large_done": ()}.get(what, (alive,))
+    record, answer = getattr(rules, what)(before, rank, *give)
+    # in the world as it was when the rank came
+    does = put(world.does, rank, {"join": "wait", "give_up": "wait", "idle": "help"}.get(what, "run"))
+    loaded = put(world.loaded, rank, False) if what == "large_done" else world.loaded
+    comes, owes = world.comes, world.owes
+    said = put(world.tokens, rank, tokens) if what == "join" else world.tokens
+    everyone = [r for r in range(len(does)) if does[r] != "dead"]
+    if record.number != before.number:
+        made = {d for d in (*record.due, answer) if isinstance(d, rules.Round) and d.number == record.number}
+        check(len(made) == 1, "two accounts of one round")
+        made = made.pop()
+        check(record.number == before.number + 1, "a round's number is left out")
+        check(len(made.members) > 1, "a convoy of one")
+        check(not any(world.owes[r] for r in made.members), "a rank is taken while it owes")
+        check(all(r in everyone and does[r] in ("wait", "help") for r in made.members), "a rank is taken that did not offer itself")
+        check(not any(loaded[r] for r in made.members), "a rank is taken while its device is in a large step")
+        check(
+            all(r in made.members or loaded[r] or not comes[r] for r in everyone if r != rank or what == "join"),
+            "a rank that comes soon is left out",
+        )
+        check(all(r in made.members or loaded[r] or world.owes[r] for r in everyone if does[r] == "help"), "an idle rank is left out")
+        own = tuple(said[r] if r in made.members and does[r] == "wait" else 0 for r in range(len(does)))
+        check(made.tokens == own and any(own), "wrong tokens")
+        owes = tuple(made if r in made.members else o for r, o in enumerate(owes))
+        comes = tuple(c or r in made.members for r, c in enumerate(comes))
+    if isinstance(answer, rules.Round):
+        check(owes[rank] == answer, "a round is launched by who is not in it, or twice")
+        check(not (again and answer.tokens[rank] == 0), "a second helper round before the rank's own step")
+        owes, comes = put(owes, rank, None), put(comes, rank, True)
+        own = answer.tokens[rank] > 0 or what == "idle"
+        does = put(does, rank, "run" if own else ("again", (what, tokens)))
+        check(what in ("join", "give_up") or not answer.tokens[rank], "a rank's step is launched, and it came for something else")
+    else:
+        check(owes[rank] is None, "a rank goes on while it owes a round")
+        check(answer is rules.GO or what in ("join", "idle"), "a large step waits")
+        if what == "large":
+            loaded = put(loaded, rank, True)
+        if what == "idle":
+            does = put(does, rank, "run" if loaded[rank] else "help")
+        elif what == "join" and answer is rules.WAIT:
+            check(any(comes[r] and not loaded[r] and does[r] in ("run", "wait") or isinstance(does[r], tuple) or owes[r]
+                      for r in everyone if r != rank), "waits for nobody who comes")
+            comes = put(comes, rank, True)
+        else:
+            does = put(does, rank, "run" if what != "large_done" else world.does[rank])
+            comes = put(comes, rank, what != "away")
+        if what == "give_up":
+            offers = [does[r] in ("wait", "help") and not owes[r] for r in range(len(does))]
+            comes = tuple(c and (r == rank or offers[r]) for r, c in enumerate(comes))
+    after = World(record, does, loaded, comes, owes, said, world.deaths)
+    check(all(record.due[r] == owes[r] for r in everyone), "the record forgot who owes what")
+    if record != before:
+        waits = [r for r in everyone if does[r] == "wait" and not owes[r]]
+        helps = [r for r in everyone if does[r] == "help" and not owes[r]]
+        rest = [r for r in everyone if r not in waits + helps]
+        ready = waits and len(waits + helps) > 1 and all(loaded[r] or not comes[r] for r in rest)
+        check(not ready, "a convoy could leave and does not")
+    return after
+
+
+def without_history(world: World) -> World:
+    """Only the order of the rounds still owed counts, not their numbers, nor what nobody will read; nor which rank is which."""
+    size, dead = len(world.does), [does == "dead" for does in world.does]
+    due = tuple(None if d else r for d, r in zip(dead, world.record.due, strict=True))
+    order = sorted({r.number for r in due if r}, reverse=True)
+    back = lambda rounds: tuple(r and r._replace(number=-order.index(r.number)) for r in rounds)  # noqa: E731
+    waits = convoy.State.WAITING
+    tokens = tuple(t if s == waits else 0 for t, s in zip(world.record.tokens, world.record.states, strict=True))
+    record = world.record._replace(number=0, due=back(due), tokens=tokens)
+    said = tuple(t if d == "wait" else 0 for t, d in zip(world.tokens, world.does, strict=True))
+    loaded, comes = ([x and not dead[r] for r, x in enumerate(row)] for row in (world.loaded, world.comes))
+    world = world._replace(record=record, owes=back(world.owes), tokens=said, loaded=tuple(loaded), comes=tuple(comes))
+    keys = [(str(world.does[r]), record.states[r], loaded[r], comes[r], said[r], bool(due[r])) for r in range(size)]
+    to = sorted(range(size), key=keys.__getitem__)  # rank to[i] is called i
+    move = lambda row: tuple(row[r] for r in to)  # noqa: E731
+    turn = lambda r: r and r._replace(members=tuple(sorted(map(to.index, r.members))), tokens=move(r.tokens))  # noqa: E731
+    rounds = tuple(turn(r) for r in move(record.due))
+    record = record._replace(states=move(record.states), tokens=move(record.tokens), due=rounds)
+    owes = tuple(turn(r) for r in move(world.owes))
+    return World(record, *(move(row) for row in (world.does, world.loaded, world.comes)), owes, move(world.tokens), world.deaths)
+
+
+def explore(rules: types.ModuleType, size: int, deaths: int, tokens: tuple[int, ...] = (3,), limit: int = 10**6) -> int:
+    """Every reachable world; how many there are."""
+    start = first(rules, size, deaths)
+    seen, queue = {start}, deque([start])
+    while queue and len(seen) < limit:
+        world = queue.popleft()
+        for action in actions(world, tokens):
+            try:
+                after = without_history(act(rules, world, action))
+            except Wrong as wrong:
+                raise Wrong(f"{wrong}: {action} in {world}") from None
+            if after not in seen:
+                seen.add(after)
+                queue.append(after)
+    return len(seen)
+
+
+@pytest.mark.parametrize(("size", "deaths", "tokens"), [(2, 1, (3, 5)), (3, 1, (3,))])
+def test_every_interleaving(size: int, deaths: int, tokens: tuple[int, ...]) -> None:
+    """Two ranks and three, runs of any length, a death at any point."""
+    states = explore(convoy, size, deaths, tokens)
+    print(f"{size} ranks: {states} states")
+    assert states > 100

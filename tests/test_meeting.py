@@ -1,0 +1,201 @@
+"""Invariant: ranks in processes of their own meet on one page; whoever is killed or stopped leaves the others going, in bounded time."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections import defaultdict
+
+import pytest
+
+from vllm_dwdp import meeting as page
+from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.meeting import Meeting, create
+
+FORK = multiprocessing.get_context("fork")
+
+
+def wander(fd: int, rank: int, size: int, seed: int, steps: int, out) -> None:
+    """Random steps of every kind. Says of each launch what it was, and the longest operation beyond its patience."""
+    meeting, rng, late = Meeting(fd, rank, size), random.Random(seed), 0.0
+    for _ in range(steps):
+        what, patience, tokens = rng.choice(["join"] * 4 + ["large", "help"]), rng.choice([0.001, 0.005, 0.02]), rng.randint(1, 99)
+        while True:
+            began = time.monotonic()
+            if what == "join":
+                made = meeting.join(tokens, patience)
+            elif what == "large":
+                made, patience = meeting.large(), 0
+            else:
+                made, patience = meeting.help(0.002), 0.002
+            late = max(late, time.monotonic() - began - patience)
+            if made:
+                out.send((rank, made, tokens if what == "join" else 0))
+            if what == "help" or made is None or made.tokens[rank]:
+                break
+        if what == "large":
+            meeting.large_done()
+    while made := meeting.away():
+        out.send((rank, made, 0))
+    out.send((rank, "done", late))
+    meeting.close()
+
+
+def run(size: int, steps: int, harm: signal.Signals | None, seed: int) -> tuple[dict, dict]:
+    """The rounds, as each rank saw them, and how late the survivors were; rank 0 comes to harm at a random moment."""
+    fd, rounds, late = create(size), defaultdict(dict), {}
+    pipes = [FORK.Pipe(duplex=False) for _ in range(size)]
+    ranks = [FORK.Process(target=wander, args=(fd, r, size, seed + r, steps, pipes[r][1])) for r in range(size)]
+    for rank, (_, end) in zip(ranks, pipes, strict=True):
+        rank.start()
+        end.close()
+    os.close(fd)
+    if harm:
+        time.sleep(0.05 + random.Random(seed).random() * 0.2)
+        os.kill(ranks[0].pid, harm)
+    survivors = list(range(1 if harm else 0, size))
+    waiting = {pipes[r][0] for r in range(size)}
+    end = time.monotonic() + 30
+    try:
+        while set(survivors) - set(late):
+            assert time.monotonic() < end, "a survivor does not go on"
+            for pipe in multiprocessing.connection.wait(list(waiting), 1):
+                try:
+                    rank, made, said = pipe.recv()
+                except EOFError:
+                    waiting.discard(pipe)
+                    continue
+                if made == "done":
+                    late[rank] = said
+                else:
+                    rounds[made.number][rank] = (made, said)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    return rounds, late
+
+
+@pytest.mark.parametrize(
+    ("size", "harm", "seed"),
+    [(2, None, 1), (4, None, 2), *((3, signal.SIGKILL, s) for s in range(10, 14)), *((3, signal.SIGSTOP, s) for s in range(20, 24))],
+)
+def test_random_steps(size: int, harm: signal.Signals | None, seed: int) -> None:
+    """All members know one round; each launches it once, with its own tokens; no operation lasts beyond its bound."""
+    rounds, late = run(size, 400, harm, seed)
+    assert len(rounds) > 20
+    hurt = {0} if harm else set()
+    for number, seen in rounds.items():
+        (made,) = {made for made, _ in seen.values()}
+        assert made.number == number
+        assert set(made.members) - hurt <= set(seen) <= set(made.members)
+        assert all(made.tokens[rank] in (0, said) for rank, (_, said) in seen.items())
+    assert max(late.values()) < page.LOCK_TIMEOUT_S + 0.5
+
+
+@pytest.fixture
+def pair():
+    fd = create(2)
+    both = [Meeting(fd, rank, 2) for rank in range(2)]
+    os.close(fd)
+    yield both
+    for meeting in both:
+        meeting.close()
+
+
+def test_patience_is_a_bound(pair) -> None:
+    """A peer that does not come costs its patience once; then nobody waits for it."""
+    a, b = pair
+    assert b.join(1, 0) is None, "b is busy now"
+    began = time.monotonic()
+    assert a.join(1, 0.1) is None
+    assert 0.1 <= time.monotonic() - began < 0.2
+    assert a.stats.timeouts == [0, 1]
+    began = time.monotonic()
+    assert a.join(1, 5) is None
+    assert time.monotonic() - began < 0.05
+
+
+def test_idle_rank_helps_before_its_own_step(pair) -> None:
+    a, b = pair
+    assert b.idle() is None
+    made = a.join(7, 0)
+    assert made.members == (0, 1) and made.tokens == (7, 0)
+    assert b.join(5, 0) == made
+    assert b.stats.helper_rounds == 1
+
+
+@pytest.mark.parametrize("step", ["large", "away"])
+def test_no_wait_for_who_does_not_come(pair, step: str) -> None:
+    a, b = pair
+    assert getattr(b, step)() is None
+    began = time.monotonic()
+    assert a.join(1, 5) is None
+    assert time.monotonic() - began < 0.05
+
+
+def test_stopped_with_the_lock(pair, monkeypatch) -> None:
+    """The page is sealed: what was said stands, the rounds owed are launched once, what comes later is void on both sides."""
+    a, b = pair
+    monkeypatch.setattr(page, "LOCK_TIMEOUT_S", 0.1)
+    assert a.idle() is None
+    made = b.join(3, 0)
+    assert b._acquire(), "b stops here"
+    began = time.monotonic()
+    assert a.join(4, 1) == made
+    assert 0.1 <= time.monotonic() - began < 0.3
+    assert a.join(4, 5) is None
+    b._lock(0)  # b goes on
+    assert b.join(9, 5) is None
+    with pytest.raises(PermissionError):
+        os.pwrite(b._fd, b"x", 0)
+
+
+def test_a_child_does_not_hold_the_place() -> None:
+    """A rank that dies is dead although a process that it forked lives on."""
+    fd, (mine, theirs) = create(2), FORK.Pipe()
+
+    def rank_1() -> None:
+        place = Meeting(fd, 1, 2)
+        place.join(1, 0)
+        if (child := os.fork()) == 0:
+            time.sleep(60)
+        theirs.send(child)
+        time.sleep(60)
+
+    process = FORK.Process(target=rank_1)
+    process.start()
+    child = mine.recv()
+    try:
+        meeting = Meeting(fd, 0, 2)
+        time.sleep(0.05)
+        assert meeting._alive(1)
+        process.kill()
+        process.join()
+        os.kill(child, 0)
+        began = time.monotonic()
+        assert meeting.join(1, 5) is None
+        assert time.monotonic() - began < 0.05
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_places(pair) -> None:
+    """One place a rank; one size on all."""
+    fd = pair[0]._fd
+    with pytest.raises(DWDPError, match="rank 1 is in the convoy already"):
+        Meeting(fd, 1, 2)
+    with pytest.raises(DWDPError, match="for 2 ranks, data_parallel_size=3"):
+        Meeting(fd, 1, 3)
+
+
+def test_cost(pair) -> None:
+    """An operation alone on the page costs tens of microseconds."""
+    a, _ = pair
+    began = time.perf_counter()
+    for _ in range(2000):
+        a.join(1, 0)
+    each_us = (time.perf_counter() - began) / 2000 * 1e6
+    print(f"{each_us:.0f} us an operation")
+    assert each_us < 500

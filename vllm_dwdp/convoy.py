@@ -1,0 +1,146 @@
+"""Convoy: who takes part in a dispatched step. The rules alone, each a function from one record to the next.
+
+Ranks change one shared record, one at a time (`meeting` keeps it). Every function takes the record, the rank that comes, and
+`alive(rank)`; it returns the next record and an answer: a Round that the rank launches now, GO (do alone what it came for), or WAIT.
+
+Whatever a rank comes for, a round that it owes comes first; after that round it comes again. A convoy leaves with everyone who
+waits or is idle, as soon as someone waits and nobody is busy. Large steps and dead ranks are never waited for.
+"""
+
+import enum
+from collections.abc import Callable
+from typing import NamedTuple
+
+Alive = Callable[[int], bool]
+
+
+class State(enum.IntEnum):
+    """What a rank's peers may expect of it."""
+
+    AWAY = 0  # has not come yet, cannot come, or was waited for in vain: not waited for until it comes
+    BUSY = 1  # its host has launched a step and comes again soon
+    WAITING = 2  # waits in the convoy with a step of its own
+    LARGE = 3  # its device works on a large step
+    IDLE = 4  # has no request: helps
+
+
+class Answer(enum.Enum):
+    GO = "go"
+    WAIT = "wait"
+
+
+GO, WAIT = Answer.GO, Answer.WAIT
+
+
+class Round(NamedTuple):
+    """A dispatched step: its number, counted from 1; the ranks that launch it; each rank's tokens, 0 unless it has a step of its own."""
+
+    number: int
+    members: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+class Record(NamedTuple):
+    """What the ranks share: the last round's number and, by rank, state, tokens of its waiting step, and the round that it owes."""
+
+    number: int
+    states: tuple[State, ...]
+    tokens: tuple[int, ...]
+    due: tuple[Round | None, ...]
+
+
+Outcome = tuple[Record, Round | Answer]
+
+
+def start(size: int) -> Record:
+    return Record(0, (State.AWAY,) * size, (0,) * size, (None,) * size)
+
+
+def join(record: Record, rank: int, tokens: int, alive: Alive) -> Outcome:
+    """A step that is worth a convoy. WAIT: join again whenever the record changes, or give up."""
+    if record.due[rank]:
+        return _launch(record, rank)
+    if record.states[rank] is State.LARGE:  # its kernels would meet the peers only after the large step
+        return record, GO
+    record = record._replace(tokens=_put(record.tokens, rank, tokens))
+    record = _depart(_enter(record, rank, State.WAITING), alive)
+    if record.due[rank]:
+        return _launch(record, rank)
+    if _waited_for(record, alive):
+        return record, WAIT
+    return _enter(record, rank, State.BUSY), GO
+
+
+def give_up(record: Record, rank: int) -> Outcome:
+    """Patience is over: whoever let this rank wait is not waited for until it comes again."""
+    if record.due[rank]:
+        return _launch(record, rank)
+    states = tuple(State.AWAY if state is State.BUSY else state for state in record.states)
+    return _enter(record._replace(states=states), rank, State.BUSY), GO
+
+
+def large(record: Record, rank: int, alive: Alive) -> Outcome:
+    """A large step, launched at once."""
+    if record.due[rank]:
+        return _launch(record, rank)
+    return _depart(_enter(record, rank, State.LARGE), alive), GO
+
+
+def large_done(record: Record, rank: int) -> Outcome:
+    """The device has finished every large step."""
+    return (_enter(record, rank, State.BUSY) if record.states[rank] is State.LARGE else record), GO
+
+
+def idle(record: Record, rank: int, alive: Alive) -> Outcome:
+    """No request: lend the device. While a large step is on it, this changes nothing."""
+    if record.due[rank]:
+        return _launch(record, rank)
+    if record.states[rank] is State.LARGE:
+        return record, WAIT
+    record = _depart(_enter(record, rank, State.IDLE), alive)
+    return _launch(record, rank) if record.due[rank] else (record, WAIT)
+
+
+def away(record: Record, rank: int, alive: Alive) -> Outcome:
+    """The rank will not come for a while and cannot help: it sleeps, is paused or ends. After a large step it stays large."""
+    if record.due[rank]:
+        return _launch(record, rank)
+    if record.states[rank] is State.LARGE:
+        return record, GO
+    return _depart(_enter(record, rank, State.AWAY), alive), GO
+
+
+def _depart(record: Record, alive: Alive) -> Record:
+    """Let the convoy leave if it can: its members owe the round and are busy until they have come for it."""
+    states = record.states
+    if State.WAITING not in states or _waited_for(record, alive):
+        return record
+    members = tuple(r for r, s in enumerate(states) if s in (State.WAITING, State.IDLE) and alive(r))
+    tokens = tuple(t if r in members and states[r] is State.WAITING else 0 for r, t in enumerate(record.tokens))
+    if len(members) < 2 or not any(tokens):
+        return record
+    made = Round(record.number + 1, members, tokens)
+    return record._replace(
+        number=made.number,
+        states=tuple(State.BUSY if r in members else s for r, s in enumerate(states)),
+        due=tuple(made if r in members else d for r, d in enumerate(record.due)),
+    )
+
+
+def _waited_for(record: Record, alive: Alive) -> bool:
+    return any(state is State.BUSY and alive(rank) for rank, state in enumerate(record.states))
+
+
+def _launch(record: Record, rank: int) -> tuple[Record, Round]:
+    """Hand over the round that a rank owes. The rank launches it before it comes again."""
+    made = record.due[rank]
+    assert made is not None
+    return _enter(record._replace(due=_put(record.due, rank, None)), rank, State.BUSY), made
+
+
+def _enter(record: Record, rank: int, state: State) -> Record:
+    return record._replace(states=_put(record.states, rank, state))
+
+
+def _put(row: tuple, rank: int, value: object) -> tuple:
+    return (*row[:rank], value, *row[rank + 1 :])

@@ -1,0 +1,243 @@
+"""Meeting: the page of shared memory on which the ranks of one host keep the convoy's record.
+
+A lock of the page's first byte, taken for tens of microseconds, makes changes one at a time; the kernel frees it when its holder
+dies. A record is written beside the old one, then the page's first word is moved on to it. A rank holds the lock of a byte of its
+own for life: that is how peers see that it lives. A holder that is stopped with the lock is not waited for beyond LOCK_TIMEOUT_S:
+the page is sealed, which the kernel does before or after the holder's last word, never during it; what it then says stands, every
+round that is owed is launched, and all ranks go alone from then on.
+"""
+
+import contextlib
+import fcntl
+import logging
+import mmap
+import os
+import struct
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from vllm_dwdp import convoy
+from vllm_dwdp.convoy import Answer, Record, Round, State
+from vllm_dwdp.errors import DWDPError
+
+logger = logging.getLogger("vllm.dwdp.meeting")
+
+LOCK_TIMEOUT_S = 1.0
+_LOOK_S, _REST_S, _CHECK_S = 20e-6, 2e-3, 2e-3  # between looks: at least, at most; between checks that peers live
+_SEAL = 0x0010  # F_SEAL_FUTURE_WRITE: every later write to the file fails
+_WORD, _HOLDER, _SIZE, _RECORDS = 0, 8, 16, 64  # offsets: changes so far, the lock's last holder, ranks, two records
+
+
+@dataclass
+class Stats:
+    """What one rank has done so far."""
+
+    size: int
+    rounds: int = 0
+    helper_rounds: int = 0
+    participants: int = 0  # over all rounds
+    alone: int = 0
+    waited_s: float = 0.0
+    timeouts: list[int] = field(default_factory=list)  # by rank: how often it was waited for in vain
+
+    def __post_init__(self) -> None:
+        self.timeouts = [0] * self.size
+
+
+class Meeting:
+    """One rank's place in the convoy; for one thread. A rank launches the Round that it is given before it calls again."""
+
+    def __init__(self, fd: int, rank: int, size: int):
+        """`fd` is a page made by `create(size)`, here or in a peer; it stays the caller's. DWDPError if another has the place."""
+        self.rank, self.size, self.stats = rank, size, Stats(size)
+        self._format = struct.Struct("<" + "q" * (1 + size * (4 + size)))
+        self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)  # a description of its own: locks belong to it
+        self._close = weakref.finalize(self, os.close, self._fd)
+        self._map = mmap.mmap(self._fd, os.fstat(self._fd).st_size)
+        self._words = memoryview(self._map).cast("q")
+        self._final: Record | None = None  # once the page is sealed
+        self._seen, self._last = -1, time.monotonic()
+        if (found := self._words[_SIZE // 8]) != size:
+            raise DWDPError(f"the convoy's page is for {found} ranks, data_parallel_size={size}: use one size on all ranks")
+        if not self._lock(1 + rank):
+            raise DWDPError(f"rank {rank} is in the convoy already: give each rank of the host a number of its own")
+        forget = weakref.WeakMethod(self.close)
+        os.register_at_fork(after_in_child=lambda: (close := forget()) and close())  # a child would keep the place
+        self._change(lambda record: (_newcomer(record, rank), convoy.GO))
+
+    def join(self, num_tokens: int, patience_s: float) -> Round | None:
+        """Before a small step: the round that takes it, after at most `patience_s`; None: go alone.
+
+        With no tokens of its own in the round, the rank owed it as a helper: launch it, then join again.
+        """
+        began = time.monotonic()
+        looked, answer = began, self._change(lambda record: convoy.join(record, self.rank, num_tokens, self._alive))
+        while answer is convoy.WAIT:
+            now = time.monotonic()
+            if now - began >= patience_s:
+                answer = self._change(lambda record: self._give_up(record, blame=patience_s > 0))
+            elif self._words[0] != self._seen or now - looked > _CHECK_S:
+                looked = now
+                answer = self._change(lambda record: convoy.join(record, self.rank, num_tokens, self._alive))
+            else:
+                time.sleep(min(_LOOK_S, began + patience_s - now))
+        self.stats.waited_s += time.monotonic() - began
+        self.stats.alone += answer is convoy.GO
+        return self._count(answer)
+
+    def due(self) -> Round | None:
+        """The round that this rank owes. Costs no lock while there is none."""
+        if not self._owes():
+            return None
+        return self._count(self._change(lambda r: convoy._launch(r, self.rank) if r.due[self.rank] else (r, convoy.GO)))
+
+    def large(self) -> Round | None:
+        """Before a large step: None, launch it; a Round is owed: launch that and call again."""
+        return self._count(self._change(lambda record: convoy.large(record, self.rank, self._alive)))
+
+    def large_done(self) -> None:
+        """The device has finished all large steps: this rank takes part again."""
+        self._change(lambda record: convoy.large_done(record, self.rank))
+
+    def idle(self) -> Round | None:
+        """No request: ready to help. Only for a rank that goes on to call `help`."""
+        return self._count(self._change(lambda record: convoy.idle(record, self.rank, self._alive)))
+
+    def away(self) -> Round | None:
+        """Will not come for a while, nor help. A Round is owed: launch that and call again."""
+        return self._count(self._change(lambda record: convoy.away(record, self.rank, self._alive)))
+
+    def help(self, timeout_s: float, wake: Callable[[], bool] = lambda: False) -> Round | None:
+        """Idle: the next round that asks for this rank; None after `timeout_s` or once `wake()` is true.
+
+        Looks every 20 us (and the system's timer slack) after a round, then at a hundredth of the quiet time, at most 2 ms.
+        """
+        end = time.monotonic() + timeout_s
+        if self._state() != State.IDLE and (made := self.idle()):
+            return made
+        while not self._owes():
+            now = time.monotonic()
+            if now >= end or wake():
+                return None
+            time.sleep(min(max(_LOOK_S, (now - self._last) / 100), _REST_S, end - now))
+        return self.idle()
+
+    def close(self) -> None:
+        """Leave for good: peers see it as they see a death. May be repeated."""
+        self._close()
+
+    def _give_up(self, record: Record, blame: bool) -> convoy.Outcome:
+        after, answer = convoy.give_up(record, self.rank)
+        if answer is convoy.GO and blame:
+            for rank, (was, now) in enumerate(zip(record.states, after.states, strict=True)):
+                self.stats.timeouts[rank] += was is State.BUSY and now is State.AWAY
+        return after, answer
+
+    def _count(self, answer: Round | Answer) -> Round | None:
+        if isinstance(answer, Answer):
+            return None
+        self._last = time.monotonic()
+        self.stats.rounds += 1
+        self.stats.helper_rounds += answer.tokens[self.rank] == 0
+        self.stats.participants += len(answer.members)
+        return answer
+
+    def _change(self, rule: Callable[[Record], convoy.Outcome]) -> Round | Answer:
+        """One change of the record, made by `rule` under the lock."""
+        if self._final is None and self._acquire():
+            try:
+                word = self._words[0]
+                record = self._read(word)
+                after, answer = rule(record)
+                if after != record:
+                    os.pwrite(self._fd, self._pack(after), self._offset(word + 1))
+                    os.pwrite(self._fd, struct.pack("<q", word + 1), _WORD)
+                self._seen = self._words[0]
+                return answer
+            except PermissionError:
+                pass  # sealed while this rank had stopped: nothing of this change was said
+            finally:
+                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, 0))
+        if self._final is None:
+            self._final = self._read(self._words[0])
+            holder = self._words[_HOLDER // 8]
+            logger.warning("rank %d stopped while it changed the convoy: all ranks go alone from now on", holder)
+        made = self._final.due[self.rank]
+        self._final = self._final._replace(due=(None,) * self.size)
+        return made or convoy.GO
+
+    def _acquire(self) -> bool:
+        """Take the record's lock; False: the page is sealed, by this rank if it must."""
+        end = time.monotonic() + LOCK_TIMEOUT_S
+        while not self._lock(0):
+            if fcntl.fcntl(self._fd, fcntl.F_GET_SEALS) & _SEAL:
+                return False
+            if time.monotonic() > end:
+                with contextlib.suppress(PermissionError):
+                    fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEAL)
+                return False
+            time.sleep(_LOOK_S)
+        self._words[_HOLDER // 8] = self.rank
+        return True
+
+    def _lock(self, byte: int) -> bool:
+        try:
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, byte))
+        except BlockingIOError:
+            return False
+        return True
+
+    def _alive(self, rank: int) -> bool:
+        if rank == self.rank:
+            return True
+        found = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, 1 + rank))
+        return struct.unpack_from("h", found)[0] != fcntl.F_UNLCK
+
+    def _owes(self) -> bool:
+        """Seen without the lock: a record that is being replaced may mislead one look, not the next."""
+        record = self._final
+        if record is not None:
+            return record.due[self.rank] is not None
+        return self._words[self._offset(self._words[0]) // 8 + 1 + 2 * self.size + self.rank] != 0
+
+    def _state(self) -> int:
+        return self._words[self._offset(self._words[0]) // 8 + 1 + self.rank]
+
+    def _offset(self, word: int) -> int:
+        return _RECORDS + word % 2 * self._format.size
+
+    def _pack(self, record: Record) -> bytes:
+        """Number; then by rank state, tokens, number of the round due, its members as bits; then by rank that round's tokens."""
+        due = [made or Round(0, (), (0,) * self.size) for made in record.due]
+        members = [sum(1 << rank for rank in made.members) for made in due]
+        tokens = [count for made in due for count in made.tokens]
+        return self._format.pack(record.number, *record.states, *record.tokens, *(d.number for d in due), *members, *tokens)
+
+    def _read(self, word: int) -> Record:
+        number, *row = self._format.unpack_from(self._map, self._offset(word))
+        states, tokens, numbers, members, *counts = (tuple(row[at : at + self.size]) for at in range(0, len(row), self.size))
+        due = tuple(
+            Round(numbers[r], tuple(m for m in range(self.size) if members[r] >> m & 1), counts[r]) if numbers[r] else None
+            for r in range(self.size)
+        )
+        return Record(number, tuple(map(State, states)), tokens, due)
+
+
+def create(size: int) -> int:
+    """The file descriptor of a page for `size` ranks, for the caller to hand round and to close."""
+    fd = os.memfd_create("dwdp-convoy", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, _RECORDS + 2 * 8 * (1 + size * (4 + size)))  # zeros are a record: nobody has come
+    os.pwrite(fd, struct.pack("<q", size), _SIZE)
+    return fd
+
+
+def _newcomer(record: Record, rank: int) -> Record:
+    return record._replace(
+        states=convoy._put(record.states, rank, State.AWAY), due=convoy._put(record.due, rank, None)
+    )
+
+
+def _flock(kind: int, byte: int) -> bytes:
+    return struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0)
