@@ -139,7 +139,8 @@ def _combine(partial, out, control, peers, counter, failed, error, layer, num_ro
         total = tl.zeros([BLOCK_H], tl.float32)
         for rank in tl.static_range(N):
             if rank == ME:
-                total += tl.load(partial + (begin + row) * stride_partial + h, mask=h < H).to(tl.float32)
+                total += tl.load(partial + (begin + row) * stride_partial + h, mask=(h < H) & (row < mine), other=0.0).to(
+                    tl.float32)
             else:
                 came = (((mask >> rank) & 1) != 0) & (row < mine)
                 total += tl.load(here + (rank * ROWS + row) * H + h, mask=(h < H) & came, other=0.0,

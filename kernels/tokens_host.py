@@ -99,10 +99,8 @@ class HostTokens(TokenExchange):
         mine = min(layout.tokens[me], num_rows)
         total = torch.zeros(num_rows, width, dtype=torch.float32)
         for rank in layout.members:
-            if rank == me:
-                total += partial[start[me] : start[me] + num_rows]
-            else:
-                total[:mine] += self._area(me, at.sums, rank, (mine, width), partial.dtype)
+            came = self._area(me, at.sums, rank, (mine, width), partial.dtype) if rank != me else None
+            total[:mine] += partial[start[me] : start[me] + mine] if came is None else came
         return total.to(partial.dtype)
 
     def check(self) -> None:
