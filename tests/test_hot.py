@@ -13,7 +13,7 @@ from vllm_dwdp import hot
 from vllm_dwdp.hot import HotCache
 from vllm_dwdp.layout import bundle_size
 from vllm_dwdp.placement import spread_residents
-from vllm_dwdp.prefetch import DIRECT, STREAMED
+from vllm_dwdp.schedule import DIRECT, STREAMED
 
 HOT_EXPERTS = [1, 4, 8, 10]
 
@@ -57,7 +57,15 @@ def check_swaps(rank: int, size: int, port: int, kind: str, cached: float, **sha
     served = sum(layer.copied_bytes for layer in layers)
     assert 0 <= remote_pages * page - local - served <= tail, "slots are filled from here, too"
     if kind == "host":  # whose plans are the copies themselves
-        assert shards.prefetcher._plans == [layer.copies for layer in layers], "no copy spans a peer's pages and ours"
+        copied, copy = [], shards.stream.copy
+        shards.stream.copy = lambda plan: (copied.append(plan), copy(plan))
+        shards.prefetcher.begin_step(1, exact=True)
+        copied.clear()
+        for layer in layers:
+            shards.prefetcher.release(layer, shards.prefetcher.acquire(layer, 1))
+        order = [shards.prefetcher.schedule.following(layer.ordinal) for layer in layers]
+        moved = [layers[i].copies for i in order if not shards.prefetcher.schedule.is_alone(i)]
+        assert copied == moved, "no copy spans a peer's pages and ours"
     shards.group.barrier("swapped")
     cache.close()
     shards.close()

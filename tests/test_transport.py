@@ -17,9 +17,10 @@ from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.experts import ExpertLayer
 from vllm_dwdp.layout import Layout
 from vllm_dwdp.placement import Placement
-from vllm_dwdp.prefetch import DIRECT, STREAMED, Prefetcher
+from vllm_dwdp.prefetch import Prefetcher
 from vllm_dwdp.rendezvous import Group
 from vllm_dwdp.exchange import exchange, replicate
+from vllm_dwdp.schedule import DIRECT, STREAMED, Schedule
 from vllm_dwdp.weights import FullTensor, LayerWeights, Slots, TensorSpec
 
 SMALL = {1: torch.float32, 33: torch.bfloat16, 12: torch.float8_e4m3fn, 600_000: torch.float32}  # values a row: dtype
@@ -76,14 +77,15 @@ class Shards:
         for layer in self.layers:
             for tensor in layer.tensors:
                 tensor.fill(self.device)
-        self.slots = Slots(self.device, self.layers, num_slots, rank)
+        schedule = Schedule(num_layers=num_layers, max_slots=num_slots)
+        self.slots = Slots(self.device, self.layers, schedule, rank)
         for layer in self.layers:
             for tensor in layer.tensors:
                 tensor.compose(self.device, self.slots.of(layer, tensor.spec.name))
             layer.plan(slice_bytes)
         self.group.barrier("complete")
         self.stream = self.device.stream(timing=True)
-        self.prefetcher = Prefetcher(self.layers, self.stream, num_slots=num_slots, direct_max_tokens=0)
+        self.prefetcher = Prefetcher(self.layers, self.stream, schedule=schedule, direct_max_tokens=0)
         self.prefetcher.start()
 
     def same(self, layer: LayerWeights, view: str) -> bool:
@@ -107,7 +109,7 @@ def check_views(rank: int, size: int, port: int, kind: str, **shape) -> None:
             view = shards.prefetcher.acquire(layer, 1)
             assert shards.same(layer, STREAMED), f"layer {layer.ordinal}"
             shards.prefetcher.release(layer, view)
-    assert shards.prefetcher.refills == 0
+    assert shards.prefetcher.counters.refills == 0
     shards.prefetcher.drain()
     if shards.layers[0].copied_bytes:
         assert shards.prefetcher.copy_ms > 0
@@ -232,7 +234,8 @@ def check_graphs(rank: int, size: int, port: int, kind: str, pieces: int, **shap
             prefetcher.end_step(1)
             if step % 3 == 0:
                 check(f"step {step}")
-    assert prefetcher.refills == 0 and prefetcher.forwards == {DIRECT: 0, STREAMED: 41} and prefetcher.replays == 32
+    counted = prefetcher.counters
+    assert counted.refills == 0 and counted.forwards == {DIRECT: 0, STREAMED: 41} and counted.replays == 32
     torch.cuda.synchronize()
     shards.close()
 

@@ -23,6 +23,7 @@ from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.prefetch import Prefetcher
 from vllm_dwdp.rendezvous import Group, Manifest
 from vllm_dwdp.rendezvous import agree as agree_on
+from vllm_dwdp.schedule import Schedule
 from vllm_dwdp.weights import FullTensor, LayerWeights, Slots
 
 logger = logging.getLogger("vllm.dwdp")
@@ -95,7 +96,7 @@ class StreamedModel:
         self.prefetcher.start()
         logger.info(
             "DWDP rank %d of %d: %d MoE layers, %d slots, direct view up to %d tokens", self.rank, self.size,
-            len(self.weights), len(self.prefetcher.slots), self.prefetcher.direct_max_tokens,
+            len(self.weights), self.prefetcher.schedule.num_slots, self.prefetcher.direct_max_tokens,
         )
 
     def memory_bytes(self) -> dict[str, int]:
@@ -103,7 +104,7 @@ class StreamedModel:
         return memory_bytes(self.weights, self.replicas, self.rank, self.slots.nbytes, self.hot.nbytes if self.hot else 0)
 
     def stats(self) -> dict[str, Any]:
-        prefetcher = self.prefetcher
+        prefetcher, counters = self.prefetcher, self.prefetcher.counters
         prefetcher.drain()
         if self.hot is not None:
             self.hot.bill()
@@ -116,13 +117,13 @@ class StreamedModel:
                         "streamed": layout.placement.num_experts - len(held)},
             "memory_bytes": self.memory_bytes(),
             "allocated_bytes": self._device.allocated_bytes,
-            "num_slots": len(prefetcher.slots),
-            "slot_tags": [slot.tag for slot in prefetcher.slots],
+            "num_slots": prefetcher.schedule.num_slots,
+            "slot_tags": prefetcher.held,
             "direct_max_tokens": prefetcher.direct_max_tokens,
-            "prefetch_bytes": prefetcher.prefetched_bytes,
-            "forwards": dict(prefetcher.forwards),
-            "replays": prefetcher.replays,
-            "refills": prefetcher.refills,
+            "prefetch_bytes": counters.prefetched_bytes,
+            "forwards": dict(counters.forwards),
+            "replays": counters.replays,
+            "refills": counters.refills,
             "exposed_wait_ms": prefetcher.exposed_wait_ms,
             "copy_ms": prefetcher.copy_ms,
             "direct_bytes": self.hot and self.hot.direct_bytes,
@@ -186,7 +187,8 @@ def import_peers(placed: Placed, means: Means) -> Imported:
 
 
 def compose(imported: Imported, means: Means) -> Composed:
-    slots = Slots(means.device, imported.weights, means.options.slots, means.group.rank)
+    schedule = Schedule(num_layers=len(imported.weights), max_slots=means.options.slots)
+    slots = Slots(means.device, imported.weights, schedule, means.group.rank)
     means.undo.callback(slots.close)
     for layer in imported.weights:
         for tensor in layer.tensors:
@@ -200,7 +202,7 @@ def start(composed: Composed, means: Means) -> StreamedModel:
     is_remote = any(layer.copies for layer in layers)
     stream = means.device.stream(timing=options.timing)
     prefetcher = Prefetcher(
-        layers, stream, num_slots=options.slots,
+        layers, stream, schedule=composed.slots.schedule,
         direct_max_tokens=(options.direct_max_tokens or 0) if is_remote else EVERYTHING,
     )
     hot = None

@@ -18,7 +18,7 @@ import torch
 
 from vllm_dwdp.kernels.device import Block, Device, Region
 from vllm_dwdp.layout import Layout, interleave
-from vllm_dwdp.prefetch import DIRECT, STREAMED
+from vllm_dwdp.schedule import DIRECT, STREAMED, Schedule, View
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class FullTensor:
         self._direct: Region
         self._missing: list[tuple[int, range]] = []  # (owner, pages): the direct view's segments of peers
         self._localized: set[int] = set()  # first pages of the segments that the hot cache has taken over
-        self.views: dict[str, torch.Tensor] = {}
+        self.views: dict[View, torch.Tensor] = {}
 
     @property
     def held(self) -> list[tuple[range, Block]]:
@@ -184,7 +184,7 @@ class LayerWeights:
         self.parameters: list[torch.nn.Parameter] = []
         self.copies: list[tuple[int, int, int]] = []
         self.copied_bytes = 0  # those that peers serve
-        self._view: str | None = None
+        self._view: View | None = None
 
     def plan(self, slice_bytes: int) -> None:
         """Bring `copies` and `copied_bytes` up to date with where the direct view's bytes lie."""
@@ -192,7 +192,7 @@ class LayerWeights:
         self.copies = [copy for copies, _ in plans for copy in copies]
         self.copied_bytes = sum(served for _, served in plans)
 
-    def bind(self, view: str) -> None:
+    def bind(self, view: View) -> None:
         """Point the layer's parameters at `view`. A host-side assignment, and only when the view changes."""
         if view != self._view:
             for parameter, tensor in zip(self.parameters, self.tensors, strict=True):
@@ -203,13 +203,13 @@ class LayerWeights:
 class Slots:
     """The K buffers: for every tensor name a block below and one above the held pages, as large as any layer needs."""
 
-    def __init__(self, device: Device, layers: Sequence[LayerWeights], num_slots: int, rank: int):
+    def __init__(self, device: Device, layers: Sequence[LayerWeights], schedule: Schedule, rank: int):
         self._blocks: dict[tuple[int, str, int], Block] = {}
         need: dict[tuple[int, str, int], int] = {}
         for layer in layers:
             for tensor in layer.tensors:
                 for side, pages in enumerate(tensor.spec.layout.missing(rank)):
-                    key = (layer.ordinal % num_slots, tensor.spec.name, side)
+                    key = (schedule.slot(layer.ordinal), tensor.spec.name, side)
                     need[key] = max(need.get(key, 0), len(pages) * device.page_bytes)
         try:
             for key, nbytes in need.items():
@@ -218,11 +218,11 @@ class Slots:
         except BaseException:
             self.close()
             raise
-        self.num_slots = num_slots
+        self.schedule = schedule
         self.nbytes = sum(block.nbytes for block in self._blocks.values())
 
     def of(self, layer: LayerWeights, name: str) -> tuple[Block | None, Block | None]:
-        slot = layer.ordinal % self.num_slots
+        slot = self.schedule.slot(layer.ordinal)
         return self._blocks.get((slot, name, 0)), self._blocks.get((slot, name, 1))
 
     def close(self) -> None:

@@ -12,7 +12,9 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm_dwdp.assembly import StreamedModel
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.hot import HotCache
-from vllm_dwdp.prefetch import DIRECT, STREAMED, Prefetcher
+from vllm_dwdp.prefetch import Prefetcher
+from vllm_dwdp.ranges import named
+from vllm_dwdp.schedule import DIRECT, STREAMED
 from vllm_dwdp.weights import LayerWeights
 
 
@@ -64,7 +66,8 @@ def _ahead_of_use(
         view = prefetcher.acquire(weights, x.shape[0])
         if hot is not None and view == DIRECT:
             hot.count(weights, kwargs["topk_ids"])
-        output = forward(x, *args, **kwargs)
+        with named(view, weights.name):
+            output = forward(x, *args, **kwargs)
         prefetcher.release(weights, view)
         return output
 

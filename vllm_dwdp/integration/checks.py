@@ -53,6 +53,8 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
          "--data-parallel-backend ray: only the default backend (mp) starts independent ranks here; drop it"),
         (model.enable_sleep_mode or model.enable_cumem_allocator,
          "--enable-sleep-mode / cumem allocator: it would move weights that peers have mapped; drop it"),
+        (vllm_config.cache_config.kv_sharing_fast_prefill,
+         "--kv-sharing-fast-prefill: its last layers run fewer tokens, and a forward has one view; drop it"),
         (vllm_config.lora_config is not None,
          "--enable-lora: adapters wrap the expert layers that are streamed; drop it"),
         (vllm_config.weight_transfer_config is not None,

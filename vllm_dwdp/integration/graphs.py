@@ -7,8 +7,6 @@ other pages under a copy's source, which a captured copy could not follow, and w
 telling, as a graph must wait for its copies before it ends.
 """
 
-import math
-
 from collections.abc import Iterable
 
 import torch
@@ -19,20 +17,11 @@ from vllm.model_executor.offloader import BaseOffloader
 
 from vllm_dwdp.config import Options
 from vllm_dwdp.prefetch import Prefetcher
+from vllm_dwdp.schedule import DIRECT_BREAK_EVEN, default_direct_max_tokens
 
 logger = init_logger("vllm.dwdp.graphs")
 
-# Reading in place moves the experts that a batch routes to, streaming moves all; the SMs read a peer at about this
-# part of the copy engines' speed less what the local experts cost meanwhile (two H100s, NVLink 4).
-DIRECT_BREAK_EVEN = 0.75
 _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "top_k")
-
-
-def default_direct_max_tokens(num_experts: int, top_k: int) -> int:
-    """The batch that routes to `DIRECT_BREAK_EVEN` of the experts, if tokens choose `top_k` of them evenly."""
-    if top_k >= num_experts:
-        return 1
-    return max(int(math.log(1 - DIRECT_BREAK_EVEN) / math.log(1 - top_k / num_experts)), 1)
 
 
 def direct_max_tokens(vllm_config: VllmConfig, options: Options) -> int:

@@ -20,7 +20,7 @@ class Metrics:
         self._bytes = self._counter("prefetch_bytes", "Bytes copied from peers into slots.")
         self._refills = self._counter("refills", "Layers that were not in their slot when they were needed.")
         self._forwards = {
-            view: self._counter("forwards", "Forward passes by view.", view=view) for view in model.prefetcher.forwards
+            view: self._counter("forwards", "Forward passes by view.", view=view) for view in model.prefetcher.counters.forwards
         }
         self._swapped = self._counter("swapped", "Bundles of experts that the hot cache took in.")
         self._seen: dict[Counter, int] = {}
@@ -33,12 +33,12 @@ class Metrics:
 
     def update(self) -> None:
         """Bring the counters up to date: once a step, a few additions on the host."""
-        prefetcher = self._model.prefetcher
-        self._advance(self._bytes, prefetcher.prefetched_bytes)
-        self._advance(self._refills, prefetcher.refills)
+        counters = self._model.prefetcher.counters
+        self._advance(self._bytes, counters.prefetched_bytes)
+        self._advance(self._refills, counters.refills)
         if self._model.hot is not None:
             self._advance(self._swapped, self._model.hot.swapped)
-        for view, count in prefetcher.forwards.items():
+        for view, count in counters.forwards.items():
             self._advance(self._forwards[view], count)
 
     def _advance(self, counter: Counter, total: int) -> None:
