@@ -136,12 +136,11 @@ def check_replicas(rank: int, size: int, port: int, kind: str) -> None:
     group.barrier("done")
 
 
-def write_into_peer(rank: int, size: int, port: int, kind: str) -> None:
+def write_once(rank: int, size: int, port: int, kind: str, view: str, expert: int) -> None:
+    """Rank 0 writes into an expert through a view: 0 is its own, 3 the peer's."""
     shards = Shards(rank, size, port, kind, num_experts=4, rows={"w": 4096})
     if rank == 0:
-        view = shards.layers[0].tensors[0].views[DIRECT]
-        view[0].fill_(0)  # its own
-        view[3].fill_(0)  # the peer's
+        shards.layers[0].tensors[0].views[view][expert].fill_(0)
     shards.group.barrier("written")
 
 
@@ -261,12 +260,13 @@ def test_small_tensors_are_replicated(kind: str) -> None:
     run(check_replicas, 3, kind)
 
 
-def test_peers_memory_is_read_only() -> None:
-    """Writing to a peer's expert through the direct view kills the writer, not the peer's weights.
+@pytest.mark.parametrize(("view", "expert"), [(DIRECT, 3), (DIRECT, 0), (STREAMED, 0)])
+def test_shared_memory_is_read_only(view: str, expert: int) -> None:
+    """Writing into a peer's expert, or into an own one that peers read, kills the writer, not the weights.
 
     Shared memory only: two ranks on one GPU map each other's memory read-only too, and CUDA does not enforce it there.
     """
-    ranks = run(write_into_peer, 2, "host", expect_ok=False)
+    ranks = run(write_once, 2, "host", expect_ok=False, view=view, expert=expert)
     assert ranks[0].exitcode == -signal.SIGSEGV
 
 
@@ -274,7 +274,7 @@ def test_nothing_is_left_behind() -> None:
     """No file in /dev/shm and no socket survives a group, however it ended."""
     before = set(os.listdir("/dev/shm"))
     run(check_views, 2, "host", num_experts=4, rows={"w": 100})
-    run(write_into_peer, 2, "host", expect_ok=False)
+    run(write_once, 2, "host", expect_ok=False, view=DIRECT, expert=3)
     assert not {name for name in set(os.listdir("/dev/shm")) - before if "dwdp" in name}
     assert "vllm-dwdp" not in open("/proc/net/unix").read()
 

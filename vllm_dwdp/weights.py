@@ -4,12 +4,15 @@ Each streamed tensor of each layer gets two address ranges, both of them one con
 
     streamed view   slot k      | held pages        | slot k        one slot block below and one above, shared by
                                                                     all layers that use slot k
-    direct view     peers' pages | the same held pages | peers' pages    static, mapped read-only
+    direct view     peers' pages | the same held pages | peers' pages    static
+
+Everything is mapped read-only but the slots: a stray store must not reach weights that every peer reads.
 
 Held pages are the shard's segments, which peers import, and this rank's residents, which they do not. The hot cache
 (hot.py) puts pages of its own in the place of a peer's in the direct view, from which slots are filled.
 """
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -65,11 +68,10 @@ class FullTensor:
                 self.residents.append((pages, device.allocate(len(pages) * page)))
         home = layout.bytes_of(layout.placement.owned(self._rank))
         assert source.untyped_storage().nbytes() >= len(home)
-        region = device.reserve(len(owned) * page)
-        for pages, block in self.shard:
-            region.map((pages.start - owned.start) * page, block, writable=True)
-        device.copy(region.address + home.start - owned.start * page, source.data_ptr(), len(home))
-        region.close()
+        with contextlib.closing(device.reserve(len(owned) * page)) as region:
+            for pages, block in self.shard:
+                region.map((pages.start - owned.start) * page, block, writable=True)
+            device.copy(region.address + home.start - owned.start * page, source.data_ptr(), len(home))
 
     def attach(self, owner: int, blocks: Sequence[Block]) -> None:
         """Take over the blocks imported from `owner`, in the order in which it exported them."""
@@ -91,14 +93,14 @@ class FullTensor:
     def _copy_between(device: Device, target: Block, at: range, source: Block, source_at: range, part: range) -> None:
         """Copy the tensor bytes `part` from one block to another; `at` and `source_at` are the blocks' pages."""
         page = device.page_bytes
-        here, there = device.reserve(target.nbytes), device.reserve(source.nbytes)
-        here.map(0, target, writable=True)
-        there.map(0, source, writable=False)
-        device.copy(
-            here.address + part.start - at.start * page, there.address + part.start - source_at.start * page, len(part)
-        )
-        here.close()
-        there.close()
+        with (
+            contextlib.closing(device.reserve(target.nbytes)) as here,
+            contextlib.closing(device.reserve(source.nbytes)) as there,
+        ):
+            here.map(0, target, writable=True)
+            there.map(0, source, writable=False)
+            begin, source_begin = at.start * page, source_at.start * page
+            device.copy(here.address + part.start - begin, there.address + part.start - source_begin, len(part))
 
     def compose(self, device: Device, slot: "tuple[Block | None, Block | None]") -> None:
         """Build both views. `slot` is the slot's block below the held pages and above."""
@@ -108,8 +110,8 @@ class FullTensor:
         streamed = self._region(device, before + layout.cuts[-1] * page + (slot[1].nbytes if slot[1] else 0))
         direct = self._direct = self._region(device, layout.cuts[-1] * page)
         for pages, block in self.held:
-            streamed.map(before + pages.start * page, block, writable=True)
-            direct.map(pages.start * page, block, writable=True)
+            streamed.map(before + pages.start * page, block, writable=False)
+            direct.map(pages.start * page, block, writable=False)
         for part, block, at in ((below, slot[0], 0), (above, slot[1], before + above.start * page)):
             if part and block:
                 streamed.map(at, block, writable=True)
