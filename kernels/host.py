@@ -77,6 +77,7 @@ class HostDevice(Device):
     def allocate(self, nbytes: int) -> HostBlock:
         assert nbytes % self.page_bytes == 0
         fd = os.memfd_create("vllm-dwdp")
+        os.fchmod(fd, 0o400)  # nor does another user who gets a descriptor open it again for writing
         try:
             os.posix_fallocate(fd, 0, nbytes)
         except OSError as error:
@@ -87,7 +88,7 @@ class HostDevice(Device):
 
     def export(self, block: Block) -> int:
         assert isinstance(block, HostBlock)
-        return os.dup(block.fd)
+        return os.open(f"/proc/self/fd/{block.fd}", os.O_RDONLY)  # a peer that gets it cannot map it writable
 
     def adopt(self, handle: int | bytes, nbytes: int) -> HostBlock:
         assert isinstance(handle, int)

@@ -13,12 +13,13 @@ import msgspec
 import pytest
 from harness import free_port
 
+from vllm_dwdp.channel import Channel, Listener, name
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.exchange import HandleClient, HandleServer
-from vllm_dwdp.rendezvous import Group, Hello, agree
+from vllm_dwdp.exchange import PeerClient, PeerServer
+from vllm_dwdp.rendezvous import Group, Hello, PeerStopped, agree, agree_where_common
 
 HELLO = Hello(
-    rank=0, size=3, plugin="1", vllm="2", model="m", options={"slots": 2, "deep": {"a": [1, 2]}}, device="cpu",
+    rank=0, size=3, plugin="1", vllm="2", model={"layers": 3}, options={"slots": 2, "deep": {"a": [1, 2]}}, device="cpu",
     host="here", device_name="gpu0", handles="fd",
 )
 
@@ -35,11 +36,14 @@ def together(work: Callable[[Group], Any], size: int = 3, timeout_s: float = 20.
             return str(error)
 
     groups = [  # one after the other, rank 0 first: connecting holds the interpreter
-        Group.connect(rank=rank, size=size, host="127.0.0.1", port=port, hosted=False, timeout_s=timeout_s)
+        Group.connect(rank=rank, size=size, address=("127.0.0.1", port), secret=b"s", timeout_s=timeout_s)
         for rank in range(size)
     ]
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(run, groups))
+        answers = list(pool.map(run, groups))
+    for group in groups:
+        group.close()
+    return answers
 
 
 def test_gather() -> None:
@@ -55,7 +59,7 @@ def test_gather() -> None:
     [
         ({"plugin": "9"}, "plugin is '1' and '9'"),
         ({"vllm": "9"}, "vllm is '2' and '9'"),
-        ({"model": "x"}, "model is 'm' and 'x'"),
+        ({"model": {"layers": 4}}, "model is layers: 3 and 4"),
         ({"size": 4}, "size is 3 and 4"),
         ({"device": "cuda"}, "device is 'cpu' and 'cuda'"),
         ({"options": {"slots": 3, "deep": {"a": [1, 2]}}}, "options is slots: 2 and 3"),
@@ -115,7 +119,7 @@ def test_reported_failure() -> None:
 
 def test_the_host_stays_until_its_peers_have_heard() -> None:
     """Rank 0 takes the store along when it ends: it waits for a peer that is busy, and no longer."""
-    at = {"size": 2, "host": "127.0.0.1", "port": free_port(), "hosted": False, "timeout_s": 60.0}
+    at = {"size": 2, "address": ("127.0.0.1", free_port()), "secret": b"s", "timeout_s": 60.0}
     host, peer = Group.connect(rank=0, **at), Group.connect(rank=1, **at)
     heard = []
 
@@ -141,18 +145,20 @@ def test_the_host_stays_until_its_peers_have_heard() -> None:
     assert time.monotonic() - start < 2, "the peer has said that it stopped"
 
 
-@pytest.mark.parametrize(("hosted", "opener"), [(False, "rank 0"), (True, "vLLM's launcher")])
-def test_nobody_there(hosted: bool, opener: str) -> None:
+@pytest.mark.parametrize("address", [("127.0.0.1", 1), "\0vllm-dwdp-nobody"], ids=["TCP", "Unix"])
+def test_nobody_there(address) -> None:
     """A rank that finds no store says where it looked, how long, and who should have opened it."""
-    port = free_port()
-    with pytest.raises(DWDPError, match=f"no rendezvous at 127.0.0.1:{port} within 1 s: {opener} opens it"):
-        Group.connect(rank=1, size=2, host="127.0.0.1", port=port, hosted=hosted, timeout_s=1.0)
+    with pytest.raises(DWDPError, match=f"no rendezvous at {name(address)} within 1 s: rank 0 opens it"):
+        Group.connect(rank=1, size=2, address=address, secret=b"s", timeout_s=1.0)
 
 
 class Peer:
-    """All that the handle exchange asks of a group."""
+    """All that handing over asks of a group."""
 
-    size, timeout_s = 2, 1.0
+    rank, size, timeout_s = 1, 2, 1.0
+
+    def raise_reported(self) -> None:
+        pass
 
 
 def test_handles() -> None:
@@ -160,8 +166,10 @@ def test_handles() -> None:
     def export(layer: int) -> list[int]:
         return [os.memfd_create(f"{layer}-{n}") for n in range(300)]
 
-    server = HandleServer(Peer(), export)
-    client = HandleClient(Peer(), 1, server.address)
+    server = PeerServer(Peer(), handles=export)
+    client = PeerClient(Peer(), 1, server.address, server.key)
+    with client.fetch(1, 300):
+        pass
     before = len(os.listdir("/proc/self/fd"))
     for layer in (0, 7):
         with client.fetch(layer, 300) as fds:
@@ -172,41 +180,131 @@ def test_handles() -> None:
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
+@pytest.mark.parametrize("kind", ["handles", "contents"])
+def test_why_a_peer_cannot_hand_over(kind: str) -> None:
+    """An error in the thread that serves is the peer's own reason, in one line."""
+    def fail(layer: int) -> None:
+        raise OSError("too many\n open files")
+
+    server = PeerServer(Peer(), **{kind: fail})
+    client = PeerClient(Peer(), 1, server.address, server.key)
+    with pytest.raises(PeerStopped, match="^rank 1 stopped: too many open files$"):
+        if kind == "contents":
+            client.read(3)
+        with client.fetch(3, 2):
+            pass
+    client.close()
+    server.close()
+
+
 @pytest.mark.parametrize(
     ("answers", "named"),
-    [(True, "rank 1 ended while it handed over layer 3's memory"), (False, "rank 1 did not hand over layer 3")],
+    [(True, "rank 1 ended while it handed over layer 3"), (False, "rank 1 did not hand over layer 3 within 1 s")],
 )
 def test_lost_handles(answers: bool, named: str) -> None:
     """A peer that closes early or says nothing is named with the layer, and what had arrived is closed."""
     address = f"\0test-{os.getpid()}-{answers}"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(address)
-        listener.listen()
-        client = HandleClient(Peer(), 1, address)
-        connection, _ = listener.accept()
-        before = len(os.listdir("/proc/self/fd"))
+
+    def hand_over_one(channel: Channel) -> None:
+        channel.recv()
+        channel.send(b"+")
         with open(os.devnull) as sent:
-            socket.send_fds(connection, [b"+"], [sent.fileno()])
-        if answers:
-            connection.shutdown(socket.SHUT_WR)
-        with pytest.raises(DWDPError, match=named), client.fetch(3, 2):
-            pass
-        assert len(os.listdir("/proc/self/fd")) == before
-        connection.close()
-        client.close()
+            socket.send_fds(channel.socket, [b"+"], [sent.fileno()])
+        if not answers:
+            time.sleep(2)
+
+    listener = Listener(address, b"key", hand_over_one)
+    client = PeerClient(Peer(), 1, address, b"key")
+    with pytest.raises(DWDPError, match=named), client.fetch(3, 2):
+        pass
+    opened = [path for fd in range(3, 256) if os.path.exists(path := f"/proc/self/fd/{fd}")]
+    assert not [path for path in opened if "memfd:lost" in os.readlink(path)]
+    client.close()
+    listener.close()
+
+
+def test_a_peer_gone_in_the_middle_is_named_by_its_reason() -> None:
+    """Not by the connection that it took along."""
+    def work(group: Group) -> None:
+        if group.rank == 0:
+            raise DWDPError("the disk is full")
+        time.sleep(0.5)
+        PeerClient(group, 0, "\0vllm-dwdp-nobody", b"")
+
+    assert together(work, size=2) == ["the disk is full", "rank 0 stopped: the disk is full"]
+
+
+def test_a_peer_that_ends_without_a_word_is_heard_at_once() -> None:
+    """Its connection tells: nobody waits out startup_timeout_s."""
+    at = {"size": 2, "address": ("127.0.0.1", free_port()), "secret": b"s", "timeout_s": 60.0}
+    host, peer = Group.connect(rank=0, **at), Group.connect(rank=1, **at)
+    peer.close()
+    start = time.monotonic()
+    with pytest.raises(PeerStopped, match="^rank 1 ended without a word: see its log$"):
+        host.gather("pages", 1)
+    assert time.monotonic() - start < 5
+    host.close()
+
+
+@pytest.mark.parametrize("address", ["TCP", "Unix"])
+def test_a_rank_that_comes_again(address: str) -> None:
+    """While the group starts and while it runs, at once, with what to do; the group is not disturbed."""
+    where = ("127.0.0.1", free_port()) if address == "TCP" else f"\0test-again-{os.getpid()}"
+    at = {"size": 2, "address": where, "secret": b"s", "timeout_s": 60.0}
+    groups = [Group.connect(rank=rank, **at) for rank in range(2)]
+
+    def refused(rank: int, why: str) -> None:
+        start = time.monotonic()
+        with pytest.raises(DWDPError, match=f"{why}.* restart all ranks of the group"):
+            Group.connect(rank=rank, **at)
+        assert time.monotonic() - start < 5
+
+    refused(1, "a rank 1 joined this DWDP group at")
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda group: group.gather("first", group.rank), groups)) == [[0, 1]] * 2
+        list(pool.map(Group.settle, groups))
+    for rank in (0, 1):
+        refused(rank, "the DWDP group runs since")
+    for group in groups:
+        group.close()
+
+
+def test_peers_have_read_everything_when_the_store_closes() -> None:
+    """Rank 0 ends right after it has settled; a peer that is slower to read gets all that it was told."""
+    values = {"a": "x" * 2_000_000}
+
+    def work(group: Group) -> list:
+        if group.rank:
+            time.sleep(0.5)
+        answer = group.gather("big", values)
+        group.settle()
+        group.close()
+        return answer
+
+    assert together(work) == [[values] * 3] * 3
+
+
+def test_what_is_common_must_be_alike() -> None:
+    """Ranks speak of other experts; of those that two own, they must say the same."""
+    def work(group: Group) -> None:
+        agree_where_common(group, "weights", {"w[0]": "a"} if group.rank == 0 else {"w[1]": "b"})
+        agree_where_common(group, "more", [{"w[0]": "a"}, {"w[1]": "b", "w[2]": "c"}, {"w[2]": "d"}][group.rank])
+
+    for said in together(work):
+        assert "ranks disagree in more: w[2] is 'c' and 'd' on rank 1 and rank 2; " in said
 
 
 def test_a_peer_whose_gpu_is_not_visible_is_named(monkeypatch) -> None:
     """Of this host only: another host's GPUs are reached by FABRIC handles."""
-    from vllm_dwdp.integration import worker
+    from vllm_dwdp.integration import joining
 
     said = []
-    monkeypatch.setattr(worker.logger, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(joining.logger, "warning", lambda text, *values: said.append(text % values))
     group = [
         msgspec.structs.replace(HELLO, rank=rank, host=host, device_name=name)
         for rank, (host, name) in enumerate([("here", "gpu0"), ("here", "gpu1"), ("there", "gpu2"), ("here", "gpu3")])
     ]
-    worker.warn_of_hidden_peers(SimpleNamespace(visible={"gpu0", "gpu1", "gpu3"}), group[0], group)
+    joining.warn_of_hidden_peers(SimpleNamespace(visible={"gpu0", "gpu1", "gpu3"}), group[0], group)
     assert not said
-    worker.warn_of_hidden_peers(SimpleNamespace(visible={"gpu0"}), group[0], group)
+    joining.warn_of_hidden_peers(SimpleNamespace(visible={"gpu0"}), group[0], group)
     assert len(said) == 1 and "rank 0 does not see the GPU of rank 1, 3:" in said[0]

@@ -10,8 +10,7 @@ import traceback
 
 import pytest
 import torch
-from harness import CONTEXT
-from torch.distributed import TCPStore
+from harness import CONTEXT, free_port
 
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.experts import ExpertLayer
@@ -53,7 +52,7 @@ class Shards:
                  num_layers: int = 3, num_slots: int = 2, residents: int = 0, per_rank: int | None = None,
                  slice_bytes: int = 0, bundle: int = 0):
         self.device = make_device(kind, rank)
-        self.group = Group.connect(rank=rank, size=size, host="127.0.0.1", port=port, hosted=True, timeout_s=60)
+        self.group = Group.connect(rank=rank, size=size, address=("127.0.0.1", port), secret=b"", timeout_s=60)
         placement = Placement(num_experts=num_experts, size=size, experts_per_rank=per_rank)
         self.layers, self.truth = [], {}
         for i in range(num_layers):
@@ -92,7 +91,7 @@ class Shards:
         return all(torch.equal(t.views[view].cpu(), self.truth[layer.ordinal, t.spec.name]) for t in layer.tensors)
 
     def close(self) -> None:
-        self.group.barrier("done")
+        self.group.settle()
         self.prefetcher.close()
         self.device.release_cached()
         for layer in self.layers:
@@ -118,22 +117,23 @@ def check_views(rank: int, size: int, port: int, kind: str, **shape) -> None:
 
 
 def check_replicas(rank: int, size: int, port: int, kind: str) -> None:
-    group = Group.connect(rank=rank, size=size, host="127.0.0.1", port=port, hosted=True, timeout_s=60)
+    group = Group.connect(rank=rank, size=size, address=("127.0.0.1", port), secret=b"", timeout_s=60)
     placement = Placement(num_experts=7, size=size)
     owned = placement.owned(rank)
-    where = torch_device(make_device(kind, rank))
+    device = make_device(kind, rank)
+    where = torch_device(device)
     whole = [torch.arange(7 * n, device=where).reshape(7, n).to(dtype) for n, dtype in SMALL.items()]
     whole += [torch.arange(7 * 12.0, device=where).reshape(7, 3, 4).transpose(1, 2), torch.empty(7, 0, device=where)]
     module, names = torch.nn.Module(), tuple(f"small{i}" for i in range(len(whole)))
     for name, tensor in zip(names, whole, strict=True):
         module.register_parameter(name, torch.nn.Parameter(tensor[owned.start : owned.stop].clone(), requires_grad=False))
     layer = ExpertLayer(name="layer", module=module, placement=placement, streamed=(), replicated=names)
-    (found,) = replicate(group, [layer])
+    (found,) = replicate(group, device, [layer])
     for name, wanted in zip(names, whole, strict=True):
         tensor = found[name]
         assert tensor.stride() == wanted.stride() and tensor.dtype == wanted.dtype
         assert torch.equal(tensor.contiguous().view(torch.uint8), wanted.contiguous().view(torch.uint8))
-    group.barrier("done")
+    group.settle()
 
 
 def write_once(rank: int, size: int, port: int, kind: str, view: str, expert: int) -> None:
@@ -154,8 +154,7 @@ def _rank(function, rank: int, size: int, port: int, kind: str, shape: dict, res
 
 
 def run(function, size: int, kind: str, expect_ok: bool = True, **shape) -> list:
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives every rank, as vLLM's does
-    port, results = store.port, CONTEXT.Queue()
+    port, results = free_port(), CONTEXT.Queue()
     ranks = [CONTEXT.Process(target=_rank, args=(function, r, size, port, kind, shape, results)) for r in range(size)]
     for process in ranks:
         process.start()
@@ -321,4 +320,4 @@ def test_rendezvous_port_in_use_is_named() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(DWDPError, match=f"127.0.0.1:{port}"):
-            Group.connect(rank=0, size=2, host="127.0.0.1", port=port, hosted=False, timeout_s=5)
+            Group.connect(rank=0, size=2, address=("127.0.0.1", port), secret=b"", timeout_s=5)

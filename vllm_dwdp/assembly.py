@@ -21,7 +21,7 @@ from vllm_dwdp.experts import ExpertLayer
 from vllm_dwdp.hot import HotCache
 from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.prefetch import Prefetcher
-from vllm_dwdp.rendezvous import Group, Manifest
+from vllm_dwdp.rendezvous import Group, Manifest, agree_where_common
 from vllm_dwdp.rendezvous import agree as agree_on
 from vllm_dwdp.schedule import Schedule
 from vllm_dwdp.weights import FullTensor, LayerWeights, Slots
@@ -43,10 +43,10 @@ class Means:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """Layers that hold this rank's shard; `digest` fingerprints the weights that every rank holds alike."""
+    """Layers that hold this rank's shard; `samples` fingerprints, by name, weights that other ranks hold too."""
 
     layers: Sequence[ExpertLayer]
-    digest: str
+    samples: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,6 @@ class StreamedModel:
         self.rank, self.size = means.group.rank, means.group.size
         self.layers, self.weights, self.replicas = composed.layers, composed.weights, composed.replicas
         self.slots, self.prefetcher, self.hot = composed.slots, prefetcher, hot
-        self._group = means.group  # rank 0 hosts the store, which peers may still be reading
         self._device, self._undo = means.device, means.undo.pop_all()
 
     def start(self) -> None:
@@ -154,13 +153,14 @@ def agree(loaded: Loaded, means: Means) -> Agreed:
     cache = min(group.gather("cache", budget.cache_bytes(sizes, device, options, means.limit)))
     plan = budget.plan_cache(sizes, cache, options.cache_policy, device.page_bytes)
     described = [layer.manifest(count) for layer, count in zip(loaded.layers, plan.residents, strict=True)]
-    agree_on(group, "manifest", Manifest(digest=loaded.digest, page_bytes=device.page_bytes, layers=described))
+    agree_on(group, "manifest", Manifest(page_bytes=device.page_bytes, layers=described))
+    agree_where_common(group, "weights", loaded.samples)
     return Agreed(layers=loaded.layers, cache=plan)
 
 
 def place(agreed: Agreed, means: Means) -> Placed:
     """One layer's source is gone before the next layer's memory is made."""
-    replicas, device, cache = replicate(means.group, agreed.layers), means.device, agreed.cache
+    replicas, device, cache = replicate(means.group, means.device, agreed.layers), means.device, agreed.cache
     means.undo.callback(device.release_cached)
     weights = []
     for ordinal, (layer, residents) in enumerate(zip(agreed.layers, cache.residents, strict=True)):

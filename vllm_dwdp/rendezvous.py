@@ -1,27 +1,28 @@
 """Rendezvous: how the ranks of a group find each other and agree. Used while starting, never after.
 
-Everything goes through a torch TCPStore (rank 0 or vLLM's launcher hosts it). Every wait has a timeout, says every so often whom it waits for, and ends early when a peer reports why
-it stopped.
+Everything goes through the store of rank 0. Every wait has a timeout, says every so often whom it waits for, and ends
+early when a peer reports why it stopped or is gone.
 """
 
 import contextlib
+import errno
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
-from torch.distributed import PrefixStore, Store, TCPStore
 
+from vllm_dwdp.channel import Address, Channel, name
 from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.store import STOPPED, StoreClient, StoreServer
 
 logger = logging.getLogger("vllm.dwdp.rendezvous")
 T = TypeVar("T")
 _POLL_S = 0.05
 _REPORT_S = 15.0
 _FAREWELL_S = 5.0
-_PART_BYTES = 4 * 2**20
+_RETRY_S = 0.2
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,7 +34,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     size: int
     plugin: str
     vllm: str
-    model: str
+    model: dict[str, Any]
     options: dict[str, Any]
     device: str
     host: str
@@ -59,9 +60,8 @@ class LayerManifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank has loaded. `digest` fingerprints the weights that every rank holds alike."""
+    """What a rank has loaded."""
 
-    digest: str
     page_bytes: int
     layers: list[LayerManifest]
 
@@ -71,39 +71,52 @@ class PeerStopped(DWDPError):
 
 
 class Group:
-    """This rank's connection to its peers while the group starts. `host` names who runs the store."""
+    """This rank's connection to its peers while the group starts. Rank 0 keeps what they say."""
 
-    def __init__(self, store: Store, *, rank: int, size: int, host: str, timeout_s: float):
-        self.rank, self.size, self.host, self.timeout_s = rank, size, host, timeout_s
+    def __init__(self, client: StoreClient, server: StoreServer | None, *, rank: int, size: int, timeout_s: float):
+        self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self.peers = [(rank + step) % size for step in range(1, size)]
-        self._store = PrefixStore("dwdp", store)
+        self._client, self._server = client, server
         self._gathered: set[str] = set()
 
     @classmethod
-    def connect(cls, *, rank: int, size: int, host: str, port: int, hosted: bool, timeout_s: float) -> "Group":
-        """Join at `host`:`port`, where vLLM's launcher runs the store if `hosted`, else rank 0.
+    def connect(cls, *, rank: int, size: int, address: Address, secret: bytes, timeout_s: float) -> "Group":
+        """Join at `address`, which rank 0 opens to those who know `secret`.
 
-        Raises DWDPError after `timeout_s` without an answer.
+        Raises DWDPError at once when the group runs already, this rank has joined it before or another secret rules
+        there, and after `timeout_s` without an answer.
         """
-        deadline = time.monotonic() + timeout_s
-        where = "vLLM's launcher" if hosted else "rank 0"
-        while True:
-            patience = min(_REPORT_S, max(deadline - time.monotonic(), 0.1))
+        server, where = None, name(address)
+        if rank == 0:
             try:
-                store = TCPStore(
-                    host, port, is_master=rank == 0 and not hosted, wait_for_workers=False,
-                    timeout=timedelta(seconds=patience),
-                )
-                return cls(store, rank=rank, size=size, host=where, timeout_s=timeout_s)
-            except RuntimeError as error:
-                if rank == 0 and not hosted:
-                    raise DWDPError(f"rank 0 cannot open its rendezvous at {host}:{port}: {_one_line(error)}") from None
-                if time.monotonic() >= deadline:
+                server = StoreServer(address, secret)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    _hear_of_running_group(address, secret)
+                raise DWDPError(
+                    f"rank 0 cannot open its rendezvous at {where}: {_one_line(error)}; it must be a free port of an "
+                    f"address that rank 0's host has"
+                ) from None
+        start = reported = time.monotonic()
+        while True:
+            try:
+                client = StoreClient(Channel.connect(address, secret, timeout_s), rank)
+                return cls(client, server, rank=rank, size=size, timeout_s=timeout_s)
+            except OSError:
+                now = time.monotonic()
+                if now - start > timeout_s:
                     raise DWDPError(
-                        f"rank {rank} found no rendezvous at {host}:{port} within {timeout_s:.0f} s: {where} opens it; "
-                        f"check that rank 0 runs and that its host is reachable"
+                        f"rank {rank} found no rendezvous at {where} within {timeout_s:.0f} s: rank 0 opens it; check "
+                        f"that rank 0 runs and that its host is reachable"
                     ) from None
-                logger.info("DWDP rank %d waits for %s at %s:%d", rank, where, host, port)
+                if now - reported > _REPORT_S:
+                    reported = now
+                    logger.info("DWDP rank %d waits for rank 0 at %s", rank, where)
+                time.sleep(_RETRY_S)
+            except BaseException:
+                if server is not None:
+                    server.close()
+                raise
 
     def gather(self, what: str, mine: T) -> list[T]:
         """Publish `mine` and return every rank's, in rank order. `mine` is anything msgspec encodes, `what` used once.
@@ -112,37 +125,47 @@ class Group:
         """
         assert what not in self._gathered, f"'{what}' was gathered before: its keys would answer for the past"
         self._gathered.add(what)
-        self._call(lambda: self._publish(f"{what}/{self.rank}", msgspec.msgpack.encode(mine)))
+        with self._hearing():
+            self._client.set(f"{what}/{self.rank}", msgspec.msgpack.encode(mine))
+            self._wait_for(what)
+            everyone = [self._client.get(f"{what}/{rank}") for rank in range(self.size)]
+        return [msgspec.msgpack.decode(said, type=type(mine)) for said in everyone]
+
+    def _wait_for(self, what: str) -> None:
         missing = list(range(self.size))
         start = reported = time.monotonic()
-        while missing := [r for r in missing if not self._call(lambda r=r: self._store.check([f"{what}/{r}"]))]:
-            self._raise_reported()
+        while missing := [rank for rank in missing if not self._client.has(f"{what}/{rank}")]:
+            self.raise_reported()
             now = time.monotonic()
             waited = f"rank {self.rank} waits for {_ranks(missing)} to say '{what}'"
             if now - start > self.timeout_s:
                 raise DWDPError(
                     f"{waited}: nothing within startup_timeout_s={self.timeout_s:.0f} s; see the log of "
-                    f"{_ranks(missing)}, or raise --dwdp-startup-timeout-s"
+                    f"{_ranks(missing)}, or raise --dwdp-startup-timeout-s; a rank that runs since an earlier start "
+                    f"does not come: restart all ranks of the group"
                 )
             if now - reported > _REPORT_S:
                 reported = now
-                logger.info("DWDP %s (%.0f s so far)", waited, now - start)
+                logger.info(
+                    "DWDP %s (%.0f s so far); one that runs since an earlier start must be restarted too", waited,
+                    now - start,
+                )
             time.sleep(_POLL_S)
-        kind = type(mine)
-        return [
-            msgspec.msgpack.decode(self._call(lambda r=r: self._published(f"{what}/{r}")), type=kind)
-            for r in range(self.size)
-        ]
 
-    def _publish(self, key: str, value: bytes) -> None:
-        """The store takes 8 MiB at a time: parts first, then their number under the key itself."""
-        starts = range(0, len(value), _PART_BYTES)
-        for number, at in enumerate(starts):
-            self._store.set(f"{key}/{number}", value[at : at + _PART_BYTES])
-        self._store.set(key, str(len(starts)))
+    def settle(self) -> None:
+        """Every rank has all it needs and takes leave. Rank 0 drops what was said once all have, and from then on
+        tells who comes only that the group runs."""
+        self.barrier("running")
+        with self._hearing():
+            self._client.leave()
+        if self._server is not None:
+            self._server.retire(_FAREWELL_S)
 
-    def _published(self, key: str) -> bytes:
-        return b"".join(self._store.get(f"{key}/{number}") for number in range(int(self._store.get(key))))
+    def close(self) -> None:
+        """Answer nobody any more. Repeats safely."""
+        self._client.close()
+        if self._server is not None:
+            self._server.close()
 
     def barrier(self, what: str) -> None:
         self.gather(what, self.rank)
@@ -151,53 +174,81 @@ class Group:
     def reporting(self) -> Iterator[None]:
         """Tell the peers why this rank stops, if the body raises, so that none waits out its timeout.
 
-        The rank that hosts the store takes it along when it ends: it stays until its peers have heard, a few seconds
-        at most.
+        Rank 0 takes the store along when it ends: it stays until its peers have heard, a few seconds at most.
         """
         try:
             yield
         except BaseException as error:
             reason = "" if isinstance(error, PeerStopped) else f"rank {self.rank} stopped: {_one_line(error)}"
             with contextlib.suppress(Exception):
-                self._store.set(f"stopped/{self.rank}", reason)
+                self._client.set(STOPPED.format(self.rank), reason.encode())
                 deadline = time.monotonic() + _FAREWELL_S
-                while self.host == f"rank {self.rank}" and time.monotonic() < deadline:
-                    if all(self._store.check([f"stopped/{peer}"]) for peer in self.peers):
+                while self._server is not None and time.monotonic() < deadline:
+                    if all(self._client.has(STOPPED.format(peer)) for peer in self.peers):
                         break
                     time.sleep(_POLL_S)
+            self.close()
             raise
 
-    def _raise_reported(self) -> None:
+    def raise_reported(self) -> None:
+        """Raises PeerStopped with the reason of a peer that has stopped."""
         for peer in self.peers:
-            if self._call(lambda peer=peer: self._store.check([f"stopped/{peer}"])):
-                if reason := self._call(lambda peer=peer: self._store.get(f"stopped/{peer}")).decode():
+            if self._client.has(STOPPED.format(peer)):
+                if reason := self._client.get(STOPPED.format(peer)).decode():
                     raise PeerStopped(reason)
 
-    def _call(self, request: Callable[[], Any]) -> Any:
+    @contextlib.contextmanager
+    def _hearing(self) -> Iterator[None]:
         try:
-            return request()
-        except RuntimeError as error:
+            yield
+        except OSError as error:
             raise DWDPError(
-                f"rank {self.rank} lost the rendezvous: {self.host}, which hosts it, has ended; see its log "
+                f"rank {self.rank} lost the rendezvous: rank 0, which hosts it, has ended; see its log "
                 f"({_one_line(error)})"
             ) from None
 
 
 def agree(group: Group, what: str, mine: T, *, own: Sequence[str] = ()) -> list[T]:
-    """Gather a struct from every rank and demand that all fields but `own` are equal to rank 0's.
+    """Gather a struct or dict from every rank and demand that all fields but `own` are equal to rank 0's.
 
     Raises DWDPError on every rank, naming the first rank and field that differ.
     """
     everyone = group.gather(what, mine)
+    demand_alike(what, everyone, own=own)
+    return everyone
+
+
+def demand_alike(what: str, everyone: Sequence[Any], *, own: Sequence[str] = ()) -> None:
+    """Raises DWDPError as `agree` does, for what has been gathered already."""
     reference = msgspec.to_builtins(everyone[0])
     for rank, said in enumerate(everyone):
-        for field, value in msgspec.to_builtins(said).items():
-            if field not in own and value != reference[field]:
-                raise DWDPError(
-                    f"ranks disagree in {what}: {field} is {_difference(reference[field], value)} on rank 0 and rank "
-                    f"{rank}; start every rank with the same model, settings and versions"
-                )
-    return everyone
+        said = msgspec.to_builtins(said)
+        for field in dict.fromkeys([*reference, *said]):
+            if field not in own:
+                _demand_equal(what, field, reference.get(field), said.get(field), 0, rank)
+
+
+def agree_where_common(group: Group, what: str, mine: dict[str, str]) -> None:
+    """Demand that ranks which speak of the same thing say the same of it. Raises DWDPError on every rank."""
+    seen: dict[str, tuple[int, str]] = {}
+    for rank, said in enumerate(group.gather(what, mine)):
+        for thing, value in said.items():
+            first, known = seen.setdefault(thing, (rank, value))
+            _demand_equal(what, thing, known, value, first, rank)
+
+
+def _demand_equal(what: str, field: str, known: Any, said: Any, first: int, rank: int) -> None:
+    if known != said:
+        raise DWDPError(
+            f"ranks disagree in {what}: {field} is {_difference(known, said)} on rank {first} and rank {rank}; start "
+            f"every rank with the same model, settings and versions"
+        )
+
+
+def _hear_of_running_group(address: Address, secret: bytes) -> None:
+    """Raises DWDPError with what the group that holds `address` has to say."""
+    with contextlib.suppress(OSError):
+        Channel.connect(address, secret, _FAREWELL_S).close()
 
 
 def _ranks(ranks: Sequence[int]) -> str:

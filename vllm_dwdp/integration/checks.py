@@ -80,8 +80,12 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
 
 
 def _ranks_start_apart(parallel) -> bool:
-    offline_by_environment = parallel.data_parallel_size > 1 and parallel.data_parallel_rank_local is not None
-    return not offline_by_environment and (
+    return not is_offline_rank(parallel) and (
         parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
         or parallel.data_parallel_size_local < parallel.data_parallel_size or parallel.data_parallel_size == 1
     )
+
+
+def is_offline_rank(parallel) -> bool:
+    """Whether this process was told by VLLM_DP_RANK and friends which rank it is: no launcher starts the others."""
+    return parallel.data_parallel_size > 1 and parallel.data_parallel_rank_local is not None

@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from vllm.v1.engine import core
 
 from vllm_dwdp import config
-from vllm_dwdp.integration import checks, graphs, hooks
+from vllm_dwdp.integration import checks, graphs, hooks, joining
 
 logger = init_logger("vllm.dwdp.engine")
 WORKER = "vllm_dwdp.integration.worker.DWDPWorker"
@@ -43,6 +43,8 @@ def prepare(vllm_config: VllmConfig) -> None:
     # JSON values that stay the same from start to start: vLLM hashes them into the compile cache's key.
     vllm_config.additional_config[config.KEY] = msgspec.to_builtins(options)
     parallel.worker_cls = WORKER
+    if options.rendezvous is None and not checks.is_offline_rank(parallel):
+        joining.give_token()
     install()
 
 

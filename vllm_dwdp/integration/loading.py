@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-from vllm_dwdp import budget
+from vllm_dwdp import budget, checkpoint
 from vllm_dwdp.config import Options
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.experts import ExpertLayer
@@ -190,12 +189,26 @@ def refuse_oversize(shards: Shards, rank: int, device: Device, options: Options,
         budget.cache_bytes(sizes, device, options, limit)
 
 
-def digest(model: torch.nn.Module, layers: Iterable[RoutedExperts]) -> str:
-    """A fingerprint of the weights that every rank holds alike: the first bytes of every parameter but the experts'."""
-    experts = {id(p) for layer in layers for p in layer.parameters()}
-    total = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in experts and parameter.numel():
-            head = parameter.detach().flatten()[:64].contiguous().view(torch.uint8).cpu()
-            total.update(name.encode() + bytes(head.tolist()))
-    return total.hexdigest()
+def samples(model: torch.nn.Module, shards: Shards, rank: int) -> dict[str, str]:
+    """Fingerprints of the first bytes of what other ranks hold too: all parameters but the experts', and the rows of
+    experts that this rank shares with another owner."""
+    experts = {id(p) for layer in shards for p in layer.parameters()}
+    found = {
+        name: _fingerprints(p.detach().flatten()[None])[0]
+        for name, p in model.named_parameters() if id(p) not in experts and p.numel()
+    }
+    for layer, placement in shards.items():
+        owned = placement.owned(rank)
+        shared = [e for e in owned if sum(e in placement.owned(peer) for peer in range(placement.size)) > 1]
+        for name, p in _rows(layer, len(owned)).items() if shared else ():
+            if p.numel():
+                dense = torch.as_strided(p.detach(), (len(owned), p.stride(0)), (p.stride(0), 1))
+                rows = _fingerprints(dense[:, :checkpoint.SAMPLE_BYTES][[e - owned.start for e in shared]])
+                found |= {f"{layer.layer_name}.{name}[{e}]": said for e, said in zip(shared, rows, strict=True)}
+    return found
+
+
+def _fingerprints(rows: torch.Tensor) -> list[str]:
+    """Of the head of each row of [n, values]."""
+    head = rows[:, : checkpoint.SAMPLE_BYTES // rows.element_size()].contiguous().view(torch.uint8).cpu().numpy()
+    return [checkpoint.fingerprint(row.tobytes()) for row in head]

@@ -3,26 +3,22 @@
 vLLM resolves `DWDPWorker` by name in each engine; nothing else in an engine process is touched once a model is loaded.
 """
 
-import hashlib
-import socket
 from typing import Any
 
 import torch
-import vllm
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.offloader import set_offloader
 from vllm.platforms import current_platform
 
-import vllm_dwdp
 from vllm_dwdp import assembly, config
 from vllm_dwdp.budget import Limit
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.integration import binding, loading
+from vllm_dwdp.integration import binding, joining, loading
 from vllm_dwdp.integration.graphs import GraphHooks, fit_graphs
 from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.integration.metrics import Metrics
-from vllm_dwdp.rendezvous import Group, Hello, agree
+from vllm_dwdp.rendezvous import Group
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -36,6 +32,7 @@ class DWDPWorker(PlatformWorker):
     """One rank. `dwdp` is set once the model is loaded."""
 
     dwdp: assembly.StreamedModel
+    _group: Group
 
     def load_model(self, **kwargs: Any) -> None:
         """Meet the peers, load this rank's shard, share it, and fill the first slots.
@@ -44,12 +41,9 @@ class DWDPWorker(PlatformWorker):
         """
         options, rank = membership(self.vllm_config)
         device = make_device(self.device)
-        group = connect(self.vllm_config, options, rank)
+        self._group = group = joining.connect(self.vllm_config, options, rank)
         with group.reporting():
-            hello = introduce(self.vllm_config, options, rank, device)
-            everyone = agree(group, "hello", hello, own=Hello.OWN)
-            choose_handles(device, everyone)
-            warn_of_hidden_peers(device, hello, everyone)
+            joining.meet(group, self.vllm_config, options, device)
             cache = self.vllm_config.cache_config
             limit = Limit(
                 gpu_memory_utilization=cache.gpu_memory_utilization, kv_cache_memory_bytes=cache.kv_cache_memory_bytes
@@ -63,13 +57,14 @@ class DWDPWorker(PlatformWorker):
             model = self.model_runner.get_model()
             loaded = assembly.Loaded(
                 layers=[loading.describe(layer, placement, rank) for layer, placement in shards.items()],
-                digest=loading.digest(model, shards),
+                samples=loading.samples(model, shards, rank) if joining.reads_checkpoint(self.vllm_config) else {},
             )
             self.dwdp = assembly.assemble(loaded, group, device, options, limit)
             try:
                 binding.bind(self.dwdp)
                 binding.keep_opaque(model)
                 self.dwdp.start()
+                group.settle()
             except BaseException:
                 self.dwdp.close()
                 raise
@@ -96,6 +91,7 @@ class DWDPWorker(PlatformWorker):
     def shutdown(self) -> None:
         if hasattr(self, "dwdp"):
             self.dwdp.close()
+            self._group.close()
         super().shutdown()
 
     def _refuse(self, *args: Any, **kwargs: Any) -> None:
@@ -133,58 +129,3 @@ def make_device(device: torch.device) -> Device:
     from vllm_dwdp.kernels.cuda import CudaDevice
 
     return CudaDevice(device.index or 0)
-
-
-def choose_handles(device: Device, group: list[Hello]) -> None:
-    """FABRIC handles where every rank can export them, else file descriptors, which stay within one host."""
-    if all(said.handles == "fabric" for said in group):
-        return
-    hosts = sorted({said.host for said in group})
-    if len(hosts) > 1:
-        raise DWDPError(
-            f"ranks on {', '.join(hosts)} cannot share memory: across hosts every GPU must export FABRIC handles "
-            f"(multi-node NVLink with IMEX); keep a DWDP group within one host"
-        )
-    device.use_handles("fd")
-
-
-def warn_of_hidden_peers(device: Device, mine: Hello, group: list[Hello]) -> None:
-    """The driver takes memory of a GPU that the process cannot see for its own, and copies it on the SMs."""
-    hidden = [str(s.rank) for s in group if s.host == mine.host and s.device_name not in device.visible]
-    if hidden:
-        logger.warning(
-            "DWDP rank %d does not see the GPU of rank %s: copies from there take the SMs, not a copy engine, and slow "
-            "computing by a fifth; let every rank see all GPUs of the group, its own first (CUDA_VISIBLE_DEVICES=1,0)",
-            mine.rank, ", ".join(hidden),
-        )
-
-
-def connect(vllm_config: VllmConfig, options: config.Options, rank: int) -> Group:
-    """Join the group: at `rendezvous` if given, else in the store of vLLM's launcher, else at vLLM's DP master."""
-    parallel = vllm_config.parallel_config
-    hosted = options.rendezvous is None and bool(parallel._coord_store_port)
-    if options.rendezvous is not None:
-        host, port = options.rendezvous.rsplit(":", 1)
-    else:
-        host, port = parallel.data_parallel_master_ip, parallel._coord_store_port or parallel.data_parallel_master_port
-    return Group.connect(
-        rank=rank, size=options.size, host=host, port=int(port), hosted=hosted, timeout_s=options.startup_timeout_s
-    )
-
-
-def introduce(vllm_config: VllmConfig, options: config.Options, rank: int, device: Device) -> Hello:
-    model = vllm_config.model_config
-    load_format = vllm_config.load_config.load_format
-    said = [model.hf_config.to_json_string(), str(model.dtype), str(model.quantization), str(load_format)]
-    return Hello(
-        rank=rank,
-        size=options.size,
-        plugin=vllm_dwdp.__version__,
-        vllm=vllm.__version__,
-        model=hashlib.sha256("\0".join(said).encode()).hexdigest(),
-        options=options.shared(),
-        device=current_platform.device_type,
-        host=socket.gethostname(),
-        device_name=device.name,
-        handles=device.handle_kind,
-    )

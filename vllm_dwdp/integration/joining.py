@@ -1,0 +1,132 @@
+"""Joining: how an engine finds the ranks of its group, and what must be alike before any of them loads.
+
+Ranks that vLLM's launcher starts meet at a Unix socket of this host and have a secret from it; ranks that are started
+apart meet at a TCP address and have the secret that the user gives, if any.
+"""
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import socket
+from pathlib import Path
+from typing import Any
+
+import vllm
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+import vllm_dwdp
+from vllm_dwdp import checkpoint, config
+from vllm_dwdp.channel import name
+from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.kernels.device import Device
+from vllm_dwdp.rendezvous import Group, Hello, agree, demand_alike
+
+logger = init_logger("vllm.dwdp.joining")
+TOKEN = "DWDP_GROUP_TOKEN"  # an environment variable: additional_config would end in vLLM's compile cache key
+
+
+def give_token() -> None:
+    """A new secret for the engines that this process is about to start: they inherit its environment."""
+    os.environ[TOKEN] = secrets.token_hex(32)
+
+
+def connect(vllm_config: VllmConfig, options: config.Options, rank: int) -> Group:
+    """Join the group: at `rendezvous` if given, else where the launcher's secret says, else at vLLM's DP master."""
+    parallel, secret = vllm_config.parallel_config, os.environ.get(TOKEN, "").encode()
+    if options.rendezvous is not None:
+        host, port = options.rendezvous.rsplit(":", 1)
+        address = (host, int(port))
+    elif parallel._coord_store_port:  # one launcher has started every rank
+        if not secret:
+            raise DWDPError(f"{TOKEN} did not reach this engine from the launcher: let engines inherit its environment")
+        address = "\0vllm-dwdp-" + hmac.new(secret, b"rendezvous", hashlib.sha256).hexdigest()
+    else:
+        address = (parallel.data_parallel_master_ip, parallel.data_parallel_master_port)
+    if not secret:
+        logger.warning(
+            "DWDP rank %d has no %s: until the group runs, whoever reaches %s can read what its ranks say there, end "
+            "the start and pose as a rank; give all ranks the same random one", rank, TOKEN, name(address),
+        )
+    return Group.connect(
+        rank=rank, size=options.size, address=address, secret=secret, timeout_s=options.startup_timeout_s
+    )
+
+
+def meet(group: Group, vllm_config: VllmConfig, options: config.Options, device: Device) -> None:
+    """Agree on models, settings, versions and checkpoints, and on how memory is handed over.
+
+    Raises DWDPError on every rank, naming what differs.
+    """
+    mine = introduce(vllm_config, options, group.rank, device)
+    everyone = agree(group, "hello", mine, own=Hello.OWN)
+    choose_handles(device, everyone)
+    warn_of_hidden_peers(device, mine, everyone)
+    agree_on_checkpoint(group, vllm_config)
+
+
+def introduce(vllm_config: VllmConfig, options: config.Options, rank: int, device: Device) -> Hello:
+    model = vllm_config.model_config
+    said = json.loads(model.hf_config.to_json_string()) | {
+        "dtype": str(model.dtype), "quantization": str(model.quantization),
+        "load_format": str(vllm_config.load_config.load_format),
+    }
+    return Hello(
+        rank=rank,
+        size=options.size,
+        plugin=vllm_dwdp.__version__,
+        vllm=vllm.__version__,
+        model=said,
+        options=options.shared(),
+        device=current_platform.device_type,
+        host=socket.gethostname(),
+        device_name=device.name,
+        handles=device.handle_kind,
+    )
+
+
+def reads_checkpoint(vllm_config: VllmConfig) -> bool:
+    return vllm_config.load_config.load_format != "dummy"
+
+
+def agree_on_checkpoint(group: Group, vllm_config: VllmConfig) -> None:
+    """Of a folder, files are compared, and then the tensors of one that differs; of a model of the hub, its revision."""
+    model = vllm_config.model_config
+    folder = Path(model.model)
+    tensors = checkpoint.describe(folder) if reads_checkpoint(vllm_config) and folder.is_dir() else {}
+    mine: dict[str, Any] = {file: checkpoint.summary(found) for file, found in tensors.items()}
+    if reads_checkpoint(vllm_config) and not folder.is_dir():
+        mine["revision"] = getattr(model.hf_config, "_commit_hash", None)
+    everyone = group.gather("checkpoint", mine)
+    differ = [file for file in tensors if any(said.get(file) not in (None, mine[file]) for said in everyone)]
+    common = min((file for file in differ if all(file in said for said in everyone)), default=None)
+    if common is not None:
+        agree(group, f"checkpoint file {common}", tensors[common])
+    demand_alike("checkpoint", everyone)
+
+
+def choose_handles(device: Device, group: list[Hello]) -> None:
+    """FABRIC handles where every rank can export them, else file descriptors, which stay within one host."""
+    if all(said.handles == "fabric" for said in group):
+        return
+    hosts = sorted({said.host for said in group})
+    if len(hosts) > 1:
+        raise DWDPError(
+            f"ranks on {', '.join(hosts)} cannot share memory: across hosts every GPU must export FABRIC handles "
+            f"(multi-node NVLink with IMEX); keep a DWDP group within one host"
+        )
+    device.use_handles("fd")
+
+
+def warn_of_hidden_peers(device: Device, mine: Hello, group: list[Hello]) -> None:
+    """The driver takes memory of a GPU that the process cannot see for its own, and copies it on the SMs."""
+    hidden = [str(s.rank) for s in group if s.host == mine.host and s.device_name not in device.visible]
+    if hidden:
+        logger.warning(
+            "DWDP rank %d does not see the GPU of rank %s: copies from there take the SMs, not a copy engine, and slow "
+            "computing by a fifth; let every rank see all GPUs of the group, its own first (CUDA_VISIBLE_DEVICES=1,0)",
+            mine.rank, ", ".join(hidden),
+        )
