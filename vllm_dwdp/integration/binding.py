@@ -99,9 +99,10 @@ def _rebuild_kernel(layer: ExpertLayer, rank: int, views: list[torch.Tensor]) ->
         experts = type(loaded)(moe_config=module.moe_config, quant_config=method.moe_quant_config)
         experts.post_gemm2_hook = getattr(loaded, "post_gemm2_hook", None)  # from vLLM 0.33; models set it
         method.moe_kernel = mk.FusedMoEKernel(kernel.prepare_finalize, experts)
-    proof.refuse_loss(layer, rank, loaded, experts)
-    del kernel, loaded  # with the memory that they hold
     proof.prove(layer, rank, following)
+    proof.refuse_loss(layer, rank, loaded, experts)
+    del kernel, loaded  # with what they hold
+    proof.refuse_old_memory(layer)
 
 
 def _ahead_of_use(

@@ -75,12 +75,13 @@ def kept(layer: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def prove(layer: ExpertLayer, rank: int, following: Following) -> None:
-    """Raises DWDPError naming what keeps a tensor of the shard's size, of streamed weights or of the shard's memory."""
+    """Raises DWDPError naming what keeps a tensor of the shard's size, of streamed weights, or a static scale."""
     module, num_experts = layer.module, layer.placement.num_experts
     num_owned = len(layer.placement.owned(rank))
     shown = {id(parameter) for parameter in module.parameters()}
-    found = [(name, tensor) for name, tensor in kept(module) if id(tensor) not in shown]
-    for name, tensor in found:
+    for name, tensor in kept(module):
+        if id(tensor) in shown:
+            continue
         reason = None
         if tensor in following:
             reason = "is made of streamed weights, which change their address from step to step"
@@ -88,21 +89,25 @@ def prove(layer: ExpertLayer, rank: int, following: Following) -> None:
             reason = f"has a row for each of this rank's {num_owned} experts where all {num_experts} are computed"
         if reason:
             raise DWDPError(f"{layer.name}: {name}, {tuple(tensor.shape)}, {reason}: {_ADVICE}")
-    if any(not memory.expired() for memory in layer.sources.values()):
-        gc.collect()  # a kernel that was replaced may wait in a cycle
-    for source, memory in layer.sources.items():
-        if not memory.expired():
-            holders = [name for name, t in found if StorageWeakRef(t.untyped_storage()).cdata == memory.cdata]
-            raise DWDPError(
-                f"{layer.name}: {holders[0] if holders else type(module.quant_method).__name__} still holds the memory "
-                f"from which {source} was moved: {_ADVICE}"
-            )
     config = module.quant_method.moe_quant_config
     for name in _STATIC:
         if getattr(config, name, None) is not None:
             raise DWDPError(
                 f"{layer.name}: {type(config).__name__}.{name} is a static activation scale, which vLLM reduces over the "
                 f"experts that a rank holds, so ranks would differ; use a checkpoint with dynamic activation scales"
+            )
+
+
+def refuse_old_memory(layer: ExpertLayer) -> None:
+    """Raises DWDPError naming what still holds memory that the layer's parameters had before they were moved."""
+    if any(not memory.expired() for memory in layer.sources.values()):
+        gc.collect()  # a kernel that was replaced may wait in a cycle
+    for source, memory in layer.sources.items():
+        if not memory.expired():
+            holders = [name for name, t in kept(layer.module) if StorageWeakRef(t.untyped_storage()).cdata == memory.cdata]
+            raise DWDPError(
+                f"{layer.name}: {holders[0] if holders else type(layer.module.quant_method).__name__} still holds the memory "
+                f"from which {source} was moved: {_ADVICE}"
             )
 
 
@@ -116,7 +121,7 @@ def refuse_loss(layer: ExpertLayer, rank: int, loaded: Any, rebuilt: Any) -> Non
 
     def is_alike(before: Any, after: Any) -> bool:
         if before is after or isinstance(before, bool):
-            return before == after
+            return before is after
         if isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor):
             if id(before) in shown or id(after) in shown:
                 return False
