@@ -34,7 +34,7 @@ def _create_engine_config(original: Callable) -> Callable:
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         vllm_config = original(self, *args, **kwargs)
-        if config.KEY in (vllm_config.additional_config or {}):
+        if config.is_on(vllm_config.additional_config):
             from vllm_dwdp.integration import launch  # imports the engine, which a process without DWDP may not need
 
             _print_refusals_in_one_line()
@@ -85,8 +85,11 @@ def _merge_after_parsing(parser: argparse.ArgumentParser) -> None:
         namespace, rest = parse_known_args(*args, **kwargs)
         fields = config.Options.__struct_fields__
         given = {f: v for f in fields if (v := getattr(namespace, f"dwdp_{f}", None)) is not None}
-        additional = dict(namespace.additional_config or {})
         if namespace.parallel == "dwdp":
+            additional = namespace.additional_config or {}
+            if not isinstance(additional, dict):
+                parser.exit(2, "vllm-dwdp: error: --parallel dwdp needs an --additional-config that is an object\n")
+            additional = dict(additional)
             additional[config.KEY] = {**(additional.get(config.KEY) or {}), **given}
             try:
                 config.parse(additional)

@@ -14,21 +14,15 @@ import torch
 import vllm
 from conftest import ROOT
 
-from vllm_dwdp.integration import checks, launch, loading
+from vllm_dwdp.integration import checks, hooks, launch, loading, proof
 
-ARGUMENTS, CORE, UTILS = "vllm.engine.arg_utils:", "vllm.v1.engine.core:", "vllm.v1.engine.utils:"
+CORE = "vllm.v1.engine.core:"
 MOE, CONFIG = "vllm.model_executor.layers.fused_moe.", "vllm.config:"
 WORKER, QUANTIZATION = "vllm.v1.worker.gpu_worker:Worker.", "vllm.model_executor.layers.quantization."
 
-# What is called or replaced, and the parameters that are given or relied on.
+# What is called, and the parameters that are given.
 CALLED = {
-    ARGUMENTS + "EngineArgs.add_cli_args": "parser",
-    ARGUMENTS + "EngineArgs.create_engine_config": "self",
-    CORE + "EngineCoreProc.run_engine_core": "dp_rank local_dp_rank kwargs",
     CORE + "EngineCoreProc.__init__": "vllm_config engine_index",
-    CORE + "DPEngineCoreProc.__init__": "vllm_config",
-    UTILS + "DPCoordinator.__init__": "parallel_config enable_wave_coordination",
-    UTILS + "wait_for_engine_startup": "parallel_config coordinated_dp",
     CONFIG + "ParallelConfig.reconfigure_for_independent_dp_rank": "self",
     CONFIG + "ModelConfig.get_num_experts": "self",
     CONFIG + "CompilationConfig.post_init_cudagraph_sizes": "self",
@@ -38,9 +32,6 @@ CALLED = {
     MOE + "fused_moe_method_base:FusedMoEMethodBase.get_fused_moe_quant_config": "layer",
     MOE + "modular_kernel:FusedMoEKernel.__init__": "prepare_finalize fused_experts",
     MOE + "modular_kernel:FusedMoEExperts.__init__": "moe_config quant_config",
-    "vllm.model_executor.model_loader.default_loader:DefaultModelLoader._init_ep_weight_filter": "model_config",
-    "vllm.model_executor.models.gpt_oss:GptOssModel.load_weights": "weights",
-    "vllm.model_executor.models.gpt_oss:GptOssModel._load_weights_mxfp4": "self",
     "vllm.model_executor.offloader:set_offloader": "instance",
     "vllm.model_executor.offloader:BaseOffloader.sync_prev_onload": "self",
     "vllm.model_executor.offloader:BaseOffloader.join_after_forward": "self",
@@ -62,7 +53,7 @@ ATTRIBUTES = {
                            "speculative_config weight_transfer_config compilation_config load_config additional_config",
     CONFIG + "ParallelConfig": "worker_cls tensor_parallel_size pipeline_parallel_size prefill_context_parallel_size "
                                "decode_context_parallel_size enable_expert_parallel enable_eplb enable_elastic_ep "
-                               "enable_dbo data_parallel_backend data_parallel_size data_parallel_size_local "
+                               "use_ubatching enable_fault_tolerance distributed_executor_backend data_parallel_backend data_parallel_size data_parallel_size_local "
                                "data_parallel_rank_local data_parallel_index data_parallel_external_lb "
                                "data_parallel_hybrid_lb data_parallel_master_ip data_parallel_master_port "
                                "_coord_store_port",
@@ -79,7 +70,7 @@ ATTRIBUTES = {
     CONFIG + "SpeculativeConfig": "draft_model_config method",
     MOE + "expert_map_manager:ExpertMapManager": "_local_num_experts _expert_map global_num_experts "
                                                  "num_fused_shared_experts",
-    MOE + "routed_experts:RoutedExperts": "layer_name quant_method moe_config _expert_map local_num_experts "
+    MOE + "routed_experts:RoutedExperts": "layer_name weight_loader expert_map_manager quant_method moe_config _expert_map local_num_experts "
                                           "global_num_experts",
     MOE + "config:FusedMoEConfig": "num_experts num_local_experts",
     MOE + "fused_moe_method_base:FusedMoEMethodBase": "supports_eplb moe_kernel moe_quant_config "
@@ -89,11 +80,12 @@ ATTRIBUTES = {
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader": "local_expert_ids",
     "vllm.v1.core.sched.output:SchedulerOutput": "total_num_scheduled_tokens",
     "vllm.model_executor.models.gpt_oss:GptOssModel": "config",
-    QUANTIZATION + "mxfp4:GptOssMxfp4MoEMethod": "mxfp4_backend",
-    QUANTIZATION + "auto_awq:AutoAWQMoEMethod": "wna16_moe_backend",
-    QUANTIZATION + "auto_gptq:AutoGPTQMoEMethod": "wna16_moe_backend",
+    MOE + "config:FusedMoEQuantConfig": " ".join(proof._STATIC),
+    QUANTIZATION + "mxfp4:GptOssMxfp4MoEMethod": "experts_cls",
+    QUANTIZATION + "auto_awq:AutoAWQMoEMethod": "experts_cls",
+    QUANTIZATION + "auto_gptq:AutoGPTQMoEMethod": "experts_cls",
     QUANTIZATION + "compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16:"
-                   "CompressedTensorsWNA16MoEMethod": "wna16_backend",
+                   "CompressedTensorsWNA16MoEMethod": "experts_cls",
 }
 
 EXPERTS = loading.UNSHARDABLE.keys() | {
@@ -127,9 +119,16 @@ def absent(where: str, *, parameters: str = "", attributes: str = "") -> list[st
     return [f"{name}.{a}" for a in attributes.split() if not (hasattr(found, a) or a in written)]
 
 
+@pytest.mark.parametrize("hook", hooks.HOOKS, ids=lambda hook: hook.path)
+def test_replaced(hook: hooks.Hook) -> None:
+    """What the plugin replaces is there, takes the parameters that the replacement relies on, and can be replaced."""
+    with hook.during(lambda original: lambda *args, **kwargs: original(*args, **kwargs)):
+        pass
+
+
 @pytest.mark.parametrize("where", CALLED)
 def test_called(where: str) -> None:
-    """What the plugin calls or wraps is there and takes these parameters."""
+    """What the plugin calls or gives way to is there and takes these parameters."""
     assert absent(where, parameters=CALLED[where]) == []
 
 
@@ -140,7 +139,7 @@ def test_attributes(where: str) -> None:
 
 
 def imports() -> list[str]:
-    trees = [ast.parse(p.read_text()) for d in ("vllm_dwdp", "kernels", "entrypoints") for p in (ROOT / d).glob("*.py")]
+    trees = [ast.parse(p.read_text()) for d in ("vllm_dwdp", "kernels", "entrypoints") for p in (ROOT / d).rglob("*.py")]
     return sorted({
         f"{node.module}:{name.name}" for tree in trees for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm" for name in node.names

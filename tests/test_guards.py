@@ -1,15 +1,22 @@
 """Invariant: an engine or a layer that DWDP cannot turn into a rank stops, and says which hook or layer it was."""
 
+import functools
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExperts
+from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 from vllm.model_executor.models import gpt_oss
+from vllm.model_executor.utils import replace_parameter
 
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.integration.binding import _rebuild_kernel
-from vllm_dwdp.integration.loading import _owned_rows, _refuse_unstreamable, refuse_bypass, sharded
+from vllm_dwdp.integration.binding import _rebuild_kernel, _refuse_loading, refuse_loading
+from vllm_dwdp.integration.loading import _owned_rows, _refuse_unstreamable, describe, refuse_bypass, sharded
 from vllm_dwdp.placement import Placement
 from vllm_dwdp.integration.worker import membership
 
@@ -54,16 +61,20 @@ class SubstitutedRoutedExperts(torch.nn.Module):
     pass
 
 
+class Marlin(MarlinExperts):
+    pass
+
+
 def layer(
-    kind: type = torch.nn.Module, movable: bool = True, backend: str | None = None, **parameters: torch.Tensor
+    kind: type = torch.nn.Module, movable: bool = True, experts: type | None = None, **parameters: torch.Tensor
 ) -> torch.nn.Module:
     module = kind()
     method = SimpleNamespace(supports_eplb=movable)
-    if backend is not None:
-        method.mxfp4_backend = SimpleNamespace(name=backend)
+    if experts is not None:
+        method.experts_cls = experts
     module.layer_name, module.quant_method = "model.layers.3.mlp.experts", method
     for name, value in parameters.items():
-        module.register_parameter(name, torch.nn.Parameter(value))
+        module.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
     return module
 
 
@@ -72,6 +83,7 @@ def layer(
     [
         (torch.nn.Module, False, [], "SimpleNamespace keeps its experts"),
         (torch.nn.Module, True, ["w13_weight", "w13_input_scale"], "w13_input_scale"),
+        (torch.nn.Module, True, ["w13_weight", "w2_input_global_scale"], "w2_input_global_scale"),
         (DbrxExperts, True, [], "DbrxExperts"),
         (SubstitutedRoutedExperts, True, [], "SubstitutedRoutedExperts"),
     ],
@@ -91,24 +103,158 @@ def test_bypass() -> None:
 
 
 def test_rows_of_marlin_can_be_moved() -> None:
-    """4-bit experts stream where Marlin runs them; another backend's refusal says how to choose it."""
-    _refuse_unstreamable(layer(movable=False, backend="MARLIN", w13_weight=torch.ones(2)))
-    with pytest.raises(DWDPError, match=r"\(TRITON\); try --moe-backend marlin"):
-        _refuse_unstreamable(layer(movable=False, backend="TRITON", w13_weight=torch.ones(2)))
+    """4-bit experts stream where Marlin runs them; another kernel's refusal says how to choose it."""
+    _refuse_unstreamable(layer(movable=False, experts=Marlin, w13_weight=torch.ones(2)))
+    with pytest.raises(DWDPError, match=r"\(TritonExperts\); try --moe-backend marlin"):
+        _refuse_unstreamable(layer(movable=False, experts=TritonExperts, w13_weight=torch.ones(2)))
 
 
-def test_rebuilt_kernel(monkeypatch) -> None:
+OWNED, EXPERTS = 2, 5  # rank 0 of 2
+
+
+class Kernel:
+    """An experts object as vLLM makes them. What `keep` makes of the layer's config is its attribute."""
+
+    keep: Any = staticmethod(lambda moe, config: None)
+
+    def __init__(self, moe_config: Any, quant_config: Any):
+        self.moe_config, self.quant_config = moe_config, quant_config
+        self.count, self.scale = moe_config.num_local_experts, quant_config.w1_scale
+        self.kept = self.keep(moe_config, quant_config)
+
+
+def bound(monkeypatch: pytest.MonkeyPatch, keep: Callable | None = None, after: Callable | None = None, **config: Any):
+    """A layer of rank 0 that was loaded and shows all experts, and what binds its kernel.
+
+    `keep(moe, config)` is what its kernel keeps, `after(module, kernel)` what loading does once the kernel is made.
+    """
+    monkeypatch.setattr(mk, "FusedMoEKernel", lambda finalize, experts: SimpleNamespace(
+        prepare_finalize=finalize, fused_experts=experts))
+    monkeypatch.setattr(Kernel, "keep", staticmethod(keep or (lambda moe, config: None)))
+    module = layer(w13_weight=torch.arange(OWNED * 200.0).view(OWNED, 200), w13_scale=torch.ones(OWNED, 1))
+    module.moe_config = SimpleNamespace(num_local_experts=OWNED)
+    method = module.quant_method
+    method.get_fused_moe_quant_config = lambda m: SimpleNamespace(
+        w1=m.w13_weight, w1_scale=m.w13_scale, **{name: make(m) for name, make in config.items()})
+    method.moe_quant_config = method.get_fused_moe_quant_config(module)
+    kernel = Kernel(module.moe_config, method.moe_quant_config)
+    method.moe_kernel = mk.FusedMoEKernel(SimpleNamespace(), kernel)
+    if after is not None:
+        after(module, kernel)
+    record = describe(module, Placement(num_experts=EXPERTS, size=2), rank=0)
+    assert (record.streamed, record.replicated) == (("w13_weight",), ("w13_scale",))
+    view = torch.full((EXPERTS, 200), torch.nan)
+    view[:OWNED] = module.w13_weight
+    module.w13_weight.data, module.w13_scale.data = view, torch.ones(EXPERTS, 1)
+    module.moe_config.num_local_experts = EXPERTS
+    return module, lambda: _rebuild_kernel(record, 0, [view])
+
+
+def keep_module_view(module: Any, kernel: Any) -> None:
+    module.flat = module.w13_weight.view(-1)
+
+
+def keep_alphas(module: Any, kernel: Any) -> None:
+    module.w2_alphas = torch.ones(OWNED)
+
+
+def set_layout(module: Any, kernel: Any) -> None:
+    kernel.kept = "swizzled"
+
+
+def fold(module: Any, kernel: Any) -> None:
+    kernel.kept = kernel.kept * 3
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"keep": lambda moe, config: config.w1.view(-1)}, "Kernel.kept, .* is made of streamed weights"),
+        ({"keep": lambda moe, config: config.w1.data}, "Kernel.kept, .* is made of streamed weights"),
+        ({"keep": lambda moe, config: {"a": [functools.partial(print, config.w1[:, 0].float())]}},
+         "Kernel.kept, .* is made of streamed weights"),
+        ({"keep": lambda moe, config: (lambda w=config.w1.t(): w)}, "Kernel.kept, .* is made of streamed weights"),
+        ({"alphas": lambda m: m.w13_weight.amax(1)}, "SimpleNamespace.alphas, .* is made of streamed weights"),
+        ({"keep": lambda moe, config: float(config.w1.max())}, "Kernel reads or writes streamed weights"),
+        ({"keep": lambda moe, config: config.w1.mul_(2) is None}, "Kernel reads or writes streamed weights"),
+        ({"after": keep_module_view}, "Module.flat still holds the memory from which w13_weight was moved"),
+        ({"after": keep_alphas}, "Module.w2_alphas, .* has a row for each of this rank's 2 experts"),
+        ({"after": set_layout}, "Kernel.kept was set while weights were loaded"),
+        ({"keep": lambda moe, config: torch.ones(moe.num_local_experts), "after": fold}, "Kernel.kept was set while"),
+        ({"a1_gscale": lambda m: torch.ones(())}, "SimpleNamespace.a1_gscale is a static activation scale"),
+    ],
+    ids=["view", "alias", "in a partial", "in a closure", "computed", "number", "written", "old memory", "shard's rows",
+         "lost", "folded", "static"],
+)
+def test_what_a_kernel_keeps(monkeypatch, given: dict, named: str) -> None:
+    """A kernel that keeps what its layer does not show is refused by class and attribute, whatever its format."""
+    _, rebuild = bound(monkeypatch, **given)
+    with pytest.raises(DWDPError, match=named):
+        rebuild()
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        lambda moe, config: config.w1_scale.view(-1),
+        lambda moe, config: config.w1,
+        lambda moe, config: torch.full((moe.num_local_experts,), 7),
+        lambda moe, config: config.w1.data.shape,
+    ],
+    ids=["view of a replica", "parameter", "for all experts", "shape"],
+)
+def test_what_a_kernel_may_keep(monkeypatch, keep: Callable) -> None:
+    """The layer's own parameters, views of replicated tensors and what is made for all experts stay true."""
+    module, rebuild = bound(monkeypatch, keep)
+    rebuild()
+    assert module.quant_method.moe_kernel.fused_experts.count == EXPERTS
+
+
+def test_hook_of_a_rebuilt_kernel(monkeypatch) -> None:
     """A rebuilt kernel keeps the hook that a model has put on its experts: without, it would leave out a norm."""
-    monkeypatch.setattr(mk, "FusedMoEKernel", lambda finalize, fused: SimpleNamespace(fused_experts=fused))
-    built = layer()
-    built.moe_config = None
-    built.quant_method = method = SimpleNamespace(get_fused_moe_quant_config=lambda _: None)
-    for hook in (None, print):
-        fused = SimpleNamespace(**{} if hook is None else {"post_gemm2_hook": hook})
-        method.moe_kernel = SimpleNamespace(prepare_finalize=None, fused_experts=fused)
-        _rebuild_kernel(built)
-        assert method.moe_kernel.fused_experts is not fused
-        assert method.moe_kernel.fused_experts.post_gemm2_hook is hook
+    def set_hook(module: Any, kernel: Any) -> None:
+        kernel.post_gemm2_hook = print
+
+    for after, hook in ((None, None), (set_hook, print)):
+        module, rebuild = bound(monkeypatch, after=after)
+        old = module.quant_method.moe_kernel.fused_experts
+        rebuild()
+        assert module.quant_method.moe_kernel.fused_experts is not old
+        assert module.quant_method.moe_kernel.fused_experts.post_gemm2_hook is hook
+
+
+def bound_to_refuse() -> torch.nn.Module:
+    module = layer(w13_weight=torch.zeros(2, 4))
+    module.w13_weight.weight_loader = lambda parameter, loaded: parameter.data.copy_(loaded)
+    module.weight_loader = module.load_weights = module.w13_weight.weight_loader
+    module.quant_method.process_weights_after_loading = lambda layer: layer.w13_weight.data.fill_(1)
+    _refuse_loading(module)
+    refuse_loading(torch.nn.ModuleList([module]))
+    return module
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda m: m.w13_weight.weight_loader(m.w13_weight, torch.ones(2, 4)),
+        lambda m: m.weight_loader(m.w13_weight, torch.ones(2, 4), "w13_weight", "w1", 0),
+        lambda m: m.load_weights([]),
+        lambda m: m.quant_method.process_weights_after_loading(m),
+        lambda m: replace_parameter(m, "w13_weight", torch.ones(2, 4)),
+        lambda m: m.register_parameter("w2_weight", torch.nn.Parameter(torch.ones(2, 4))),
+        lambda m: delattr(m, "w13_weight"),
+        lambda m: initialize_layerwise_reload(m),
+    ],
+    ids=["parameter's loader", "layer's loader", "load_weights", "processing", "replace_parameter", "register", "delete",
+         "layerwise reload"],
+)
+def test_writes_after_binding(write: Callable) -> None:
+    """Nothing that vLLM loads or replaces weights with reaches a layer whose rows are its peers' as well."""
+    module = bound_to_refuse()
+    shown = module.w13_weight
+    with pytest.raises(DWDPError, match="cannot be loaded or replaced while the group serves; restart it"):
+        write(module)
+    assert module.w13_weight is shown and not shown.any()
 
 
 def test_gpt_oss_loads_mxfp4_by_owned_rows(monkeypatch) -> None:

@@ -1,5 +1,7 @@
 """Invariant: without the switch vLLM is untouched; with it every hook is in place, or DWDP stops and names the one."""
 
+import argparse
+import json
 import logging
 import subprocess
 import sys
@@ -89,20 +91,35 @@ def configure(additional):
 def test_switch_off(models) -> None:
     """A config without the switch keeps vLLM's worker, options, engine, launcher and excepthook."""
     fresh(WATCHED + """
-cases = [None, {}, {"other": {"slots": 2}}]
+class Other(list):
+    def compute_hash(self):
+        return "other"
+cases = [None, {}, {"other": {"slots": 2}}, Other(), Other(["dwdp"])]
 before, stocks = watched(), [configure(case) for case in cases]
 register()
 for case, stock in zip(cases, stocks):
     made = configure(case)
     assert watched() == before, case
     assert made.parallel_config.worker_cls == stock.parallel_config.worker_cls != "vllm_dwdp.integration.worker.DWDPWorker"
-    assert made.additional_config == stock.additional_config == (case or {})
+    assert made.additional_config == stock.additional_config == ({} if case is None else case)
+    assert type(made.additional_config) is type(stock.additional_config)
     assert made.compute_hash() == stock.compute_hash()
     assert "vllm_dwdp.integration.launch" not in sys.modules
 made = configure({"dwdp": {}})
 assert [a is not b for a, b in zip(watched(), before)] == [True, False, True, True, True], "the test sees no hook"
 assert made.parallel_config.worker_cls == "vllm_dwdp.integration.worker.DWDPWorker"
 """, model=models("qwen3_moe"))
+
+
+@pytest.mark.parametrize("value", ["[1]", '"dwdp"', "7"])
+def test_switch_off_on_the_command_line(value: str) -> None:
+    """A command line without the switch keeps whatever it gives as --additional-config."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--additional-config", type=json.loads)
+    plugin._add_cli_args(lambda parser: parser)(parser)
+    assert parser.parse_args(["--additional-config", value]).additional_config == json.loads(value)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--additional-config", value, "--parallel", "dwdp"])
 
 
 def test_launch_hook_not_taken(models) -> None:

@@ -65,15 +65,21 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return {name: value for name, value in msgspec.structs.asdict(self).items() if name not in mine}
 
 
-def parse(additional_config: dict[str, Any]) -> Options | None:
+def is_on(additional_config: Any) -> bool:
+    """Whether the switch is in vLLM's `additional_config`, which may be an object of another plugin."""
+    return isinstance(additional_config, dict) and KEY in additional_config
+
+
+def parse(additional_config: Any) -> Options | None:
     """The options in vLLM's `additional_config`, or None when the switch is off.
 
     Raises DWDPError naming the option that is unknown or out of range.
     """
-    if KEY not in additional_config:
+    if not is_on(additional_config):
         return None
+    given = additional_config[KEY]
     try:
-        return msgspec.convert(additional_config[KEY] or {}, Options)
+        return msgspec.convert({} if given is None else given, Options)
     except msgspec.ValidationError as error:
         known = ", ".join(Options.__struct_fields__)
         raise DWDPError(f"additional_config['{KEY}'] (--dwdp-... options): {error}; known options: {known}") from None

@@ -1,8 +1,10 @@
 """Expert layers as loading leaves them: one record a MoE layer, from which everything later is made."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from vllm_dwdp.budget import LayerSize
 from vllm_dwdp.layout import Layout
@@ -16,6 +18,7 @@ class ExpertLayer:
     """One MoE layer that holds this rank's shard.
 
     `module` carries the parameters; those named in `streamed` and `replicated` have the shape [owned, ...].
+    `sources` are their memory, by name, to be gone once the layer shows all experts.
     """
 
     name: str
@@ -23,6 +26,7 @@ class ExpertLayer:
     placement: Placement
     streamed: tuple[str, ...]
     replicated: tuple[str, ...]
+    sources: Mapping[str, StorageWeakRef] = dataclasses.field(default_factory=dict)
 
     def parameter(self, name: str) -> torch.nn.Parameter:
         return getattr(self.module, name)

@@ -11,7 +11,9 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from vllm_dwdp.assembly import StreamedModel
 from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.experts import ExpertLayer
 from vllm_dwdp.hot import HotCache
+from vllm_dwdp.integration import proof
 from vllm_dwdp.prefetch import Prefetcher
 from vllm_dwdp.ranges import named
 from vllm_dwdp.schedule import DIRECT, STREAMED
@@ -19,16 +21,20 @@ from vllm_dwdp.weights import LayerWeights
 
 
 def bind(model: StreamedModel) -> None:
-    """Show every layer all E experts: parameters over the full tensors, a kernel built for E, a forward that waits."""
+    """Show every layer all E experts: parameters over the full tensors, a kernel built for E, a forward that waits.
+
+    Raises DWDPError when a layer's kernel would keep anything else, and from then on when somebody loads into a layer.
+    """
     for layer, weights, replicas in zip(model.layers, model.weights, model.replicas, strict=True):
-        module = layer.module
+        module, num_experts = layer.module, layer.placement.num_experts
         for name, tensor in replicas.items():
             layer.parameter(name).data = tensor
         weights.parameters = [layer.parameter(name) for name in layer.streamed]
         weights.bind(STREAMED)
-        module.moe_config.num_local_experts = module.local_num_experts = layer.placement.num_experts
-        module._expert_map = None
-        _rebuild_kernel(module)
+        module.moe_config.num_local_experts = module.local_num_experts = num_experts
+        module._expert_map = module.expert_map_manager._expert_map = None
+        module.expert_map_manager._local_num_experts = num_experts
+        _rebuild_kernel(layer, model.rank, [view for tensor in weights.tensors for view in tensor.views.values()])
         if model.hot is not None and module.quant_method.is_monolithic:
             raise DWDPError(
                 f"cache_policy=hot needs the routed experts, which {type(module.quant_method.moe_kernel).__name__} of "
@@ -36,6 +42,14 @@ def bind(model: StreamedModel) -> None:
             )
         for name in ("forward_modular", "forward_monolithic"):
             setattr(module, name, _ahead_of_use(getattr(module, name), weights, model.prefetcher, model.hot))
+        _refuse_loading(module)
+
+
+def refuse_loading(model: torch.nn.Module) -> None:
+    """Every `load_weights` in `model` raises DWDPError, before it writes anything and on every rank alike."""
+    for module in model.modules():
+        if hasattr(module, "load_weights"):
+            module.load_weights = _refuse
 
 
 def keep_opaque(model: torch.nn.Module) -> None:
@@ -46,16 +60,51 @@ def keep_opaque(model: torch.nn.Module) -> None:
             module._forward_entry = ops.moe_forward if module.shared_experts is None else ops.moe_forward_shared
 
 
-def _rebuild_kernel(layer: RoutedExperts) -> None:
-    """Kernels remember the number of experts and their scales when they are made: make this layer's anew."""
-    method = layer.quant_method
+class _Bound(dict):
+    """A layer's parameters by name, which stay the tensors that are streamed."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> None:
+        _refuse()
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+
+def _refuse(*args: Any, **kwargs: Any) -> None:
+    raise DWDPError(
+        "DWDP ranks map each other's experts and stream them through slots: weights cannot be loaded or replaced while "
+        "the group serves; restart it instead"
+    )
+
+
+def _refuse_loading(layer: RoutedExperts) -> None:
+    """Whatever vLLM would load this layer with raises DWDPError: its rows are peers', or bytes of a slot."""
+    for parameter in layer.parameters():
+        for name in [name for name in vars(parameter) if name.endswith("weight_loader")]:
+            setattr(parameter, name, _refuse)
+    layer.weight_loader = layer.quant_method.process_weights_after_loading = _refuse
+    layer._parameters = _Bound(layer._parameters)
+
+
+def _rebuild_kernel(layer: ExpertLayer, rank: int, views: list[torch.Tensor]) -> None:
+    """Kernels remember the number of experts and their scales when they are made: make this layer's anew, and prove it.
+
+    `views` are the streamed tensors, [E, ...], as either view shows them.
+    """
+    module = layer.module
+    method = module.quant_method
     kernel = method.moe_kernel
     if kernel is None:
-        raise DWDPError(f"{layer.layer_name}: {type(method).__name__} has no modular kernel that DWDP could rebuild")
-    method.moe_quant_config = method.get_fused_moe_quant_config(layer)
-    experts = type(kernel.fused_experts)(moe_config=layer.moe_config, quant_config=method.moe_quant_config)
-    experts.post_gemm2_hook = getattr(kernel.fused_experts, "post_gemm2_hook", None)  # from vLLM 0.33; models set it
-    method.moe_kernel = mk.FusedMoEKernel(kernel.prepare_finalize, experts)
+        raise DWDPError(f"{layer.name}: {type(method).__name__} has no modular kernel that DWDP could rebuild")
+    loaded = kernel.fused_experts
+    with proof.Following(f"{layer.name}: {type(loaded).__name__}", views) as following:
+        method.moe_quant_config = method.get_fused_moe_quant_config(module)
+        experts = type(loaded)(moe_config=module.moe_config, quant_config=method.moe_quant_config)
+        experts.post_gemm2_hook = getattr(loaded, "post_gemm2_hook", None)  # from vLLM 0.33; models set it
+        method.moe_kernel = mk.FusedMoEKernel(kernel.prepare_finalize, experts)
+    proof.prove(layer, rank, following)
+    proof.refuse_loss(layer, rank, loaded, experts)
+    del kernel, loaded  # with what they hold
+    proof.refuse_old_memory(layer)
 
 
 def _ahead_of_use(

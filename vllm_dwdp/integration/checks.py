@@ -12,6 +12,13 @@ UNTESTED = "DWDP_ALLOW_UNTESTED_VLLM"
 BYPASSING_BACKENDS = ("mega_moe", "moe_ep", "moonep")
 # Models whose own kernels read a RoutedExperts' weights without calling it.
 READ_EXPERTS = ("FlintForCausalLM",)
+# Load formats that copy tensors as they were saved, past the loaders that keep a rank's share.
+WHOLE_TENSORS = ("ipc_cache", "runai_streamer_sharded", "sharded_state", "tensorizer")
+# The workers that DWDP's extends, and its own, which a config may have from before.
+WORKERS = (
+    "vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker", "vllm_dwdp.integration.worker.DWDPWorker",
+)
+EXECUTORS = (None, "mp", "uni")
 
 
 def refuse_version(version: str, allow_untested: bool) -> None:
@@ -35,7 +42,7 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
         Placement(num_experts=model.get_num_experts(), size=options.size, experts_per_rank=options.experts_per_rank)
     if options.cache_policy == "hot" and options.cache_gib == 0:
         raise DWDPError("cache_policy=hot has no cache to fill: set --dwdp-cache-gib to a size or to auto")
-    offload, speculative = vllm_config.offload_config, vllm_config.speculative_config
+    offload, speculative, load = vllm_config.offload_config, vllm_config.speculative_config, vllm_config.load_config
     draft = speculative and speculative.draft_model_config  # the target model itself where nothing drafts, as for ngram
     for refused, reason in (
         (parallel.tensor_parallel_size > 1,
@@ -48,7 +55,18 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
          "--enable-expert-parallel: it sends tokens to experts, DWDP brings experts to tokens; choose one"),
         (parallel.enable_eplb, "--enable-eplb: nothing needs balancing, every rank computes all experts; drop it"),
         (parallel.enable_elastic_ep, "--enable-elastic-ep: peers map each other's memory for good; drop it"),
-        (parallel.enable_dbo, "--enable-dbo: there is no communication to overlap; drop it"),
+        (parallel.use_ubatching,
+         "--enable-dbo or --ubatch-size: a step in parts runs each layer several times, with nothing to overlap; drop it"),
+        (parallel.enable_fault_tolerance,
+         "--enable-fault-tolerance: a rank that is scaled away takes experts along which its peers read; drop it"),
+        (parallel.distributed_executor_backend not in EXECUTORS,
+         f"--distributed-executor-backend {parallel.distributed_executor_backend}: a DWDP rank is one worker; use mp or "
+         f"uni"),
+        (parallel.worker_cls not in WORKERS,
+         f"--worker-cls {parallel.worker_cls}: DWDP puts its own worker there; drop it, or add to DWDP's by "
+         f"--worker-extension-cls"),
+        (str(load.load_format) in WHOLE_TENSORS,
+         f"--load-format {load.load_format}: it copies tensors of all experts at once; load the model's own checkpoint"),
         (parallel.data_parallel_backend == "ray",
          "--data-parallel-backend ray: only the default backend (mp) starts independent ranks here; drop it"),
         (model.enable_sleep_mode or model.enable_cumem_allocator,

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExpertsBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from vllm_dwdp import budget, checkpoint
@@ -22,8 +24,6 @@ Shards = dict[RoutedExperts, Placement]  # a model's expert layers, in the order
 
 # Parameters of RoutedExperts without a row for every expert.
 NOT_PER_EXPERT = {"e_score_correction_bias", "hash_indices_table"}
-# Where vLLM keeps which kernels a quantized format uses, and those whose rows can be moved although EPLB does not.
-BACKENDS, MOVABLE_BACKEND = ("mxfp4_backend", "wna16_backend", "wna16_moe_backend"), "MARLIN"
 # Experts classes of which a rank cannot load its share, and why.
 UNSHARDABLE = {
     "DbrxExperts": "copies checkpoint tensors of all experts at once: try --model-impl transformers",
@@ -134,14 +134,16 @@ def _refuse_unstreamable(layer: RoutedExperts) -> None:
     method, kind = layer.quant_method, type(layer).__name__
     if kind in UNSHARDABLE:
         raise DWDPError(f"{layer.layer_name}: a rank cannot load its share of {kind}, which {UNSHARDABLE[kind]}")
-    backends = {getattr(method, name).name for name in BACKENDS if hasattr(method, name)}
-    if not method.supports_eplb and MOVABLE_BACKEND not in backends:
+    # vLLM says itself where experts may change places; Marlin's layout too is made one expert at a time.
+    experts = getattr(method, "experts_cls", None)
+    is_movable = method.supports_eplb or (isinstance(experts, type) and issubclass(experts, MarlinExpertsBase))
+    if not is_movable:
         raise DWDPError(
             f"{layer.layer_name}: {type(method).__name__} keeps its experts in a form whose rows cannot be moved"
-            f"{f' ({min(backends)}); try --moe-backend marlin' if backends else ''}; DWDP streams unquantized and FP8 "
-            f"experts, and 4-bit ones of the Marlin backend"
+            f"{f' ({experts.__name__}); try --moe-backend marlin' if experts else ''}; DWDP streams unquantized and "
+            f"FP8 experts, and 4-bit ones of the Marlin backend"
         )
-    static = [name for name, _ in layer.named_parameters() if name.endswith("input_scale")]
+    static = [name for name, _ in layer.named_parameters() if "input" in name and "scale" in name]
     if static:
         raise DWDPError(
             f"{layer.layer_name}: {static[0]} is a static activation scale, which vLLM reduces over the experts that a "
@@ -170,6 +172,7 @@ def describe(layer: RoutedExperts, placement: Placement, rank: int) -> ExpertLay
     return ExpertLayer(
         name=layer.layer_name, module=layer, placement=placement, streamed=tuple(streamed),
         replicated=tuple(name for name in rows if name not in streamed),
+        sources={name: StorageWeakRef(p.untyped_storage()) for name, p in rows.items() if p.numel()},
     )
 
 

@@ -63,6 +63,8 @@ class DWDPWorker(PlatformWorker):
             try:
                 binding.bind(self.dwdp)
                 binding.keep_opaque(model)
+                binding.refuse_loading(model)
+                self.model_runner.reload_weights = self._refuse
                 self.dwdp.start()
                 group.settle()
             except BaseException:

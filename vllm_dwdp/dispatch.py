@@ -1,0 +1,164 @@
+"""Dispatch: the steps whose tokens travel. Meets the peers before a step, and says how its layers are laid out.
+
+A step of at most `max_tokens` is worth meeting for: it takes part in a round with the ranks that are at hand, or goes
+alone. A larger one starts at once, and its rank takes part again when its device has finished it. An idle rank helps.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from vllm_dwdp.convoy import Round
+from vllm_dwdp.kernels.device import CopyStream
+from vllm_dwdp.kernels.tokens import RoundLayout, TokenExchange
+from vllm_dwdp.meeting import Meeting, Stats
+
+_LOOK_S = 50e-6
+LARGE_STEP_S = 60.0  # how long a small step waits for a large one on its own device, before it goes alone
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Which steps meet, and for how long they wait for it. `graph_sizes` are the rows that vLLM captures, ascending."""
+
+    max_tokens: int
+    graph_sizes: Sequence[int]
+    patience_s: Callable[[int], float]
+
+    def places(self, num_tokens: int) -> int:
+        """What every rank pads its rows to, so that all launch the same graph; 0 where none is so large."""
+        return next((size for size in self.graph_sizes if size >= num_tokens), 0)
+
+
+class Dispatch:
+    """One rank's dispatched steps. Only the thread that runs the model may call it.
+
+    `help_out` runs a forward of a dummy row, in which this rank computes its experts for the members of a round.
+    """
+
+    def __init__(
+        self, meeting: Meeting, tokens: TokenExchange, stream: CopyStream, limits: Limits, help_out: Callable[[], None]
+    ):
+        self.limits, self.rounds_by_members = limits, {}
+        self._meeting, self._tokens, self._stream, self._help_out = meeting, tokens, stream, help_out
+        self._layout: RoundLayout | None = None  # of the step under way, if its layers dispatch
+        self._in_step = False
+        self._large_done: Any = None  # the event after the large step that peers know of
+
+    @property
+    def stats(self) -> Stats:
+        return self._meeting.stats
+
+    @property
+    def padded(self) -> int:
+        """The rows to which the step under way must be padded; 0 for no more than its own."""
+        return self._layout.padded if self._layout is not None else 0
+
+    def begin_step(self, num_tokens: int) -> bool:
+        """Meet the peers, if the step is worth it. Returns whether its layers dispatch: with peers, or alone in a graph."""
+        self._tokens.check()
+        self._in_step = True
+        if num_tokens > self.limits.max_tokens:
+            while (owed := self._meeting.large()) is not None:
+                self._launch(owed)
+            return False
+        self._end_large_step()
+        made = self._meeting.join(num_tokens, self.limits.patience_s(num_tokens))
+        while made is not None and not made.tokens[self._meeting.rank]:
+            self._launch(made)
+            made = self._meeting.join(num_tokens, self.limits.patience_s(num_tokens))
+        if made is not None:
+            self._begin(self._layout_of(made))
+        elif self.limits.places(num_tokens):
+            self._begin(self._alone(num_tokens))
+        return self._layout is not None
+
+    def end_step(self, num_tokens: int) -> None:
+        """The step's kernels are enqueued."""
+        if num_tokens > self.limits.max_tokens:
+            self._large_done = self._large_done or self._stream.event()
+            self._stream.compute_record(self._large_done)
+        self._layout, self._in_step = None, False
+
+    def help(self) -> bool:
+        """No request: launch the round that asks for this rank, if there is one. Does not wait."""
+        self._tokens.check()
+        if self._large_done is not None and self._stream.is_done(self._large_done):
+            self._end_large_step()
+        made = self._meeting.help(0.0)
+        if made is not None:
+            self._launch(made)
+        return made is not None
+
+    def places(self, num_rows: int) -> int | None:
+        """How a layer of `num_rows` dispatches: every rank's places, 0 for as many as it has rows; None: it does not.
+
+        Outside of steps vLLM warms up and captures graphs, alone.
+        """
+        if self._in_step:
+            layout = self._layout
+            return None if layout is None else layout.padded if len(layout.members) > 1 else num_rows
+        return num_rows if self.limits.places(num_rows) else None
+
+    def dispatch(
+        self, layer: int, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, places: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self._tokens.dispatch(layer, hidden, weights, ids, places)
+
+    def combine(self, layer: int, partial: torch.Tensor, num_rows: int, places: int) -> torch.Tensor:
+        return self._tokens.combine(layer, partial, num_rows, places)
+
+    def check(self) -> None:
+        """Raises DWDPError naming a member of a round that did not come."""
+        self._tokens.check()
+
+    def leave(self) -> None:
+        """This rank will not come for a while, and does not help."""
+        while (owed := self._meeting.away()) is not None:
+            self._launch(owed)
+
+    def _launch(self, owed: Round) -> None:
+        """Help the members of a round."""
+        in_step, self._in_step = self._in_step, True
+        with self._laid_out(self._layout_of(owed)):
+            self._help_out()
+        self._in_step = in_step
+
+    @contextlib.contextmanager
+    def _laid_out(self, layout: RoundLayout) -> Iterator[None]:
+        self._begin(layout)
+        try:
+            yield
+        finally:
+            self._layout = None
+
+    def _begin(self, layout: RoundLayout) -> None:
+        self._layout = layout
+        self._tokens.begin(layout)
+
+    def _layout_of(self, made: Round) -> RoundLayout:
+        self.rounds_by_members[len(made.members)] = self.rounds_by_members.get(len(made.members), 0) + 1
+        return RoundLayout(
+            number=made.number, members=made.members, tokens=made.tokens, padded=self.limits.places(max(made.tokens))
+        )
+
+    def _alone(self, num_tokens: int) -> RoundLayout:
+        rank, size = self._meeting.rank, self._meeting.size
+        tokens = tuple(num_tokens if r == rank else 0 for r in range(size))
+        return RoundLayout(number=0, members=(rank,), tokens=tokens, padded=self.limits.places(num_tokens))
+
+    def _end_large_step(self) -> None:
+        """A rank whose device is still at a large step must not be met: its peers' kernels would wait for all of it."""
+        if self._large_done is None:
+            return
+        deadline = time.monotonic() + LARGE_STEP_S
+        while not self._stream.is_done(self._large_done):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(_LOOK_S)
+        self._large_done = None
+        self._meeting.large_done()

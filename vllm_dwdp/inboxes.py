@@ -1,0 +1,55 @@
+"""Inboxes: the memory into which peers write tokens, and the convoy's page: made, handed round and mapped at start.
+
+An inbox holds activations of requests, never weights; it is the one memory that peers map writable.
+"""
+
+import contextlib
+import os
+from collections.abc import Sequence
+
+from vllm_dwdp.exchange import serving
+from vllm_dwdp.kernels.device import Device
+from vllm_dwdp.kernels.tokens import InboxMap, TokenExchange, owners_of
+from vllm_dwdp.meeting import Meeting, create
+from vllm_dwdp.placement import Placement
+from vllm_dwdp.rendezvous import Group
+
+
+def open_inboxes(
+    group: Group, device: Device, undo: contextlib.ExitStack, at: InboxMap, placements: Sequence[Placement]
+) -> tuple[TokenExchange, Meeting]:
+    """This rank's exchange with its peers and its place in the convoy; rank 0 makes the page. `placements` are the layers'.
+
+    Everything made is closed by `undo`.
+    """
+    nbytes = -(-at.nbytes // device.page_bytes) * device.page_bytes
+    block = device.allocate(nbytes)
+    undo.callback(block.close)
+    device.zero(block)
+    page = create(group.size) if group.rank == 0 else -1
+
+    def handles(_: int) -> list[int]:
+        return [device.export(block, writable=True), *([os.dup(page)] if page >= 0 else [])]
+
+    regions = []
+    with serving(group, "inboxes", handles=handles) as peers:
+        for rank in range(group.size):
+            region = device.reserve(nbytes)
+            undo.callback(region.close)
+            regions.append(region)
+            if rank == group.rank:
+                region.map(0, block, writable=True)
+                continue
+            with peers[rank].fetch(0, 1 + (rank == 0)) as fds:
+                inbox = device.adopt(fds[0], nbytes)
+                undo.callback(inbox.close)
+                region.map(0, inbox, writable=True)
+                if rank == 0:
+                    page = os.dup(fds[1])
+        meeting = Meeting(page, group.rank, group.size)
+        undo.callback(meeting.close)
+    os.close(page)
+    owners = [owners_of([p.owned(rank) for rank in range(group.size)], p.num_experts) for p in placements]
+    tokens = device.tokens(group.rank, at, [region.address for region in regions], owners, meeting.is_alive)
+    undo.callback(tokens.close)
+    return tokens, meeting
