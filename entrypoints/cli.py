@@ -1,6 +1,7 @@
 """The `vllm-dwdp` command."""
 
 import argparse
+import importlib.metadata
 import json
 import sys
 from collections.abc import Sequence
@@ -8,6 +9,8 @@ from typing import Any
 
 import msgspec
 
+import vllm_dwdp
+from vllm_dwdp import config
 from vllm_dwdp.entrypoints.bench import run as bench
 from vllm_dwdp.entrypoints.bench.modes import Settings
 from vllm_dwdp.errors import DWDPError
@@ -25,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="vllm-dwdp", description="Distributed Weight Data Parallelism for vLLM.")
+    root.add_argument(
+        "--version", action="version", version=f"vllm-dwdp {vllm_dwdp.__version__}, vLLM {importlib.metadata.version('vllm')}",
+    )
     command = root.add_subparsers(title="commands", required=True, metavar="COMMAND").add_parser(
         "bench", help="compare DWDP with stock vLLM on this machine", argument_default=argparse.SUPPRESS,
         description="Runs the modes in turn, A B A B, on the same prompts, and prints one table. dwdp: this plugin; "
@@ -38,18 +44,17 @@ def parser() -> argparse.ArgumentParser:
 
 def argument(field: msgspec.structs.FieldInfo) -> dict[str, Any]:
     """argparse's keywords for one setting. Values stay text where `Settings.of` reads and checks it."""
-    text = msgspec.inspect.type_info(field.type).extra_json_schema["description"]
-    default = None if field.required else field.default
-    if default is msgspec.NODEFAULT:
-        return {"type": json_object, "metavar": "JSON", "help": text}
-    if isinstance(default, bool):
-        return {"action": argparse.BooleanOptionalAction, "help": f"{text} (default: {default})"}
-    if isinstance(default, tuple):
-        listed = ",".join(map(str, default))
-        return {"type": words, "metavar": "A,B,...", "help": f"{text} (default: {listed})" if listed else text}
+    text, default = config.describe(field)
+    shown: dict[str, Any] = {"help": f"{text} (default: {default})" if default else text}
+    if isinstance(field.default, bool):
+        return shown | {"action": argparse.BooleanOptionalAction}
+    if isinstance(field.default, tuple):
+        return shown | {"type": words, "metavar": "A,B,..."}
     if field.required:
-        return {"required": True, "help": text}
-    return {"metavar": "VALUE", "help": f"{text} (default: {default})"}
+        return shown | {"required": True}
+    if field.default is msgspec.NODEFAULT:  # made by a factory
+        return shown | {"type": json_object, "metavar": "JSON"}
+    return shown | {"metavar": "VALUE"}
 
 
 def words(text: str) -> list[str]:

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import functools
 import logging
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +16,8 @@ from typing import Any
 import msgspec
 
 from vllm_dwdp import config
-from vllm_dwdp.integration import hooks
 from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.integration import hooks
 
 
 def register() -> None:
@@ -50,12 +51,12 @@ def _add_cli_args(original: Callable) -> Callable:
         parser = original(parser)
         group = parser.add_argument_group("DWDP", "Distributed Weight Data Parallelism (vllm-dwdp).")
         group.add_argument(
-            "--parallel", choices=["dwdp"],
+            "--parallel", choices=["dwdp"], default=argparse.SUPPRESS,
             help="Stream MoE experts from peer ranks' memory instead of sending tokens to experts; the ranks of "
             "--data-parallel-size then never wait for each other.",
         )
         for field in msgspec.structs.fields(config.Options):
-            group.add_argument(f"--dwdp-{field.name.replace('_', '-')}", **_argument(field))
+            group.add_argument(config.as_flag(field.name), **_argument(field))
         _merge_after_parsing(parser)
         return parser
 
@@ -63,11 +64,14 @@ def _add_cli_args(original: Callable) -> Callable:
 
 
 def _argument(field: msgspec.structs.FieldInfo) -> dict[str, Any]:
-    """argparse's keywords for one option. Every default is None, "not given"; `config.parse` checks the values."""
-    text = msgspec.inspect.type_info(field.type).extra_json_schema["description"]
+    """argparse's keywords for one option. One that is not given leaves no trace; `config.parse` checks the values."""
+    text, default = config.describe(field)
+    kind = config.allowed(msgspec.inspect.type_info(field.type))
+    shown: dict[str, Any] = {"default": argparse.SUPPRESS, "help": f"{text} (default: {default})"}
     if isinstance(field.default, bool):
-        return {"action": argparse.BooleanOptionalAction, "default": None, "help": text}
-    return {"type": scalar, "metavar": "VALUE", "help": text}
+        return shown | {"action": argparse.BooleanOptionalAction}
+    is_choice = " or " in kind and not isinstance(field.default, float)
+    return shown | {"type": scalar, "metavar": f"{{{kind.replace(' or ', ',')}}}" if is_choice else "VALUE"}
 
 
 def scalar(text: str) -> Any:
@@ -84,23 +88,38 @@ def _merge_after_parsing(parser: argparse.ArgumentParser) -> None:
     def parse(*args: Any, **kwargs: Any) -> Any:
         namespace, rest = parse_known_args(*args, **kwargs)
         fields = config.Options.__struct_fields__
-        given = {f: v for f in fields if (v := getattr(namespace, f"dwdp_{f}", None)) is not None}
-        if namespace.parallel == "dwdp":
-            additional = namespace.additional_config or {}
-            if not isinstance(additional, dict):
-                parser.exit(2, "vllm-dwdp: error: --parallel dwdp needs an --additional-config that is an object\n")
-            additional = dict(additional)
-            additional[config.KEY] = {**(additional.get(config.KEY) or {}), **given}
-            try:
-                config.parse(additional)
-            except DWDPError as error:
-                parser.exit(2, f"vllm-dwdp: error: {error}\n")
-            namespace.additional_config = additional
-        elif given:
-            parser.exit(2, f"vllm-dwdp: error: --dwdp-{next(iter(given)).replace('_', '-')} needs --parallel dwdp\n")
+        given = {name: getattr(namespace, f"dwdp_{name}") for name in fields if hasattr(namespace, f"dwdp_{name}")}
+        try:
+            _refuse_misspelt(rest)
+            if getattr(namespace, "parallel", None) == "dwdp":
+                namespace.additional_config = _merge(namespace.additional_config, given)
+            elif given:
+                raise DWDPError(f"{config.as_flag(next(iter(given)))} needs --parallel dwdp")
+        except DWDPError as error:
+            parser.exit(2, f"vllm-dwdp: error: {error}\n")
         return namespace, rest
 
-    parser.parse_known_args = parse
+    parser.parse_known_args = parse  # type: ignore[method-assign]
+
+
+def _refuse_misspelt(rest: list[str]) -> None:
+    """Raises DWDPError for what argparse did not take and that was meant for DWDP."""
+    fields = config.Options.__struct_fields__
+    for written in rest:
+        if match := re.match(r"--(?:no-)?dwdp-([\w-]+)", written):
+            near = config.meant(match[1].replace("-", "_"), fields, config.as_flag)
+            raise DWDPError(f"{written.split('=')[0]} is no option; {near}")
+
+
+def _merge(additional_config: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """`additional_config` with the options that were given as such, which win. Raises DWDPError where one cannot be."""
+    if not isinstance(additional_config, dict | None):
+        raise DWDPError(f"--additional-config is {additional_config!r}: with --parallel dwdp it must be a JSON object")
+    merged = {config.KEY: {}} | (additional_config or {})
+    if isinstance(merged[config.KEY], dict | None):
+        merged[config.KEY] = (merged[config.KEY] or {}) | given
+    config.parse(merged, lambda option: (config.as_flag if option in given else config.as_json)(option))
+    return merged
 
 
 def _print_refusals_in_one_line() -> None:
@@ -109,7 +128,7 @@ def _print_refusals_in_one_line() -> None:
     if getattr(previous, "__name__", "") == "print_refusal":
         return
 
-    def print_refusal(kind: type, error: BaseException, trace: Any) -> None:
+    def print_refusal(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if issubclass(kind, DWDPError):
             print(f"vllm-dwdp: error: {error}", file=sys.stderr)
         else:

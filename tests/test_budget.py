@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_dwdp.budget import GIB, LayerSize, Limit, cache_bytes, plan_cache, table
+from vllm_dwdp.budget import GIB, LayerSize, Limit, announce, cache_bytes, plan_cache, table
 from vllm_dwdp.config import Options
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.placement import Placement
@@ -41,7 +41,7 @@ def test_engines_that_share_a_device() -> None:
     assert abs(cache_bytes(LAYERS, device(5, others_gib=70), auto, quarter) - (5 * GIB - 2 * REMOTE)) <= 1
     given = Limit(gpu_memory_utilization=0.1, kv_cache_memory_bytes=8 * GIB)
     assert abs(cache_bytes(LAYERS, device(20, others_gib=50), auto, given) - (12 * GIB - 2 * REMOTE)) <= 1
-    with pytest.raises(DWDPError, match="kv_cache_memory_bytes=8589934592: the largest cache_gib that does is 10.87"):
+    with pytest.raises(DWDPError, match="kv_cache_memory_bytes=8589934592: the largest cache that does is --dwdp-cache-gib 10.87"):
         cache_bytes(LAYERS, device(20), Options(size=2, cache_gib=12), given)
 
 
@@ -52,7 +52,7 @@ def test_engines_that_share_a_device() -> None:
             9, {"slots": 3},
             "3 slots of 0.56 GiB do not fit .* 0.69 GiB are missing; .* or a higher --gpu-memory-utilization",
         ),
-        (20, {"cache_gib": 12}, "cache_gib=12.* the largest cache_gib that does is 10.87"),
+        (20, {"cache_gib": 12}, "--dwdp-cache-gib 12.* the largest cache that does is --dwdp-cache-gib 10.87"),
     ],
 )
 def test_refusals(free_gib: float, options: dict, named: str) -> None:
@@ -79,3 +79,28 @@ def test_table() -> None:
         ["GiB", "shard", "slots", "total"], ["rank", "0", "1.000", "0.500", "1.500"],
         ["rank", "1", "3.000", "0.000", "3.000"],
     ]
+
+
+def test_cache_says_what_it_took(caplog) -> None:
+    """A cache that takes every remote expert says so; a small one has a size; none says nothing."""
+    caplog.set_level("INFO", "vllm.dwdp.budget")
+    tiny = [LayerSize(placement=Placement(num_experts=8, size=2), expert_bytes=[3 << 10])] * 2
+    for nbytes, said in ((8 * (3 << 10), "all 8 remote experts are resident, 0.02 MiB"), (0, None),
+                         (2 * (3 << 10), "0.01 MiB, policy even, room for 2 of 8 remote experts")):
+        caplog.clear()
+        plan_cache(tiny, nbytes, "even", 4096)
+        assert caplog.messages == ([] if said is None else [f"DWDP cache: {said}"])
+
+
+def test_announcement() -> None:
+    """One line a rank, which never prints the number that stands for "always direct"."""
+    rest = dict(rank=1, direct_max_tokens=24, held_bytes=30 * GIB)
+    assert announce(LAYERS, streamed_bytes=24 * GIB, **rest) == (
+        "DWDP on: rank 1 of 2 owns 64 of 128 experts in each of 48 layers, streams 24.00 GiB a step above 24 tokens, "
+        "holds 30.00 GiB"
+    )
+    rest["direct_max_tokens"] = 2**31
+    text = announce(LAYERS, streamed_bytes=0, **rest)
+    assert "streams nothing, as every remote expert is resident" in text and str(2**31) not in text
+    mixed = [*LAYERS[:1], LayerSize(placement=Placement(num_experts=8, size=2), expert_bytes=[1])]
+    assert "owns 68 of 136 experts in 2 layers" in announce(mixed, streamed_bytes=1, **rest)

@@ -1,14 +1,17 @@
 """Invariant: the options reach `additional_config` by every way in, or the command ends with one line and status 2."""
 
+import re
 import subprocess
 import sys
 
+import msgspec
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import vllm_dwdp.entrypoints.plugin as plugin
-from vllm_dwdp.config import Options
+from vllm_dwdp.config import Options, describe, is_on, parse
+from vllm_dwdp.entrypoints import cli
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +69,20 @@ def test_merge(engine_parser, serve_parser, models, given: list[str], expected: 
         (["--dwdp-slots", "2"], "--dwdp-slots needs --parallel dwdp"),
         (["--dwdp-direct-max-tokens", "0"], "--dwdp-direct-max-tokens needs --parallel dwdp"),
         (["--no-dwdp-timing"], "--dwdp-timing needs --parallel dwdp"),
-        ([*ON, "--dwdp-slots", "many"], "$.slots"),
-        ([*ON, "--dwdp-slots", "2.5"], "$.slots"),
-        ([*ON, "--dwdp-slots", "99"], "$.slots"),
-        ([*ON, "--dwdp-cache-gib", "all"], "$.cache_gib"),
-        ([*ON, "--dwdp-rendezvous", "nowhere"], "$.rendezvous"),
-        ([*ON, "--additional-config", '{"dwdp": {"slotz": 2}}'], "slotz"),
+        (["--dwdp-slotz", "2"], "--dwdp-slotz is no option; did you mean --dwdp-slots?"),
+        ([*ON, "--no-dwdp-timng"], "--no-dwdp-timng is no option; did you mean --dwdp-timing?"),
+        ([*ON, "--dwdp-xyz=1"], "--dwdp-xyz is no option; there are --dwdp-size, --dwdp-rank"),
+        ([*ON, "--dwdp-slots", "many"], "--dwdp-slots is 'many': it must be a whole number from 2 to 8"),
+        ([*ON, "--dwdp-slots", "2.5"], "--dwdp-slots is 2.5: it must be a whole number from 2 to 8"),
+        ([*ON, "--dwdp-slots", "99"], "--dwdp-slots is 99: it must be a whole number from 2 to 8"),
+        ([*ON, "--dwdp-cache-gib", "all"], "--dwdp-cache-gib is 'all': it must be a number from 0 or auto"),
+        ([*ON, "--dwdp-cache-policy", "warm"], "--dwdp-cache-policy is 'warm': it must be even or hot"),
+        ([*ON, "--dwdp-rendezvous", "nowhere"], "--dwdp-rendezvous is 'nowhere': it must be HOST:PORT"),
+        ([*ON, "--additional-config", '{"dwdp": {"slotz": 2}}'],
+         "additional_config['dwdp']['slotz'] is no option; did you mean additional_config['dwdp']['slots']?"),
+        ([*ON, "--dwdp-size", "2", "--additional-config", '{"dwdp": {"slots": 9}}'],
+         "additional_config['dwdp']['slots'] is 9: it must be a whole number from 2 to 8"),
+        ([*ON, "--additional-config", '{"dwdp": false}'], "additional_config['dwdp'] is False"),
     ],
     ids=str,
 )
@@ -92,11 +103,32 @@ def test_unknown_mode(engine_parser, capsys) -> None:
     assert ended.value.code == 2 and "'dwdp'" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_every_option_has_help(engine_parser) -> None:
-    """Each field of Options is an option of the command line, with a help text."""
-    actions = {action.dest: action for action in engine_parser._actions}
-    for name in Options.__struct_fields__:
-        assert len(actions[f"dwdp_{name}"].help) > 20, name
+def test_help_tells_defaults_and_choices(serve_parser, capsys) -> None:
+    """Each field of Options is an option of `vllm serve` whose help says what happens without it."""
+    with pytest.raises(SystemExit):
+        serve_parser.parse_args(["serve", "--help=DWDP"])
+    shown = " ".join(capsys.readouterr().out.split())
+    shown = shown[shown.index("Distributed Weight Data Parallelism"):]
+    assert "(default: None)" not in shown and "==SUPPRESS==" not in shown
+    for field in msgspec.structs.fields(Options):
+        text, default = describe(field)
+        assert f"--dwdp-{field.name.replace('_', '-')}" in shown and len(text) > 8 and default
+        assert shown.count(f"(default: {default})") >= 1, field.name
+    assert "--dwdp-cache-policy {even,hot}" in shown and "(default: 2)" in shown
+
+
+@pytest.mark.parametrize("additional_config", [None, {}, {"mine": 1}, [1], 7, object(), "dwdp", frozenset({"dwdp"})], ids=str)
+def test_switched_off_by_anything_but_its_key(additional_config: object) -> None:
+    """vLLM lets `additional_config` be any object that it can hash: only a dict with the key is ours."""
+    assert not is_on(additional_config) and parse(additional_config) is None
+
+
+def test_version(capsys) -> None:
+    """`vllm-dwdp --version` says which vLLM it found."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert re.fullmatch(r"vllm-dwdp \d+\.\d+\.\d+, vLLM \d+\.\d+\S*\n", capsys.readouterr().out)
 
 
 def test_refusal_is_one_line(models) -> None:

@@ -122,6 +122,19 @@ def test_both_ranks_serve_and_answer_alike(server: Server) -> None:
         assert server.metric("vllm:dwdp_refills_total", engine=rank) == 0
 
 
+def test_the_log_says_that_dwdp_is_on(server: Server) -> None:
+    """One line a rank, in the reader's words; what a step moves is what the counters then count."""
+    log = server.log.read_text()
+    line = r"DWDP on: rank (\d) of 2 owns 6 of 12 experts in each of (\d+) layers, streams ([\d.]+) MiB a step above 0 tokens, holds"
+    found = re.findall(line, log)
+    assert sorted(rank for rank, *_ in found) == ["0", "1"] and log.count("DWDP on") == 2
+    assert "direct_max_tokens=" not in log.replace("dwdp-direct_max_tokens", "")
+    steps, fetched = server.steps(0), server.metric("vllm:dwdp_prefetch_bytes_total", engine="0")
+    server.complete("Once upon a time", 20, rank=0)
+    moved = (server.metric("vllm:dwdp_prefetch_bytes_total", engine="0") - fetched) / (server.steps(0) - steps)
+    assert abs(moved / 2**20 - float(found[0][2])) < 0.01
+
+
 def test_an_idle_rank_takes_no_steps(server: Server) -> None:
     """No dummy batch and no wave: while rank 0 works, rank 1 runs nothing at all; one step a token on rank 0."""
     time.sleep(0.2)  # lets the counters of the test before settle; what follows compares counts, not times
@@ -165,7 +178,7 @@ def test_ranks_started_apart(models, folder: Path, server: Server) -> None:
     try:
         expected = server.complete("A mixture of experts", 8)
         assert [rank.complete("A mixture of experts", 8) for rank in ranks] == [expected] * 2
-        assert all(f"DWDP rank {number} of 2" in rank.log.read_text() for number, rank in enumerate(ranks))
+        assert all(f"DWDP on: rank {number} of 2" in rank.log.read_text() for number, rank in enumerate(ranks))
     finally:
         for rank in ranks:
             rank.close()

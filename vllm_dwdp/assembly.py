@@ -93,10 +93,11 @@ class StreamedModel:
         if self.hot is not None:
             self.hot.start()
         self.prefetcher.start()
-        logger.info(
-            "DWDP rank %d of %d: %d MoE layers, %d slots, direct view up to %d tokens", self.rank, self.size,
-            len(self.weights), self.prefetcher.schedule.num_slots, self.prefetcher.direct_max_tokens,
-        )
+        streamed = sum(nbytes for layer in self.weights for *_, nbytes in layer.copies)
+        logger.info(budget.announce(
+            [layer.size for layer in self.layers], rank=self.rank, streamed_bytes=streamed,
+            direct_max_tokens=self.prefetcher.direct_max_tokens, held_bytes=sum(self.memory_bytes().values()),
+        ))
 
     def memory_bytes(self) -> dict[str, int]:
         """Expert memory on this rank by kind. `padding` is what whole pages add to the bytes of owned experts."""

@@ -72,8 +72,8 @@ def cache_bytes(layers: Sequence[LayerSize], device: Device, options: Options, l
     wanted = min(wanted, remote * len(layers))
     if wanted > room:
         raise DWDPError(
-            f"cache_gib={options.cache_gib} and {options.slots} slots do not fit {within}: the largest cache_gib that "
-            f"does is {room // (GIB // 100) / 100:.2f}"
+            f"--dwdp-cache-gib {options.cache_gib} and {options.slots} slots do not fit {within}: the largest cache that "
+            f"does is --dwdp-cache-gib {room // (GIB // 100) / 100:.2f}"
         )
     return wanted
 
@@ -90,12 +90,38 @@ class CachePlan:
 def plan_cache(layers: Sequence[LayerSize], nbytes: int, policy: str, page_bytes: int) -> CachePlan:
     """How to spend `nbytes`. An empty cache or one that takes every remote expert has nothing to choose."""
     residents = spread_residents(nbytes // max(sum(layer.expert_bytes) for layer in layers), len(layers))
-    logger.info("DWDP cache: %.2f GiB, policy %s, %d resident experts", nbytes / GIB, policy, sum(residents))
     is_full = all(count >= layer.remote_experts for count, layer in zip(residents, layers, strict=True))
+    remote = sum(layer.remote_experts for layer in layers)
+    if is_full:
+        logger.info("DWDP cache: all %d remote experts are resident, %s", remote, size_text(nbytes))
+    elif nbytes:
+        logger.info(
+            "DWDP cache: %s, policy %s, room for %d of %d remote experts", size_text(nbytes), policy, sum(residents), remote
+        )
     if policy == "even" or is_full or not nbytes:
         return CachePlan(residents=residents)
     bundle = bundle_size([nbytes for layer in layers for nbytes in layer.expert_bytes], page_bytes)
     return CachePlan(residents=[0] * len(layers), hot_pages=nbytes // page_bytes, bundle=bundle)
+
+
+def announce(
+    layers: Sequence[LayerSize], *, rank: int, streamed_bytes: int, direct_max_tokens: int, held_bytes: int
+) -> str:
+    """What a rank does, in one line: `streamed_bytes` a step, and `held_bytes` of expert memory in all."""
+    owned = [len(layer.placement.owned(rank)) for layer in layers]
+    experts = [layer.placement.num_experts for layer in layers]
+    if len(set(zip(owned, experts, strict=True))) == 1:
+        share = f"{owned[0]} of {experts[0]} experts in each of {len(layers)} layers"
+    else:
+        share = f"{sum(owned)} of {sum(experts)} experts in {len(layers)} layers"
+    moves = "streams nothing, as every remote expert is resident"
+    if streamed_bytes:
+        moves = f"streams {size_text(streamed_bytes)} a step above {direct_max_tokens} tokens"
+    return f"DWDP on: rank {rank} of {layers[0].placement.size} owns {share}, {moves}, holds {size_text(held_bytes)}"
+
+
+def size_text(nbytes: int) -> str:
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB else f"{nbytes / 2**20:.2f} MiB"
 
 
 def table(ranks: Sequence[dict[str, int]]) -> str:

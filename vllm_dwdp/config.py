@@ -1,40 +1,48 @@
-"""Options: one struct behind `--dwdp-...`, `--additional-config '{"dwdp": {...}}'` and `LLM(additional_config=...)`."""
+"""Options: one struct behind `--dwdp-...`, `--additional-config '{"dwdp": {...}}'` and `LLM(additional_config=...)`.
 
-from typing import Annotated, Any, Literal
+Whatever way an option came, an error speaks of it as the person wrote it.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, inspect
 
 from vllm_dwdp.errors import DWDPError
 
 KEY = "dwdp"  # where vLLM's additional_config carries the options; its presence is the switch
+S = TypeVar("S", bound=msgspec.Struct)
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Everything a user may set. Sizes carry their unit in the name; None means "let DWDP decide"."""
+    """Everything a user may set. Sizes carry their unit in the name; None means "let DWDP decide", which `unset` tells."""
 
     size: Annotated[
-        Annotated[int, Meta(ge=2)] | None, Meta(description="ranks in the group; --data-parallel-size by default")
+        Annotated[int, Meta(ge=2)] | None, Meta(description="ranks in the group", extra={"unset": "--data-parallel-size"})
     ] = None
     rank: Annotated[
-        Annotated[int, Meta(ge=0)] | None, Meta(description="this rank; vLLM's data-parallel rank by default")
+        Annotated[int, Meta(ge=0)] | None, Meta(description="this rank", extra={"unset": "vLLM's data-parallel rank"})
     ] = None
     rendezvous: Annotated[
-        Annotated[str, Meta(pattern=r"^[^:]+:\d+$")] | None,
-        Meta(description="HOST:PORT that rank 0 opens for its peers; vLLM's own store by default"),
+        Annotated[str, Meta(pattern=r"^[^:]+:\d+$", title="HOST:PORT")] | None,
+        Meta(description="where rank 0 listens for its peers", extra={"unset": "vLLM's own store"}),
     ] = None
     slots: Annotated[int, Meta(ge=2, le=8, description="buffers into which layers are streamed")] = 2
     slice_mib: Annotated[
         Annotated[int, Meta(ge=0)] | None,
-        Meta(description="copy in slices of this size, interleaved over the sources; 0 copies whole ranges "
-                         "(default: 0 at two ranks, 16 from three)"),
+        Meta(description="copy in slices of this size, interleaved over the sources; 0 copies whole ranges",
+             extra={"unset": "0 at two ranks, 16 from three"}),
     ] = None
     direct_max_tokens: Annotated[
         Annotated[int, Meta(ge=0)] | None,
-        Meta(description="batches up to this many tokens read peers' memory in place (default: derived at start-up)"),
+        Meta(description="batches up to this many tokens read peers' memory in place",
+             extra={"unset": "derived at start-up"}),
     ] = None
     experts_per_rank: Annotated[
-        Annotated[int, Meta(ge=1)] | None, Meta(description="experts that each rank owns; above E/N ranges overlap")
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="experts that each rank owns; above E/N ranges overlap", extra={"unset": "E/N"}),
     ] = None
     cache_gib: Annotated[
         Annotated[float, Meta(ge=0)] | Literal["auto"],
@@ -66,20 +74,83 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def is_on(additional_config: Any) -> bool:
-    """Whether the switch is in vLLM's `additional_config`, which may be an object of another plugin."""
+    """Whether vLLM's `additional_config`, which may be of any type, switches DWDP on."""
     return isinstance(additional_config, dict) and KEY in additional_config
 
 
-def parse(additional_config: Any) -> Options | None:
+def as_json(option: str) -> str:
+    """How an option is written in `additional_config`."""
+    return f"additional_config['{KEY}']['{option}']"
+
+
+def as_flag(option: str) -> str:
+    """How an option is written on the command line."""
+    return f"--{KEY}-{option.replace('_', '-')}"
+
+
+def parse(additional_config: Any, spell: Callable[[str], str] = as_json) -> Options | None:
     """The options in vLLM's `additional_config`, or None when the switch is off.
 
-    Raises DWDPError naming the option that is unknown or out of range.
+    Raises DWDPError naming the option that is unknown or out of range, as `spell` says that it was written.
     """
     if not is_on(additional_config):
         return None
     given = additional_config[KEY]
-    try:
-        return msgspec.convert({} if given is None else given, Options)
-    except msgspec.ValidationError as error:
-        known = ", ".join(Options.__struct_fields__)
-        raise DWDPError(f"additional_config['{KEY}'] (--dwdp-... options): {error}; known options: {known}") from None
+    if not isinstance(given, dict | None):
+        raise DWDPError(f"additional_config['{KEY}'] is {given!r}: it must be an object of options, {{}} for none")
+    return read(Options, given or {}, spell)
+
+
+def read(kind: type[S], given: dict[str, Any], spell: Callable[[str], str], *, strict: bool = True) -> S:
+    """A struct from values by field name; with `strict` off numbers may be text.
+
+    Raises DWDPError that says what was written, as `spell` has it, and what it must be.
+    """
+    types = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    values = {}
+    for name, value in given.items():
+        if name not in types:
+            raise DWDPError(f"{spell(name)} is no option; {meant(name, types, spell)}")
+        try:
+            values[name] = msgspec.convert(value, types[name], strict=strict)
+        except msgspec.ValidationError:
+            raise DWDPError(f"{spell(name)} is {value!r}: it must be {allowed(inspect.type_info(types[name]))}") from None
+    return kind(**values)
+
+
+def meant(name: str, known: Iterable[str], spell: Callable[[str], str]) -> str:
+    """The option that an unknown name was meant to be or, where none is near, all that there are."""
+    known = list(known)
+    if near := difflib.get_close_matches(name, known, n=1):
+        return f"did you mean {spell(near[0])}?"
+    return f"there are {', '.join(map(spell, known))}"
+
+
+def allowed(kind: inspect.Type) -> str:
+    """What a value of this type may be, in words."""
+    if isinstance(kind, inspect.Metadata):
+        return (kind.extra_json_schema or {}).get("title") or allowed(kind.type)
+    if isinstance(kind, inspect.UnionType):
+        return " or ".join(allowed(each) for each in kind.types if not isinstance(each, inspect.NoneType))
+    if isinstance(kind, inspect.LiteralType):
+        return " or ".join(map(str, kind.values))
+    if isinstance(kind, inspect.IntType | inspect.FloatType):
+        bounds = [f"{word} {bound:g}" for word, bound in (
+            ("from", kind.ge), ("above", kind.gt), ("to" if kind.gt is None else "and at most", kind.le), ("below", kind.lt)) if bound is not None]
+        return " ".join(["a whole number" if isinstance(kind, inspect.IntType) else "a number", *bounds])
+    if isinstance(kind, inspect.VarTupleType):
+        least = f" of at least {kind.min_length}" if kind.min_length else ""
+        return f"a list{least}, each {allowed(kind.item_type)}"
+    words: dict[type, str] = {inspect.BoolType: "true or false", inspect.DictType: "a JSON object"}
+    return words.get(type(kind), "a text")
+
+
+def describe(field: inspect.Field | msgspec.structs.FieldInfo) -> tuple[str, str]:
+    """A field's description, and its default as a person would say it ("" where it has none)."""
+    info = inspect.type_info(field.type)
+    assert isinstance(info, inspect.Metadata), field.name
+    unset = (info.extra or {}).get("unset", "")
+    if isinstance(field.default, tuple):
+        return (info.extra_json_schema or {})["description"], ",".join(map(str, field.default))
+    has_default = field.default is not None and field.default is not msgspec.NODEFAULT
+    return (info.extra_json_schema or {})["description"], f"{field.default}" if has_default else unset

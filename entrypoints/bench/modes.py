@@ -70,10 +70,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def of(cls, given: dict[str, Any]) -> "Settings":
         """From option values, numbers as text or not. Raises DWDPError for what cannot be."""
-        try:
-            self = msgspec.convert((DECODE_DEFAULTS if given.get("decode") else {}) | given, cls, strict=False)
-        except msgspec.ValidationError as error:
-            raise DWDPError(str(error).replace("$.", "--").replace("_", "-")) from None
+        given = (DECODE_DEFAULTS if given.get("decode") else {}) | given
+        self = config.read(cls, given, lambda name: f"--{name.replace('_', '-')}", strict=False)
         for mode in self.modes:
             if not MODE.fullmatch(mode):
                 raise DWDPError(f"--modes has {mode}, which is none of dwdp, dwdp+OPTION=VALUE, ep, tp and single")
@@ -89,7 +87,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 f"together: raise --max-num-batched-tokens or lower --input-len"
             )
         for mode in self.modes:
-            config.parse({config.KEY: self.dwdp_options(mode, rank=0, port=1)})
+            own = [option.split("=")[0] for option in mode.split("+")[1:]]
+            config.parse(
+                {config.KEY: self.dwdp_options(mode, rank=0, port=1)},
+                lambda name, own=own: f"{name} in {'--modes' if name in own or name not in self.dwdp else '--dwdp'}",
+            )
         return self
 
     @property

@@ -25,7 +25,7 @@ _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe
 
 
 def direct_max_tokens(vllm_config: VllmConfig, options: Options) -> int:
-    """The user's number, or the break-even of this model, raised to the next size that vLLM captures. Logs which."""
+    """The user's number, or the break-even of this model, raised to the next size that vLLM captures."""
     if options.direct_max_tokens is not None:
         return options.direct_max_tokens
     text = vllm_config.model_config.hf_text_config
@@ -35,10 +35,6 @@ def direct_max_tokens(vllm_config: VllmConfig, options: Options) -> int:
     tokens = default_direct_max_tokens(num_experts, top_k) if num_experts > 0 else 1
     if has_graphs(vllm_config):
         tokens = min((s for s in vllm_config.compilation_config.cudagraph_capture_sizes if s >= tokens), default=tokens)
-    logger.info_once(
-        "DWDP direct_max_tokens=%d: above, a batch routes to more than %.0f%% of %d experts at top-%d, and streams",
-        tokens, 100 * DIRECT_BREAK_EVEN, num_experts, top_k,
-    )
     return tokens
 
 
