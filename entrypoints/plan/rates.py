@@ -1,8 +1,6 @@
-"""Rates: peaks of each GPU and the parts of them that were measured, from one file; and their refit to a bench."""
+"""Rates: peaks of each GPU and the parts of them that were measured, from one file; of each kind of engine."""
 
 import importlib.resources
-import math
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
