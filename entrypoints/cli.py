@@ -13,6 +13,7 @@ import vllm_dwdp
 from vllm_dwdp import config
 from vllm_dwdp.entrypoints.bench import run as bench
 from vllm_dwdp.entrypoints.bench.modes import Settings
+from vllm_dwdp.entrypoints.plan import run as plan
 from vllm_dwdp.errors import DWDPError
 
 
@@ -20,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status: 2 for a setting that cannot work, with one line on stderr."""
     arguments = vars(parser().parse_args(argv))
     try:
-        return bench.run(Settings.of(arguments))
+        return arguments.pop("run")(arguments)
     except DWDPError as error:
         print(f"vllm-dwdp: error: {error}", file=sys.stderr)
         return 2
@@ -31,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument(
         "--version", action="version", version=f"vllm-dwdp {vllm_dwdp.__version__}, vLLM {importlib.metadata.version('vllm')}",
     )
-    command = root.add_subparsers(title="commands", required=True, metavar="COMMAND").add_parser(
+    commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    command = commands.add_parser(
         "bench", help="compare DWDP with stock vLLM on this machine", argument_default=argparse.SUPPRESS,
         description="Runs the modes in turn, A B A B, on the same prompts, and prints one table. dwdp: this plugin; "
         "ep: stock data parallel with expert parallel; tp: stock tensor parallel; single: one GPU that holds "
@@ -39,6 +41,16 @@ def parser() -> argparse.ArgumentParser:
     )
     for field in msgspec.structs.fields(Settings):
         command.add_argument(f"--{field.name.replace('_', '-')}", **argument(field))
+    command.set_defaults(run=lambda given: bench.run(Settings.of(given)))
+    command = commands.add_parser(
+        "plan", help="forecast DWDP's memory and speed from a model's config", argument_default=argparse.SUPPRESS,
+        description="Forecasts prefill from config.json alone, without GPU and weights: bytes, memory by part, KV cache, "
+        "copies hidden or exposed, steps of DWDP, expert parallelism and a full replica.",
+    )
+    command.add_argument("model", metavar="MODEL", help="a folder with config.json, or a name on the hub")
+    for field in msgspec.structs.fields(plan.Settings)[1:]:
+        command.add_argument(f"--{field.name.replace('_', '-')}", **argument(field))
+    command.set_defaults(run=lambda given: plan.run(plan.Settings.of(given)))
     return root
 
 

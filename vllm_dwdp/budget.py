@@ -3,12 +3,15 @@
 import dataclasses
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vllm_dwdp.config import Options
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.layout import bundle_size
 from vllm_dwdp.placement import Placement, spread_residents
+
+if TYPE_CHECKING:  # its module imports torch, which nothing here needs
+    from vllm_dwdp.kernels.device import Device
 
 logger = logging.getLogger("vllm.dwdp.budget")
 GIB = 2**30
@@ -38,7 +41,7 @@ class Limit:
     gpu_memory_utilization: float
     kv_cache_memory_bytes: int | None
 
-    def room(self, device: Device) -> tuple[int, str, str]:
+    def room(self, device: "Device") -> tuple[int, str, str]:
         """Bytes that experts may still take, the setting that says so, and what to change for more."""
         device.release_cached()
         free, total, held = device.memory()
@@ -50,7 +53,7 @@ class Limit:
         return min(free, share), setting, "a higher --gpu-memory-utilization"
 
 
-def cache_bytes(layers: Sequence[LayerSize], device: Device, options: Options, limit: Limit) -> int:
+def cache_bytes(layers: Sequence[LayerSize], device: "Device", options: Options, limit: Limit) -> int:
     """Bytes of cache that `cache_gib` asks for and that fit beside the shard, which is allocated, and the slots.
 
     Raises DWDPError when slots or cache do not fit, naming what is missing or the largest cache that would fit.
