@@ -14,6 +14,7 @@ from cuda.bindings import driver
 
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.kernels.device import Block, CopyStream, Device, Region
+from vllm_dwdp.kernels.tokens import InboxMap, TokenExchange
 
 _FD = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 _MAX_SINGLE_COPIES = 4
@@ -132,7 +133,7 @@ class CudaDevice(Device):
         self.allocated_bytes += nbytes
         return CudaBlock(handle, nbytes, self)
 
-    def export(self, block: Block) -> int | bytes:
+    def export(self, block: Block, *, writable: bool = False) -> int | bytes:
         assert isinstance(block, CudaBlock)
         kind = _FABRIC if self.handle_kind == "fabric" else _FD
         handle = _check("cuMemExportToShareableHandle", driver.cuMemExportToShareableHandle(block.handle, kind, 0))
@@ -150,6 +151,20 @@ class CudaDevice(Device):
         stream = torch.cuda.current_stream(self.device)
         _check("cuMemcpyAsync", driver.cuMemcpyAsync(target, source, nbytes, stream.cuda_stream))
         stream.synchronize()
+
+    def zero(self, block: Block) -> None:
+        with contextlib.closing(self.reserve(block.nbytes)) as region:
+            region.map(0, block, writable=True)
+            region.tensor(0, (block.nbytes,), (1,), torch.uint8).zero_()
+            self.synchronize()
+
+    def tokens(
+        self, rank: int, at: InboxMap, inboxes: Sequence[int], owners: Sequence[list[list[int]]],
+        is_alive: Callable[[int], bool],
+    ) -> TokenExchange:
+        from vllm_dwdp.kernels.tokens_cuda import CudaTokens  # imports Triton
+
+        return CudaTokens(self.device, rank, at, inboxes, owners)
 
     def memory(self) -> tuple[int, int, int]:
         held = torch.cuda.memory_reserved(self.device) + self.allocated_bytes

@@ -5,10 +5,12 @@ Both are page based in the same way, so that everything above them is one code.
 """
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from vllm_dwdp.kernels.tokens import InboxMap, TokenExchange
 
 
 class Block(abc.ABC):
@@ -121,8 +123,11 @@ class Device(abc.ABC):
         """New shareable memory; `nbytes` is a page multiple. Raises DWDPError when there is not enough."""
 
     @abc.abstractmethod
-    def export(self, block: Block) -> int | bytes:
-        """A handle with which a peer imports `block`: a file descriptor (the caller closes it) or FABRIC bytes."""
+    def export(self, block: Block, *, writable: bool = False) -> int | bytes:
+        """A handle with which a peer imports `block`: a file descriptor (the caller closes it) or FABRIC bytes.
+
+        `writable` lets the peer map it so, where the transport can tell.
+        """
 
     @abc.abstractmethod
     def adopt(self, handle: int | bytes, nbytes: int) -> Block:
@@ -134,6 +139,17 @@ class Device(abc.ABC):
     @abc.abstractmethod
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """Copy between addresses and wait for it: for set-up only."""
+
+    @abc.abstractmethod
+    def zero(self, block: Block) -> None:
+        """Fill `block` with zeros and wait for it: for set-up only."""
+
+    @abc.abstractmethod
+    def tokens(
+        self, rank: int, at: InboxMap, inboxes: Sequence[int], owners: Sequence[list[list[int]]],
+        is_alive: Callable[[int], bool],
+    ) -> TokenExchange:
+        """The exchange over `inboxes`, the addresses of every rank's; `owners` are `tokens.owners_of`, by layer."""
 
     @abc.abstractmethod
     def memory(self) -> tuple[int, int, int]:

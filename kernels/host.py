@@ -9,13 +9,15 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import psutil
 import torch
 
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.kernels.device import Block, CopyStream, Device, Region
+from vllm_dwdp.kernels.tokens import InboxMap, TokenExchange
+from vllm_dwdp.kernels.tokens_host import HostTokens
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -86,9 +88,20 @@ class HostDevice(Device):
         self.allocated_bytes += nbytes
         return HostBlock(fd, nbytes, self)
 
-    def export(self, block: Block) -> int:
+    def export(self, block: Block, *, writable: bool = False) -> int:
         assert isinstance(block, HostBlock)
+        if writable:
+            return os.dup(block.fd)
         return os.open(f"/proc/self/fd/{block.fd}", os.O_RDONLY)  # a peer that gets it cannot map it writable
+
+    def zero(self, block: Block) -> None:
+        """New shared memory is zero."""
+
+    def tokens(
+        self, rank: int, at: InboxMap, inboxes: Sequence[int], owners: Sequence[list[list[int]]],
+        is_alive: Callable[[int], bool],
+    ) -> TokenExchange:
+        return HostTokens(rank, at, inboxes, owners, is_alive)
 
     def adopt(self, handle: int | bytes, nbytes: int) -> HostBlock:
         assert isinstance(handle, int)

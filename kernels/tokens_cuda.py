@@ -15,7 +15,7 @@ from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.kernels.tokens import FLAG_BYTES, WAIT_S, InboxMap, RoundLayout, TokenExchange
 
 RING = 16  # steps whose control words may be under way at once
-MAX_PROGRAMS = 48
+FEW_ROWS, FEW_PROGRAMS, MAX_PROGRAMS = 1024, 48, 256  # all programs must run at once: they wait for their peers'
 
 
 @triton.jit
@@ -149,13 +149,13 @@ def _combine(partial, out, control, peers, counter, failed, error, layer, num_ro
 
 
 class CudaTokens(TokenExchange):
-    """`inboxes` are the addresses at which this rank maps every rank's inbox; `owners` is `tokens.owners_of`."""
+    """`inboxes` are the addresses at which this rank maps every rank's inbox; `owners` are `tokens.owners_of`, by layer."""
 
-    def __init__(self, device: torch.device, rank: int, at: InboxMap, inboxes: Sequence[int], owners: list[list[int]],
-                 num_layers: int):
-        self._rank, self._at, self._num_layers = rank, at, num_layers
+    def __init__(self, device: torch.device, rank: int, at: InboxMap, inboxes: Sequence[int],
+                 owners: Sequence[list[list[int]]]):
+        self._rank, self._at = rank, at
         self._peers = torch.tensor(inboxes, dtype=torch.int64, device=device)
-        self._owners = torch.tensor(owners, dtype=torch.int32, device=device)
+        self._owners = [torch.tensor(table, dtype=torch.int32, device=device) for table in owners]
         self._control = torch.zeros(2 + 2 * at.size, dtype=torch.int64, device=device)
         self._counter = torch.zeros(1, dtype=torch.int32, device=device)
         self._failed = torch.zeros_like(self._counter)
@@ -169,7 +169,7 @@ class CudaTokens(TokenExchange):
         self._layout = layout
         words = self._staged[self._turn % RING]
         self._turn += 1
-        epoch = layout.number * self._num_layers + 1
+        epoch = layout.number * len(self._owners) + 1
         words.copy_(torch.tensor([epoch, layout.mask, *layout.tokens, *layout.starts]))
         self._control.copy_(words, non_blocking=True)
 
@@ -181,8 +181,8 @@ class CudaTokens(TokenExchange):
         rows, new_ids, new_weights = hidden.new_empty(total, width), ids.new_empty(total, top_k), weights.new_empty(total, top_k)
         assert ids.is_contiguous() and weights.is_contiguous() and hidden.stride(1) == 1
         _dispatch[self._programs(total),](
-            hidden, ids, weights, rows, new_ids, new_weights, self._control, self._peers, self._owners, self._counter,
-            self._failed, self._error.data_ptr(), layer, num_rows, padded, hidden.stride(0), E=self._owners.shape[1], ME=self._rank,
+            hidden, ids, weights, rows, new_ids, new_weights, self._control, self._peers, self._owners[layer], self._counter,
+            self._failed, self._error.data_ptr(), layer, num_rows, padded, hidden.stride(0), E=self._owners[layer].shape[1], ME=self._rank,
             N=at.size, ROWS=at.rows, H=width, K=top_k, BLOCK_H=triton.next_power_of_2(width),
             BLOCK_K=triton.next_power_of_2(top_k), AT_IDS=at.ids, AT_WEIGHTS=at.weights, AT_HIDDEN=at.hiddens,
             FLAG=FLAG_BYTES, LIMIT_NS=int(WAIT_S * 1e9), num_warps=8,
@@ -201,7 +201,7 @@ class CudaTokens(TokenExchange):
 
     @staticmethod
     def _programs(num_rows: int) -> int:
-        return max(min(num_rows // 2, MAX_PROGRAMS), 1)
+        return max(min(num_rows // 2, FEW_PROGRAMS if num_rows <= FEW_ROWS else MAX_PROGRAMS), 1)
 
     def check(self) -> None:
         if whom := int(self._error[0]):

@@ -16,15 +16,15 @@ POLL_S = 20e-6
 
 
 class HostTokens(TokenExchange):
-    """`inboxes` are the addresses at which this rank maps every rank's inbox; `owners` is `tokens.owners_of`.
+    """`inboxes` are the addresses at which this rank maps every rank's inbox; `owners` are `tokens.owners_of`, by layer.
 
     `is_alive` tells whether a rank's process still runs.
     """
 
-    def __init__(self, rank: int, at: InboxMap, inboxes: Sequence[int], owners: list[list[int]], num_layers: int,
-                 is_alive: Callable[[int], bool] = lambda _: True):
-        self._rank, self._at, self._num_layers, self._is_alive = rank, at, num_layers, is_alive
-        self._owners = torch.tensor(owners, dtype=torch.int64)
+    def __init__(self, rank: int, at: InboxMap, inboxes: Sequence[int], owners: Sequence[list[list[int]]],
+                 is_alive: Callable[[int], bool]):
+        self._rank, self._at, self._is_alive = rank, at, is_alive
+        self._owners = [torch.tensor(table, dtype=torch.int64) for table in owners]
         self._bytes = [
             torch.frombuffer((ctypes.c_char * at.nbytes).from_address(address), dtype=torch.uint8) for address in inboxes
         ]
@@ -45,7 +45,7 @@ class HostTokens(TokenExchange):
         self._peers = [rank for rank in layout.members if rank != self._rank]
 
     def _meet(self, phase: int, layer: int) -> None:
-        epoch = self._layout.number * self._num_layers + 1 + layer
+        epoch = self._layout.number * len(self._owners) + 1 + layer
         for peer in self._peers:
             self._flags[peer][phase][self._rank].value = epoch
         deadline = time.monotonic() + WAIT_S
@@ -69,7 +69,7 @@ class HostTokens(TokenExchange):
             self._area(peer, at.weights, me, (mine, top_k), torch.float32).copy_(weights[:mine])
         self._meet(0, layer)
         total = padded * at.size or layout.num_rows
-        owners = self._owners[layout.mask]
+        owners = self._owners[layer][layout.mask]
         spare = int((owners == me).nonzero()[0])
         rows, new_weights = hidden.new_zeros(total, width), weights.new_zeros(total, top_k)
         new_ids = ids.new_full((total, top_k), spare)

@@ -32,7 +32,7 @@ class Ranks:
         nbytes = -(-at.nbytes // page) * page
         block = self.device.allocate(nbytes)
         for peer, pipe in pipes.items():
-            fd = self.device.export(block)
+            fd = self.device.export(block, writable=True)
             pipe.send(0)
             send_handle(pipe, fd, None)
         self.blocks = {rank: block}
@@ -55,11 +55,11 @@ class Ranks:
         if kind == "host":
             from vllm_dwdp.kernels.tokens_host import HostTokens
 
-            self.tokens = HostTokens(rank, at, inboxes, self.owners, num_layers)
+            self.tokens = HostTokens(rank, at, inboxes, [self.owners] * num_layers, lambda _: True)
         else:
             from vllm_dwdp.kernels.tokens_cuda import CudaTokens
 
-            self.tokens = CudaTokens(self.device.device, rank, at, inboxes, self.owners, num_layers)
+            self.tokens = CudaTokens(self.device.device, rank, at, inboxes, [self.owners] * num_layers)
 
 
 def rows_of(seed: int, rank: int, count: int, dtype: torch.dtype):

@@ -16,10 +16,13 @@ import torch
 
 from vllm_dwdp import budget
 from vllm_dwdp.config import Options
+from vllm_dwdp.dispatch import Dispatch, Limits
 from vllm_dwdp.exchange import exchange, replicate
 from vllm_dwdp.experts import ExpertLayer
 from vllm_dwdp.hot import HotCache
+from vllm_dwdp.inboxes import open_inboxes
 from vllm_dwdp.kernels.device import Device
+from vllm_dwdp.kernels.tokens import InboxMap
 from vllm_dwdp.prefetch import Prefetcher
 from vllm_dwdp.rendezvous import Group, Manifest, agree_where_common
 from vllm_dwdp.rendezvous import agree as agree_on
@@ -32,12 +35,13 @@ EVERYTHING = 2**31  # direct_max_tokens when nothing is remote
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Means:
-    """What every phase works with. `undo` takes back what was made."""
+    """What every phase works with. `steps` are those that dispatch, None for none. `undo` takes back what was made."""
 
     group: Group
     device: Device
     options: Options
     limit: budget.Limit
+    steps: Limits | None
     undo: contextlib.ExitStack
 
 
@@ -82,10 +86,13 @@ class Composed(Imported):
 class StreamedModel:
     """A rank that streams. Its layers show the full tensors once they are bound (integration/binding.py)."""
 
-    def __init__(self, composed: Composed, prefetcher: Prefetcher, hot: HotCache | None, means: Means):
+    def __init__(
+        self, composed: Composed, prefetcher: Prefetcher, hot: HotCache | None, dispatch: Dispatch | None, means: Means
+    ):
         self.rank, self.size = means.group.rank, means.group.size
         self.layers, self.weights, self.replicas = composed.layers, composed.weights, composed.replicas
         self.slots, self.prefetcher, self.hot = composed.slots, prefetcher, hot
+        self.dispatch = dispatch
         self._device, self._undo = means.device, means.undo.pop_all()
 
     def start(self) -> None:
@@ -126,6 +133,7 @@ class StreamedModel:
             "refills": counters.refills,
             "exposed_wait_ms": prefetcher.exposed_wait_ms,
             "copy_ms": prefetcher.copy_ms,
+            "dispatch": self.dispatch and self.dispatch.report(),
             "direct_bytes": self.hot and self.hot.direct_bytes,
             "swapped": self.hot and self.hot.swapped,
         }
@@ -136,15 +144,15 @@ class StreamedModel:
 
 
 def assemble(
-    loaded: Loaded, group: Group, device: Device, options: Options, limit: budget.Limit
+    loaded: Loaded, group: Group, device: Device, options: Options, limit: budget.Limit, steps: Limits | None
 ) -> StreamedModel:
-    """Go through all phases. Source weights are freed layer by layer.
+    """Go through all phases. `steps` are those that dispatch, None for none. Source weights are freed layer by layer.
 
     Raises DWDPError on every rank when ranks disagree (before anything is freed) or memory does not suffice; nothing
     that was made is left then.
     """
     with contextlib.ExitStack() as undo:
-        means = Means(group=group, device=device, options=options, limit=limit, undo=undo)
+        means = Means(group=group, device=device, options=options, limit=limit, steps=steps, undo=undo)
         return start(compose(import_peers(place(agree(loaded, means), means), means), means), means)
 
 
@@ -214,11 +222,19 @@ def start(composed: Composed, means: Means) -> StreamedModel:
         )
         means.undo.callback(hot.close)
     means.undo.callback(prefetcher.close)
+    dispatch = None
+    if means.steps is not None:
+        rows = InboxMap(
+            size=means.group.size, rows=means.steps.max_tokens, hidden=max(layer.hidden_size for layer in composed.layers),
+            top_k=max(layer.top_k for layer in composed.layers), itemsize=max(layer.itemsize for layer in composed.layers),
+        )
+        placements = [layer.placement for layer in composed.layers]
+        dispatch = Dispatch(*open_inboxes(means.group, means.device, means.undo, rows, placements), stream, means.steps)
     mine = memory_bytes(layers, composed.replicas, rank, composed.slots.nbytes, hot.nbytes if hot else 0)
     everyone = means.group.gather("pages complete", mine)
     if rank == 0:
         logger.info("DWDP expert memory\n%s", budget.table(everyone))
-    return StreamedModel(composed, prefetcher, hot, means)
+    return StreamedModel(composed, prefetcher, hot, dispatch, means)
 
 
 def memory_bytes(

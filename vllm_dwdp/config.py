@@ -40,6 +40,15 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Meta(description="batches up to this many tokens read peers' memory in place",
              extra={"unset": "derived at start-up"}),
     ] = None
+    dispatch: Annotated[
+        Literal["auto", "off"],
+        Meta(description="auto: small steps send their tokens to the owners of their experts, where ranks share a host "
+                         "and the kernel allows; off: every step is a rank's own"),
+    ] = "auto"
+    dispatch_max_tokens: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="steps up to this many tokens are dispatched", extra={"unset": "derived at start-up"}),
+    ] = None
     experts_per_rank: Annotated[
         Annotated[int, Meta(ge=1)] | None,
         Meta(description="experts that each rank owns; above E/N ranges overlap", extra={"unset": "E/N"}),

@@ -15,7 +15,7 @@ import torch
 from vllm_dwdp.convoy import Round
 from vllm_dwdp.kernels.device import CopyStream
 from vllm_dwdp.kernels.tokens import RoundLayout, TokenExchange
-from vllm_dwdp.meeting import Meeting, Stats
+from vllm_dwdp.meeting import Meeting
 
 _LOOK_S = 50e-6
 LARGE_STEP_S = 60.0  # how long a small step waits for a large one on its own device, before it goes alone
@@ -37,21 +37,25 @@ class Limits:
 class Dispatch:
     """One rank's dispatched steps. Only the thread that runs the model may call it.
 
-    `help_out` runs a forward of a dummy row, in which this rank computes its experts for the members of a round.
+    `help_out`, which the worker sets, runs a forward of a dummy row, in which this rank computes its experts for the members of a round.
     """
 
-    def __init__(
-        self, meeting: Meeting, tokens: TokenExchange, stream: CopyStream, limits: Limits, help_out: Callable[[], None]
-    ):
-        self.limits, self.rounds_by_members = limits, {}
-        self._meeting, self._tokens, self._stream, self._help_out = meeting, tokens, stream, help_out
+    def __init__(self, tokens: TokenExchange, meeting: Meeting, stream: CopyStream, limits: Limits):
+        self.limits = limits
+        self.help_out: Callable[[], None] = lambda: None
+        self._meeting, self._tokens, self._stream = meeting, tokens, stream
         self._layout: RoundLayout | None = None  # of the step under way, if its layers dispatch
         self._in_step = False
         self._large_done: Any = None  # the event after the large step that peers know of
 
-    @property
-    def stats(self) -> Stats:
-        return self._meeting.stats
+    def report(self) -> dict[str, Any]:
+        """Counts so far: dispatched steps (rounds with tokens of this rank's), helper rounds, and what meeting took."""
+        seen = self._meeting.stats
+        return {
+            "max_tokens": self.limits.max_tokens, "steps": seen.rounds - seen.helper_rounds,
+            "helper_rounds": seen.helper_rounds, "participants": seen.participants, "alone": seen.alone,
+            "waited_s": seen.waited_s, "timeouts": list(seen.timeouts),
+        }
 
     @property
     def padded(self) -> int:
@@ -125,7 +129,7 @@ class Dispatch:
         """Help the members of a round."""
         in_step, self._in_step = self._in_step, True
         with self._laid_out(self._layout_of(owed)):
-            self._help_out()
+            self.help_out()
         self._in_step = in_step
 
     @contextlib.contextmanager
@@ -141,7 +145,6 @@ class Dispatch:
         self._tokens.begin(layout)
 
     def _layout_of(self, made: Round) -> RoundLayout:
-        self.rounds_by_members[len(made.members)] = self.rounds_by_members.get(len(made.members), 0) + 1
         return RoundLayout(
             number=made.number, members=made.members, tokens=made.tokens, padded=self.limits.places(max(made.tokens))
         )

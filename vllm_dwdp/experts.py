@@ -18,6 +18,7 @@ class ExpertLayer:
     """One MoE layer that holds this rank's shard.
 
     `module` carries the parameters; those named in `streamed` and `replicated` have the shape [owned, ...].
+    `hidden_size`, `top_k` and `itemsize` (bytes) are of the rows that it computes on.
     `sources` are their memory, by name, to be gone once the layer shows all experts.
     """
 
@@ -27,6 +28,9 @@ class ExpertLayer:
     streamed: tuple[str, ...]
     replicated: tuple[str, ...]
     sources: Mapping[str, StorageWeakRef] = dataclasses.field(default_factory=dict)
+    hidden_size: int = 0
+    top_k: int = 0
+    itemsize: int = 0
 
     def parameter(self, name: str) -> torch.nn.Parameter:
         return getattr(self.module, name)

@@ -10,6 +10,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from vllm_dwdp.assembly import StreamedModel
+from vllm_dwdp.dispatch import Dispatch
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.experts import ExpertLayer
 from vllm_dwdp.hot import HotCache
@@ -40,8 +41,11 @@ def bind(model: StreamedModel) -> None:
                 f"cache_policy=hot needs the routed experts, which {type(module.quant_method.moe_kernel).__name__} of "
                 f"{layer.name} keeps to itself: use --dwdp-cache-policy even, or --moe-backend triton"
             )
+        forward = module.forward_modular
         for name in ("forward_modular", "forward_monolithic"):
             setattr(module, name, _ahead_of_use(getattr(module, name), weights, model.prefetcher, model.hot))
+        if model.dispatch is not None:
+            module.forward_modular = _dispatching(module.forward_modular, forward, layer, weights, model.dispatch)
         _refuse_loading(module)
 
 
@@ -121,3 +125,36 @@ def _ahead_of_use(
         return output
 
     return run
+
+
+def _dispatching(run: Callable, forward: Callable, layer: ExpertLayer, weights: LayerWeights, dispatch: Dispatch) -> Callable:
+    """`forward` over own and received rows where the step dispatches, else `run`, over own rows.
+
+    Expert ids may be -1 then, which vLLM's kernels look up in the map: a -1 before its first entry makes that valid.
+    """
+    module, num_experts = layer.module, layer.placement.num_experts
+    guarded = torch.arange(-1, num_experts, dtype=torch.int32, device=next(module.parameters()).device)[1:]
+
+    @functools.wraps(forward)
+    def exchange(
+        x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, shared_experts: Any = None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> Any:
+        own = dict(topk_weights=topk_weights, topk_ids=topk_ids, shared_experts=shared_experts,
+                   shared_experts_input=shared_experts_input)
+        places = dispatch.places(x.shape[0])
+        if places is None:
+            module._expert_map = None
+            return run(x, **own)
+        weights.bind(DIRECT)
+        module._expert_map = guarded
+        if shared_experts_input is None:
+            own["shared_experts_input"] = x
+        with named("dispatch", weights.name):
+            rows, own["topk_weights"], own["topk_ids"] = dispatch.dispatch(
+                weights.ordinal, x, topk_weights, topk_ids, places
+            )
+            partial = forward(rows, **own)
+            return dispatch.combine(weights.ordinal, partial, x.shape[0], places)
+
+    return exchange

@@ -173,6 +173,8 @@ def describe(layer: RoutedExperts, placement: Placement, rank: int) -> ExpertLay
         name=layer.layer_name, module=layer, placement=placement, streamed=tuple(streamed),
         replicated=tuple(name for name in rows if name not in streamed),
         sources={name: StorageWeakRef(p.untyped_storage()) for name, p in rows.items() if p.numel()},
+        hidden_size=layer.moe_config.hidden_dim, top_k=layer.moe_config.experts_per_token,
+        itemsize=layer.moe_config.in_dtype.itemsize,
     )
 
 
