@@ -9,6 +9,7 @@ from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.kernels.device import CopyStream
 from vllm_dwdp.prefetch import Prefetcher
 from vllm_dwdp.schedule import DIRECT, STREAMED, Schedule
+from vllm_dwdp.slots import Slot, State
 
 
 class Trace(CopyStream):
@@ -172,6 +173,17 @@ def test_a_layer_that_runs_again_is_still_there() -> None:
     prefetcher, layers, trace = make(4, 2)
     forward(prefetcher, [layers[i] for i in [0, 0, 1, 1, 2, 3]], trace)
     assert trace.slots() == [0, 1] and prefetcher.counters.refills == 0
+    assert trace.calls.count(("compute_wait", "copy_done0")) == 3, "another stream may be computing by now"
+
+
+def test_a_slot_is_what_its_layer_and_its_last_state_allow() -> None:
+    """Waiting checks the layer that the event protects."""
+    slot = Slot(is_captured=False, copy_done=0, slot_free=0, ordinal=2, state=State.FILLED)
+    with pytest.raises(DWDPError, match="layer 0 cannot be read: its slot is filled with layer 2"):
+        slot.become(State.READ, 0)
+    slot.state = State.LOST
+    with pytest.raises(DWDPError, match="layer 2 cannot be read: its slot is lost with layer 2"):
+        slot.become(State.READ, 2)
 
 
 def test_a_reader_is_waited_for_even_when_its_forward_was_cut_short() -> None:
@@ -413,6 +425,7 @@ def test_a_capture_that_fails_changes_no_slot(pieces: int, afterwards: str) -> N
             launch(prefetcher, trace, graphs)
         else:
             forward(prefetcher, layers, trace)
+            capture(prefetcher, layers, trace, pieces)
         assert prefetcher.held == trace.slots() == [0, 1] and prefetcher.counters.refills == 0
 
 

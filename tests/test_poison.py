@@ -13,6 +13,7 @@ import pytest
 import torch
 from harness import Group, differences, generate, reference, stats, streamed_model
 from test_transport import DEVICES
+from torch.profiler import profile
 
 LENGTHS = {"host": [3, 60, 9, 31, 1, 22, 50, 5], "cuda": [random.Random(n).randrange(5, 1500) for n in range(64)]}
 SHAPES = {  # on GPUs the layers of Qwen3-30B-A3B
@@ -179,6 +180,17 @@ def test_poisoned_slots_change_nothing_in_graphs(models, setup, mode: str) -> No
         assert all(s["refills"] > 0 for s in group.run(stats))
 
 
+def layer_names(llm) -> list[str]:
+    return [layer.name for layer in streamed_model(llm).weights]
+
+
+def profiled(llm) -> set[str]:
+    """The ranges of ours that a profile of a long prompt and its decoding shows."""
+    with profile() as seen:
+        generate(llm, lengths=[40], tokens=2)
+    return {event.name for event in seen.events() if event.name.startswith("dwdp ")}
+
+
 def test_mixed_batch_sizes_switch_views(models) -> None:
     """Batches around direct_max_tokens alternate between both views, one by one and together: answers stay."""
     model = models("qwen3_moe")
@@ -188,3 +200,6 @@ def test_mixed_batch_sizes_switch_views(models) -> None:
             assert group.run(generate, **question) == [reference(model, **question)] * 2
         for s in group.run(stats):
             assert s["forwards"]["direct"] > 5 and s["forwards"]["streamed"] > 2 and s["refills"] == 0
+        names = group.run(layer_names)[0]
+        wanted = {f"dwdp {what} {name}" for what in ("copy", "streamed", "direct") for name in names}
+        assert group.run(profiled) == [wanted] * 2

@@ -88,7 +88,6 @@ class Prefetcher:
         self._view = view if exact or view == STREAMED else None
         self._step = Step(view=self._view)
         self.counters.begin_step()
-        self._follow()
         for slot, ordinal in zip(self._slots, self.schedule.first, strict=True):
             if not slot.holds(ordinal):
                 self.counters.refill()
@@ -113,8 +112,6 @@ class Prefetcher:
                 if layer.ordinal == 0:
                     self.counters.stream()
             slot = self._slot_of(layer, capturing)
-            if slot.state is State.RELEASED and slot.ordinal != layer.ordinal:  # layers run out of order
-                self._follow(capturing)
             if not slot.holds(layer.ordinal):
                 if capturing:
                     raise DWDPError(
@@ -216,15 +213,13 @@ class Prefetcher:
             for slot in self._slots:
                 slot.state = State.LOST
 
-    def _follow(self, capturing: bool = False) -> None:
+    def _follow(self, capturing: bool) -> None:
         """Copy what follows into released slots."""
         for slot in self._overlay.slots if capturing else self._slots:
             if slot.state is State.RELEASED:
                 following = self.schedule.following(slot.ordinal)
-                if following != slot.ordinal:
+                if following != slot.ordinal:  # else the slot is this layer's alone
                     self._fill(slot, following)
-                else:  # the slot's only layer, and the event of its only copy
-                    slot.state = State.JOINED if capturing else State.FILLED
 
     def _fill(self, slot: Slot, ordinal: int) -> None:
         """Copy a layer into its slot, behind everything that the computing stream has been given by now."""
