@@ -58,7 +58,7 @@ def actions(world: World, sizes: tuple[int, ...]) -> Iterator[tuple]:
         else:
             yield from ((rank, "join", tokens) for tokens in sizes)
             yield from ((rank, what, 0) for what in ("large", "idle", "away"))
-        if world.loaded[rank]:
+        if world.loaded[rank] or does == "help":
             yield rank, "large_done", 0
         if world.deaths:
             yield rank, "die", 0
@@ -71,6 +71,9 @@ def act(rules: types.ModuleType, world: World, action: tuple) -> World:
     again, alive = isinstance(world.does[rank], tuple), lambda r: world.does[r] != "dead"
     before, give = world.record, {"join": (tokens, alive), "give_up": (), "large_done": ()}.get(what, (alive,))
     record, answer = getattr(rules, what)(before, rank, *give)
+    if what == "large_done" and not world.loaded[rank]:
+        check(record == before, "a large step ends that never began")
+        return world
     # in the world as it was when the rank came
     does = put(world.does, rank, {"join": "wait", "give_up": "wait", "idle": "help"}.get(what, "run"))
     loaded = put(world.loaded, rank, False) if what == "large_done" else world.loaded
@@ -114,6 +117,8 @@ def act(rules: types.ModuleType, world: World, action: tuple) -> World:
                       for r in everyone if r != rank), "waits for nobody who comes")
             comes = put(comes, rank, True)
         else:
+            company = [r for r in everyone if r != rank and does[r] in ("wait", "help") and not owes[r]]
+            check(what != "join" or loaded[rank] or not company, "goes alone beside who would take part")
             does = put(does, rank, "run" if what != "large_done" else world.does[rank])
             comes = put(comes, rank, what != "away")
         if what == "give_up":
@@ -136,9 +141,7 @@ def without_history(world: World) -> World:
     due = tuple(None if d else r for d, r in zip(dead, world.record.due, strict=True))
     order = sorted({r.number for r in due if r}, reverse=True)
     back = lambda rounds: tuple(r and r._replace(number=-order.index(r.number)) for r in rounds)  # noqa: E731
-    waits = convoy.State.WAITING
-    tokens = tuple(t if s == waits else 0 for t, s in zip(world.record.tokens, world.record.states, strict=True))
-    record = world.record._replace(number=0, due=back(due), tokens=tokens)
+    record = world.record._replace(number=0, due=back(due))
     said = tuple(t if d == "wait" else 0 for t, d in zip(world.tokens, world.does, strict=True))
     loaded, comes = ([x and not dead[r] for r, x in enumerate(row)] for row in (world.loaded, world.comes))
     world = world._replace(record=record, owes=back(world.owes), tokens=said, loaded=tuple(loaded), comes=tuple(comes))
@@ -175,3 +178,66 @@ def test_every_interleaving(size: int, deaths: int, tokens: tuple[int, ...]) -> 
     states = explore(convoy, size, deaths, tokens)
     print(f"{size} ranks: {states} states")
     assert states > 100
+
+
+def test_four_ranks_at_random() -> None:
+    """Four ranks, long random runs with up to two deaths."""
+    for seed in range(60):
+        rng, world = random.Random(seed), first(convoy, 4, 2)
+        for _ in range(400):
+            choices = [a for a in actions(world, (3, 5)) if a[1] != "die" or rng.random() < 0.01]
+            world = act(convoy, world, rng.choice(choices))
+        assert world.record.number > 5
+
+
+OWED = "    if record.due[rank]:\n        return _launch(record, rank)\n"
+LOADED = "    if record.states[rank] is State.LARGE:"
+LEAVES = "record = _depart(_enter(record, rank, State.IDLE), alive)"
+
+
+@pytest.mark.parametrize(
+    ("within", "rule", "without"),
+    [
+        ("join", OWED, ""),
+        ("give_up", OWED, ""),
+        ("large", OWED, ""),
+        ("idle", OWED, ""),
+        ("away", OWED, ""),
+        ("join", LOADED, "    if False:"),
+        ("idle", LOADED, "    if False:"),
+        ("away", LOADED, "    if False:"),
+        ("join", "    if _waited_for(record, alive):", "    if True:"),
+        ("join", "_depart(_enter(record, rank, State.WAITING), alive)", "_enter(record, rank, State.WAITING)"),
+        ("join", "return _enter(record, rank, State.BUSY), GO", "return record, GO"),
+        ("join", "_put(record.tokens, rank, tokens)", "record.tokens"),
+        ("give_up", "State.AWAY if state is State.BUSY else state", "state"),
+        ("give_up", "return _enter(record._replace(states=states), rank, State.BUSY)", "return record._replace(states=states)"),
+        ("large", "_depart(_enter(record, rank, State.LARGE), alive)", "_enter(record, rank, State.LARGE)"),
+        ("large", "State.LARGE", "State.BUSY"),
+        ("large_done", "(_enter(record, rank, State.BUSY) if record.states[rank] is State.LARGE else record)", "record"),
+        ("large_done", "if record.states[rank] is State.LARGE else record", ""),
+        ("idle", LEAVES, "record = _enter(record, rank, State.IDLE)"),
+        ("away", "_depart(_enter(record, rank, State.AWAY), alive)", "_enter(record, rank, State.AWAY)"),
+        ("away", "State.AWAY", "State.BUSY"),
+        ("_depart", " or _waited_for(record, alive)", ""),
+        ("_depart", " and alive(r)", ""),
+        ("_depart", "(State.WAITING, State.IDLE)", "(State.WAITING,)"),
+        ("_depart", "len(members) < 2 or ", ""),
+        ("_depart", " or not any(tokens)", ""),
+        ("_depart", " and states[r] is State.WAITING", ""),
+        ("_depart", "State.BUSY if r in members else s", "s"),
+        ("_depart", "record.number + 1", "record.number"),
+        ("_waited_for", " and alive(rank)", ""),
+        ("_launch", "record._replace(due=_put(record.due, rank, None))", "record"),
+    ],
+)
+def test_every_rule_is_needed(within: str, rule: str, without: str) -> None:
+    """Any one rule taken away, and the checker says what goes wrong."""
+    function = inspect.getsource(getattr(convoy, within))
+    assert rule in function
+    source = inspect.getsource(convoy).replace(function, function.replace(rule, without, 1))
+    rules = types.ModuleType("rules")
+    exec(source, rules.__dict__)
+    with pytest.raises((Wrong, AssertionError)):
+        for size, tokens in ((2, (3, 5)), (3, (3,))):
+            explore(rules, size, 1, tokens, limit=20_000)

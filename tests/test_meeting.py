@@ -126,9 +126,10 @@ def test_idle_rank_helps_before_its_own_step(pair) -> None:
     assert b.stats.helper_rounds == 1
 
 
-@pytest.mark.parametrize("step", ["large", "away"])
+@pytest.mark.parametrize("step", ["large", "away", "close"])
 def test_no_wait_for_who_does_not_come(pair, step: str) -> None:
     a, b = pair
+    b.join(1, 0)
     assert getattr(b, step)() is None
     began = time.monotonic()
     assert a.join(1, 5) is None

@@ -55,7 +55,7 @@ class Meeting:
         self._format = struct.Struct("<" + "q" * (1 + size * (4 + size)))
         self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)  # a description of its own: locks belong to it
         self._close = weakref.finalize(self, os.close, self._fd)
-        self._map = mmap.mmap(self._fd, os.fstat(self._fd).st_size)
+        self._map = mmap.mmap(fd, os.fstat(fd).st_size)  # of the caller's: a mapping would keep the locks of ours in a child
         self._words = memoryview(self._map).cast("q")
         self._final: Record | None = None  # once the page is sealed
         self._seen, self._last = -1, time.monotonic()
@@ -63,8 +63,7 @@ class Meeting:
             raise DWDPError(f"the convoy's page is for {found} ranks, data_parallel_size={size}: use one size on all ranks")
         if not self._lock(1 + rank):
             raise DWDPError(f"rank {rank} is in the convoy already: give each rank of the host a number of its own")
-        forget = weakref.WeakMethod(self.close)
-        os.register_at_fork(after_in_child=lambda: (close := forget()) and close())  # a child would keep the place
+        os.register_at_fork(after_in_child=self._close)  # a child would keep the place
         self._change(lambda record: (_newcomer(record, rank), convoy.GO))
 
     def join(self, num_tokens: int, patience_s: float) -> Round | None:
