@@ -171,7 +171,7 @@ def test_a_child_does_not_hold_the_place() -> None:
     try:
         meeting = Meeting(fd, 0, 2)
         time.sleep(0.05)
-        assert meeting._alive(1)
+        assert meeting.is_alive(1)
         process.kill()
         process.join()
         os.kill(child, 0)

@@ -2,14 +2,14 @@
 
 import dataclasses
 
-from vllm_dwdp.schedule import DIRECT, STREAMED, View
+from vllm_dwdp.schedule import DIRECT, DISPATCHED, STREAMED, View
 
 
 @dataclasses.dataclass(kw_only=True)
 class Counters:
     """Totals since the start; captures count nothing, as they run nothing."""
 
-    forwards: dict[View, int] = dataclasses.field(default_factory=lambda: {DIRECT: 0, STREAMED: 0})
+    forwards: dict[View, int] = dataclasses.field(default_factory=lambda: {DIRECT: 0, STREAMED: 0, DISPATCHED: 0})
     replays: int = 0  # the streamed forwards that were replays of graphs
     prefetched_bytes: int = 0  # those that peers served
     refills: int = 0  # layers that were not in their slot when they were needed
@@ -21,6 +21,10 @@ class Counters:
     def stream(self) -> None:
         """An eager forward of the streamed view begins."""
         self.forwards[STREAMED] += 1
+
+    def dispatch(self) -> None:
+        """A step whose layers dispatch."""
+        self.forwards[DISPATCHED] += 1
 
     def fill(self, nbytes: int) -> None:
         self.prefetched_bytes += nbytes

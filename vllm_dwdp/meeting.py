@@ -72,14 +72,14 @@ class Meeting:
         With no tokens of its own in the round, the rank owed it as a helper: launch it, then join again.
         """
         began = time.monotonic()
-        looked, answer = began, self._change(lambda record: convoy.join(record, self.rank, num_tokens, self._alive))
+        looked, answer = began, self._change(lambda record: convoy.join(record, self.rank, num_tokens, self.is_alive))
         while answer is convoy.WAIT:
             now = time.monotonic()
             if now - began >= patience_s:
                 answer = self._change(lambda record: self._give_up(record, blame=patience_s > 0))
             elif self._words[0] != self._seen or now - looked > _CHECK_S:
                 looked = now
-                answer = self._change(lambda record: convoy.join(record, self.rank, num_tokens, self._alive))
+                answer = self._change(lambda record: convoy.join(record, self.rank, num_tokens, self.is_alive))
             else:
                 time.sleep(min(_LOOK_S, began + patience_s - now))
         self.stats.waited_s += time.monotonic() - began
@@ -94,7 +94,7 @@ class Meeting:
 
     def large(self) -> Round | None:
         """Before a large step: None, launch it; a Round is owed: launch that and call again."""
-        return self._count(self._change(lambda record: convoy.large(record, self.rank, self._alive)))
+        return self._count(self._change(lambda record: convoy.large(record, self.rank, self.is_alive)))
 
     def large_done(self) -> None:
         """The device has finished all large steps: this rank takes part again."""
@@ -102,11 +102,11 @@ class Meeting:
 
     def idle(self) -> Round | None:
         """No request: ready to help. Only for a rank that goes on to call `help`."""
-        return self._count(self._change(lambda record: convoy.idle(record, self.rank, self._alive)))
+        return self._count(self._change(lambda record: convoy.idle(record, self.rank, self.is_alive)))
 
     def away(self) -> Round | None:
         """Will not come for a while, nor help. A Round is owed: launch that and call again."""
-        return self._count(self._change(lambda record: convoy.away(record, self.rank, self._alive)))
+        return self._count(self._change(lambda record: convoy.away(record, self.rank, self.is_alive)))
 
     def help(self, timeout_s: float, wake: Callable[[], bool] = lambda: False) -> Round | None:
         """Idle: the next round that asks for this rank; None after `timeout_s` or once `wake()` is true.
@@ -188,7 +188,8 @@ class Meeting:
             return False
         return True
 
-    def _alive(self, rank: int) -> bool:
+    def is_alive(self, rank: int) -> bool:
+        """Whether the process that has the place runs."""
         if rank == self.rank:
             return True
         found = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, 1 + rank))

@@ -26,7 +26,7 @@ from vllm_dwdp.counters import Counters
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.kernels.device import CopyStream
 from vllm_dwdp.ranges import named
-from vllm_dwdp.schedule import DIRECT, STREAMED, Schedule, View, view_of
+from vllm_dwdp.schedule import DISPATCHED, STREAMED, Schedule, View, view_of
 from vllm_dwdp.slots import Overlay, Slot, State
 
 
@@ -77,13 +77,18 @@ class Prefetcher:
         for slot, ordinal in zip(self._slots, self.schedule.first, strict=True):
             self._fill(slot, ordinal)
 
-    def begin_step(self, num_tokens: int, *, exact: bool) -> None:
+    def begin_step(self, num_tokens: int, *, exact: bool, dispatched: bool = False) -> None:
         """A step of `num_tokens` begins. `exact`: its graph is one for `direct_max_tokens` if it has no more than that.
+
+        A dispatched one acquires no layer and leaves the slots alone.
 
         A forward that was cut short has left other layers in the slots than a graph expects.
         """
         self._lose_what_graphs_moved()
         self._overlay.drop()
+        if dispatched:
+            self._step = Step(view=DISPATCHED)
+            return
         view = view_of(num_tokens, self.direct_max_tokens)
         self._view = view if exact or view == STREAMED else None
         self._step = Step(view=self._view)
@@ -142,7 +147,7 @@ class Prefetcher:
         """A graph is about to be captured or launched: it begins when the slots are filled."""
         self._overlay.resume()
         step = self._step
-        if step is None or step.view != DIRECT:
+        if step is None or step.view in (None, STREAMED):
             if step is not None:
                 step.launched = self._overlay.carries
             for slot in self._slots:
@@ -163,7 +168,9 @@ class Prefetcher:
         """
         step = self._step
         replayed = step is not None and step.launched
-        if num_tokens:
+        if step is not None and step.view == DISPATCHED:
+            self.counters.dispatch()
+        elif num_tokens:
             moving = [layer.copied_bytes for layer in self._layers if not self.schedule.is_alone(layer.ordinal)]
             self.counters.end_step(sum(moving) if replayed and num_tokens > self.direct_max_tokens else None)
         if self._overlay.strays:

@@ -4,9 +4,10 @@ import dataclasses
 import math
 from typing import Literal
 
-View = Literal["direct", "streamed"]
+View = Literal["direct", "streamed", "dispatched"]
 DIRECT: View = "direct"
 STREAMED: View = "streamed"
+DISPATCHED: View = "dispatched"  # tokens travel; what a rank computes it reads in the direct view
 
 # Reading in place moves the experts that a batch routes to, streaming moves all; the SMs read a peer at about this
 # part of the copy engines' speed less what the local experts cost meanwhile (two H100s, NVLink 4).

@@ -8,6 +8,7 @@ through them unchanged.
 import functools
 import inspect
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,8 @@ from vllm_dwdp.integration import checks, graphs, hooks, joining
 
 logger = init_logger("vllm.dwdp.engine")
 WORKER = "vllm_dwdp.integration.worker.DWDPWorker"
+# How often an idle rank looks whether a round asks for it: while rounds do, for some time after, and else.
+HOT_LOOK_S, HOT_S, LOOK_S = 50e-6, 0.05, 2e-3
 _WAVES, _LOCKSTEP = "enable_wave_coordination", "coordinated_dp"
 
 
@@ -84,6 +87,23 @@ class IndependentEngineCore(core.EngineCoreProc):
         rank = vllm_config.parallel_config.data_parallel_index
         vllm_config.parallel_config.reconfigure_for_independent_dp_rank()
         super().__init__(*args, vllm_config=vllm_config, engine_index=rank, **kwargs)
+        self.process_input_queue_block = False  # an idle rank looks for requests between rounds that it helps with
+        self._busy_until_s = 0.0
+
+    def _process_input_queue(self) -> None:
+        """Without a request, help the peers' rounds until one comes."""
+        while not self.has_work() and self.is_running() and self.input_queue.empty() and not self._idle_state_callbacks:
+            (helped,) = self.model_executor.collective_rpc("dwdp_help")
+            if helped is None:  # nobody will ask
+                self.process_input_queue_block = True
+                break
+            if helped:
+                self._busy_until_s = time.monotonic() + HOT_S
+            look_s = HOT_LOOK_S if time.monotonic() < self._busy_until_s else LOOK_S
+            with self.input_queue.not_empty:
+                if not self.input_queue.queue:
+                    self.input_queue.not_empty.wait(look_s)
+        super()._process_input_queue()
 
 
 _run_engine_core = core.EngineCoreProc.run_engine_core

@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 from vllm_dwdp import assembly, config
 from vllm_dwdp.budget import Limit
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.integration import binding, joining, loading
+from vllm_dwdp.integration import binding, dispatching, joining, loading
 from vllm_dwdp.integration.graphs import GraphHooks, fit_graphs
 from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.integration.metrics import Metrics
@@ -59,7 +59,8 @@ class DWDPWorker(PlatformWorker):
                 layers=[loading.describe(layer, placement, rank) for layer, placement in shards.items()],
                 samples=loading.samples(model, shards, rank) if joining.reads_checkpoint(self.vllm_config) else {},
             )
-            self.dwdp = assembly.assemble(loaded, group, device, options, limit)
+            steps = dispatching.limits(self.vllm_config, options, device, shards)
+            self.dwdp = assembly.assemble(loaded, group, device, options, limit, steps)
             try:
                 binding.bind(self.dwdp)
                 binding.keep_opaque(model)
@@ -73,18 +74,34 @@ class DWDPWorker(PlatformWorker):
         prefetcher = self.dwdp.prefetcher
         fit_graphs(self.vllm_config, prefetcher.direct_max_tokens, has_hot_cache=self.dwdp.hot is not None)
         set_offloader(GraphHooks(prefetcher))
+        if self.dwdp.dispatch is not None:
+            self.dwdp.dispatch.help_out = self.execute_dummy_batch
+            dispatching.pad_to_round(self.vllm_config, self.dwdp.dispatch)
         self._metrics = Metrics(self.dwdp)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         if self.dwdp.hot is not None:
             self.dwdp.hot.advance()
-        num_tokens = scheduler_output.total_num_scheduled_tokens
+        num_tokens, dispatch = scheduler_output.total_num_scheduled_tokens, self.dwdp.dispatch
+        if not num_tokens:
+            return super().execute_model(scheduler_output)
+        dispatched = dispatch is not None and dispatch.begin_step(num_tokens)
         # Where a request decodes several tokens, vLLM may pad a batch to a graph larger than the next captured size.
-        self.dwdp.prefetcher.begin_step(num_tokens, exact=self.vllm_config.speculative_config is None)
+        exact = self.vllm_config.speculative_config is None
+        self.dwdp.prefetcher.begin_step(num_tokens, exact=exact, dispatched=dispatched)
         output = super().execute_model(scheduler_output)
         self.dwdp.prefetcher.end_step(num_tokens)
+        if dispatch is not None:
+            dispatch.end_step(num_tokens)
         self._metrics.update()
         return output
+
+    def dwdp_help(self) -> bool | None:
+        """No request: take part in a round of the peers', if one asks for this rank.
+
+        Returns whether one did; None where no step dispatches.
+        """
+        return None if self.dwdp.dispatch is None else self.dwdp.dispatch.help()
 
     def dwdp_stats(self) -> dict[str, Any]:
         """Memory by kind (bytes), bytes prefetched, forwards by view, exposed wait and copy time (ms), refills."""
