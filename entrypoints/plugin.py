@@ -22,7 +22,7 @@ from vllm_dwdp.integration import hooks
 
 def register() -> None:
     """Install the command-line options and the switch. Idempotent, never raises."""
-    if hooks.ADD_CLI_ARGS.module not in sys.modules:  # an engine or worker process: its worker class and entry point are already ours
+    if hooks.ADD_CLI_ARGS.module not in sys.modules:  # an engine or worker: its classes are ours already
         return
     try:
         hooks.ADD_CLI_ARGS.install(_add_cli_args)
