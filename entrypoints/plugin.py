@@ -27,7 +27,7 @@ def register() -> None:
     try:
         hooks.ADD_CLI_ARGS.install(_add_cli_args)
         hooks.CREATE_ENGINE_CONFIG.install(_create_engine_config)
-    except Exception as error:  # noqa: BLE001 - a plugin must not take stock vLLM down
+    except Exception as error:  # a plugin must not take stock vLLM down
         logging.getLogger("vllm.dwdp").warning("vllm-dwdp is off: %s", error)
 
 

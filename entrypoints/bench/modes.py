@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
-from vllm_dwdp.entrypoints.bench.rank import PROBE
-from vllm_dwdp.entrypoints.plugin import scalar
 
 from vllm_dwdp import config
+from vllm_dwdp.entrypoints.bench.rank import PROBE
+from vllm_dwdp.entrypoints.plugin import scalar
 from vllm_dwdp.errors import DWDPError
 
 OWN_ARGUMENTS = frozenset({

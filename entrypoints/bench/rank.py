@@ -15,9 +15,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import msgspec
-from vllm_dwdp.entrypoints.server import kill_session
 
 from vllm_dwdp import config
+from vllm_dwdp.entrypoints.server import kill_session
 
 PROBE = "vllm_dwdp.entrypoints.bench.rank.ExpertMemory"
 MIN_TOKEN = 10  # leaves out the special tokens that models keep at either end of the vocabulary
@@ -159,6 +159,6 @@ def main(descriptor: int) -> None:
         method, keywords = requests.get()
         try:
             connection.send(getattr(rank, method)(**keywords))
-        except Exception as error:  # noqa: BLE001 - the parent reports it and ends this rank
+        except Exception as error:  # the parent reports it and ends this rank
             traceback.print_exc()
             connection.send(Failed(one_line(error)))

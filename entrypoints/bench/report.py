@@ -7,6 +7,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import msgspec
+
 from vllm_dwdp.entrypoints.bench.rank import Held, Ran
 
 GIB = 2**30

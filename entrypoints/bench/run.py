@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+
 from vllm_dwdp.entrypoints.bench.engines import EngineFailure, Engines
 from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, visible_devices
 from vllm_dwdp.entrypoints.bench.rank import Held
 from vllm_dwdp.entrypoints.bench.report import FORMATS, POINTS, UNITS, Reading, chart, reading, summarize, table, total
 from vllm_dwdp.entrypoints.server import free_port
-
 from vllm_dwdp.errors import DWDPError
 
 WARMUP_STEPS = 2
