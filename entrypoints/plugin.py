@@ -115,7 +115,7 @@ def _merge(additional_config: Any, given: dict[str, Any]) -> dict[str, Any]:
     """`additional_config` with the options that were given as such, which win. Raises DWDPError where one cannot be."""
     if not isinstance(additional_config, dict | None):
         raise DWDPError(f"--additional-config is {additional_config!r}: with --parallel dwdp it must be a JSON object")
-    merged = {config.KEY: {}} | (additional_config or {})
+    merged: dict[str, Any] = {config.KEY: {}} | (additional_config or {})
     if isinstance(merged[config.KEY], dict | None):
         merged[config.KEY] = (merged[config.KEY] or {}) | given
     config.parse(merged, lambda option: (config.as_flag if option in given else config.as_json)(option))

@@ -72,7 +72,9 @@ bench_rank.main(int(sys.argv[1]))
 
 
 def settings(*options: str) -> Settings:
-    return Settings.of(vars(cli.parser().parse_args(["bench", "--model", "m", *options])))
+    given = vars(cli.parser().parse_args(["bench", "--model", "m", *options]))
+    del given["run"]
+    return Settings.of(given)
 
 
 def ran(tokens: int, start_s: float, end_s: float, out: int = 1, decode_s: float = 0.0, **stats: float) -> Ran:
