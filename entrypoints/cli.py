@@ -29,9 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="vllm-dwdp", description="Distributed Weight Data Parallelism for vLLM.")
-    root.add_argument(
-        "--version", action="version", version=f"vllm-dwdp {vllm_dwdp.__version__}, vLLM {importlib.metadata.version('vllm')}",
-    )
+    version = f"vllm-dwdp {vllm_dwdp.__version__}, vLLM {importlib.metadata.version('vllm')}"
+    root.add_argument("--version", action="version", version=version)
     commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
     command = commands.add_parser(
         "bench", help="compare DWDP with stock vLLM on this machine", argument_default=argparse.SUPPRESS,

@@ -22,12 +22,12 @@ from vllm_dwdp.integration import hooks
 
 def register() -> None:
     """Install the command-line options and the switch. Idempotent, never raises."""
-    if hooks.ADD_CLI_ARGS.module not in sys.modules:  # an engine or worker process: its worker class and entry point are already ours
+    if hooks.ADD_CLI_ARGS.module not in sys.modules:  # an engine or worker: its classes are ours already
         return
     try:
         hooks.ADD_CLI_ARGS.install(_add_cli_args)
         hooks.CREATE_ENGINE_CONFIG.install(_create_engine_config)
-    except Exception as error:  # noqa: BLE001 - a plugin must not take stock vLLM down
+    except Exception as error:  # a plugin must not take stock vLLM down
         logging.getLogger("vllm.dwdp").warning("vllm-dwdp is off: %s", error)
 
 
@@ -115,7 +115,7 @@ def _merge(additional_config: Any, given: dict[str, Any]) -> dict[str, Any]:
     """`additional_config` with the options that were given as such, which win. Raises DWDPError where one cannot be."""
     if not isinstance(additional_config, dict | None):
         raise DWDPError(f"--additional-config is {additional_config!r}: with --parallel dwdp it must be a JSON object")
-    merged = {config.KEY: {}} | (additional_config or {})
+    merged: dict[str, Any] = {config.KEY: {}} | (additional_config or {})
     if isinstance(merged[config.KEY], dict | None):
         merged[config.KEY] = (merged[config.KEY] or {}) | given
     config.parse(merged, lambda option: (config.as_flag if option in given else config.as_json)(option))

@@ -11,16 +11,14 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
-import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from vllm_dwdp.entrypoints.bench.run import free_port
+from vllm_dwdp.entrypoints.server import VLLM, Server, Session, SessionFailure
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".cache" / "demo"
@@ -34,6 +32,7 @@ ENGINE = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "max_num_
 ENV = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_HOST_IP": "127.0.0.1",
                     "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 MAX_TOKENS = 32
+CLEAR = "\r\033[K" if sys.stdout.isatty() else ""
 # (kind, prompt, rank to pin it to or None for the load balancer)
 REQUESTS = (
     ("text", "Once upon a time", "0"),
@@ -53,83 +52,77 @@ def main() -> int:
                ENV | {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
     expected = {(kind, prompt): text for kind, prompt, text in json.loads(ANSWERS.read_text())}
 
-    port = free_port()
-    command = [Path(sys.executable).with_name("vllm"), "serve", MODEL, *PARALLEL, "--host", "127.0.0.1", "--port", port]
+    options = list(PARALLEL)
     for option, value in ENGINE.items():
-        command += [f"--{option.replace('_', '-')}"] + ([] if value is True else [value])
-    print(f"$ vllm {shlex.join(map(str, command[1:]))}")
-    with process("server", command, ENV) as (server, log):
-        url = f"http://127.0.0.1:{port}"
-        wait("Two ranks load, each its share of the experts", server, log, lambda: answers(f"{url}/health"))
-        equal = one_by_one(url, expected) & all_at_once(url, expected)
-        print_table(metrics(url))
+        options += [f"--{option.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    server, title = Server(MODEL, options, FOLDER / "server.log", environment=ENV, folder=FOLDER), "Two ranks load"
+    print(f"$ vllm {shlex.join(server.command[len(VLLM):])}")
+    with ended(server):
+        say(title, server.wait_until_ready(START_TIMEOUT_S, progress(title, server.log)))
+        print("\n".join(f"  {line}" for line in sorted(re.findall("DWDP on: .*", server.log.read_text()))))
+        equal = one_by_one(server, expected) & all_at_once(server, expected)
+        print_table(metrics(server))
     print("The server has ended and left no process behind.")
     print(f"{'All answers equal' if equal else 'SOME ANSWERS DIFFER from'} those of stock vLLM on one rank.")
     return 0 if equal else 1
 
 
-def one_by_one(url: str, expected: dict[tuple[str, str], str]) -> bool:
+def one_by_one(server: Server, expected: dict[tuple[str, str], str]) -> bool:
     """Sends REQUESTS in turn, prints which rank answered what, and tells whether all is as expected."""
     all_equal = True
     for kind, prompt, pinned in REQUESTS:
-        before = served(url)
-        text = ask(url, kind, prompt, pinned)
-        rank = next(rank for rank, count in served(url, sum(before.values()) + 1).items() if count > before[rank])
+        before = served(server)
+        text = ask(server, kind, prompt, pinned)
+        rank = next(rank for rank, count in served(server, sum(before.values()) + 1).items() if count > before[rank])
         equal = text == expected[kind, prompt]
         all_equal &= equal
         if pinned not in (None, rank):
-            raise Failure(f"rank {rank} served a request pinned to rank {pinned}")
+            raise SessionFailure(f"rank {rank} served a request pinned to rank {pinned}")
         print(f"\n  {kind} to {f'rank {pinned}' if pinned else 'any rank'}: {prompt}\n"
               f"  rank {rank} answers: {text}\n  {'equal' if equal else f'DIFFERENT: {expected[kind, prompt]}'}")
     return all_equal
 
 
-def all_at_once(url: str, expected: dict[tuple[str, str], str]) -> bool:
+def all_at_once(server: Server, expected: dict[tuple[str, str], str]) -> bool:
     """Sends REQUESTS together, unpinned, prints how the load balancer spread them, and tells whether all is equal."""
-    before = served(url)
+    before = served(server)
     with ThreadPoolExecutor(len(REQUESTS)) as pool:
-        texts = list(pool.map(lambda request: ask(url, request[0], request[1]), REQUESTS))
-    after = served(url, sum(before.values()) + len(REQUESTS))
-    num_equal = sum(text == expected[kind, prompt] for text, (kind, prompt, _) in zip(texts, REQUESTS))
+        texts = list(pool.map(lambda request: ask(server, request[0], request[1]), REQUESTS))
+    after = served(server, sum(before.values()) + len(REQUESTS))
+    num_equal = sum(text == expected[kind, prompt] for text, (kind, prompt, _) in zip(texts, REQUESTS, strict=True))
     shares = " and ".join(f"{after[rank] - before[rank]} by rank {rank}" for rank in RANKS)
     print(f"\n  All {len(REQUESTS)} together, to any rank: {shares}; {num_equal} equal\n")
     return num_equal == len(REQUESTS)
 
 
-def ask(url: str, kind: str, prompt: str, rank: str | None = None) -> str:
+def ask(server: Server, kind: str, prompt: str, rank: str | None = None) -> str:
     body = {"model": str(MODEL), "temperature": 0, "seed": 0, "max_tokens": MAX_TOKENS}
     body |= {"prompt": prompt} if kind == "text" else {"messages": [{"role": "user", "content": prompt}]}
-    headers = {"Content-Type": "application/json"} | ({"X-data-parallel-rank": rank} if rank else {})
     path = "completions" if kind == "text" else "chat/completions"
-    request = urllib.request.Request(f"{url}/v1/{path}", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=120) as response:
+    with server.post(f"v1/{path}", body, rank) as response:
         choice = json.load(response)["choices"][0]
     return choice["text"] if kind == "text" else choice["message"]["content"]
 
 
-def metrics(url: str) -> dict[str, dict[str, float]]:
+def metrics(server: Server) -> dict[str, dict[str, float]]:
     """Sums of the server's metrics: {name, or name:value-of-the-label `kind` or `view`: {rank: sum}}."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
-        lines = response.read().decode().splitlines()
     sums: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(RANKS, 0.0))
-    for line in lines:
-        if match := re.fullmatch(r"vllm:(\w+)\{(.*)\} (\S+)", line):
-            name, labels, value = match[1], dict(re.findall(r'(\w+)="([^"]*)"', match[2])), float(match[3])
-            if labels.get("engine") in RANKS:
-                part = labels.get("kind", labels.get("view"))
-                sums[f"{name}:{part}" if part else name][labels["engine"]] += value
+    for name, labels, value in server.metrics():
+        if labels.get("engine") in RANKS:
+            part = labels.get("kind", labels.get("view"))
+            sums[":".join(filter(None, (name.removeprefix("vllm:"), part)))][labels["engine"]] += value
     return sums
 
 
-def served(url: str, at_least: int = 0) -> dict[str, int]:
+def served(server: Server, at_least: int = 0) -> dict[str, int]:
     """Finished requests by rank, once `at_least` are counted; the count may come a moment after the answer."""
     deadline = time.monotonic() + 10
     while True:
-        counts = {rank: int(count) for rank, count in metrics(url)["request_success_total"].items()}
+        counts = {rank: int(count) for rank, count in metrics(server)["request_success_total"].items()}
         if sum(counts.values()) >= at_least:
             return counts
         if time.monotonic() > deadline:
-            raise Failure(f"/metrics counts {counts} finished requests, expected {at_least}")
+            raise SessionFailure(f"/metrics counts {counts} finished requests, expected {at_least}")
         time.sleep(0.05)
 
 
@@ -152,78 +145,37 @@ def print_table(values: dict[str, dict[str, float]]) -> None:
     print()
 
 
-class Failure(Exception):
-    """Something that ends the demo; its text says what."""
-
-
 @contextlib.contextmanager
-def process(name: str, command: list, env: dict[str, str]) -> Iterator[tuple[subprocess.Popen, Path]]:
-    """Runs `command` in a session of its own, yields it and its log FOLDER/name.log, and leaves no process behind."""
-    log = FOLDER / f"{name}.log"
-    with log.open("wb") as output:
-        child = subprocess.Popen([str(part) for part in command], env=env, cwd=FOLDER, stdin=subprocess.DEVNULL,
-                                 stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+def ended(session: Session) -> Iterator[Session]:
+    """Ends the session afterwards; a failure shows the end of its log."""
     try:
-        yield child, log
-    except (Failure, OSError, ValueError) as error:  # OSError: urllib's errors too
-        tail = "\n".join(f"  | {line}" for line in log.read_text(errors="replace").splitlines()[-15:])
-        raise Failure(f"{error}\n{tail}\n  the whole log: {log}") from None
-    finally:
-        stop(child)
+        with session:
+            yield session
+    except (SessionFailure, OSError, ValueError) as error:  # OSError: urllib's errors too
+        tail = "\n".join(f"  | {line}" for line in session.log.read_text(errors="replace").splitlines()[-15:])
+        raise SessionFailure(f"{error}\n{tail}") from None
+    if left := session.members():
+        raise SessionFailure(f"still running after SIGKILL: {left}")
 
 
-def stop(child: subprocess.Popen, timeout_s: float = 15) -> None:
-    """Ends the child's session: SIGINT, then after the timeout SIGKILL. Raises Failure if anything survives."""
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        if child.poll() is None:
-            child.send_signal(signal.SIGINT)
-        deadline = time.monotonic() + timeout_s
-        while living(child.pid) and time.monotonic() < deadline:
-            child.poll()
-            time.sleep(0.05)
-        for pid in living(child.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        child.wait()
-        time.sleep(0.2)
-        if left := living(child.pid):
-            raise Failure(f"still running after SIGKILL: {left}")
-    finally:
-        signal.signal(signal.SIGINT, interrupt)
+def run_to_end(title: str, command: list, environment: dict[str, str]) -> None:
+    log = FOLDER / f"{title.split()[0].lower()}.log"
+    with ended(Session(command, log, environment=environment, folder=FOLDER)) as session:
+        show = progress(title, log)
+        say(title, session.wait_until(lambda: session.process.poll() == 0, title, START_TIMEOUT_S, show))
 
 
-def living(session: int) -> list[int]:
-    """Process ids of a session, zombies excluded."""
-    pids = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _parent, _group, its_session = stat.read_text().rpartition(")")[2].split()[:4]
-            if int(its_session) == session and state not in "ZX":
-                pids.append(int(stat.parent.name))
-    return pids
+def progress(title: str, log: Path) -> Callable[[float], None]:
+    """What shows seconds and the log's last message on one line of a terminal."""
+    def show(seconds: float) -> None:
+        line = f"{title} {seconds:3.0f} s  {last_message(log)}"
+        print(f"{CLEAR}{line[:shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+
+    return show if CLEAR else lambda _: None
 
 
-def run_to_end(title: str, command: list, env: dict[str, str]) -> None:
-    with process(title.split()[0].lower(), command, env) as (child, log):
-        wait(title, child, log, lambda: child.poll() == 0)
-
-
-def wait(title: str, child: subprocess.Popen, log: Path, done: Callable[[], bool]) -> None:
-    """Shows seconds and the log's last message on one line until `done()`; raises Failure if the child ends first."""
-    start = time.monotonic()
-    clear = "\r\033[K" if sys.stdout.isatty() else ""
-    while not done():
-        elapsed = time.monotonic() - start
-        if child.poll() is not None and not done():
-            raise Failure(f"{title}: the process ended with status {child.returncode}")
-        if elapsed > START_TIMEOUT_S:
-            raise Failure(f"{title}: not done after {START_TIMEOUT_S} s")
-        if clear:
-            line = f"{title} {elapsed:3.0f} s  {last_message(log)}"
-            print(f"{clear}{line[:shutil.get_terminal_size().columns - 1]}", end="", flush=True)
-        time.sleep(0.2)
-    print(f"{clear}{title}: {time.monotonic() - start:.0f} s", flush=True)
+def say(title: str, seconds: float) -> None:
+    print(f"{CLEAR}{title}: {seconds:.0f} s", flush=True)
 
 
 def last_message(log: Path) -> str:
@@ -231,14 +183,6 @@ def last_message(log: Path) -> str:
     found = re.findall(r"^(?:\((\S+)[^)]*\) )?(?:INFO|WARNING|ERROR) \S+ \S+ \[\S+\] (.*\w.*)$",
                        log.read_text(errors="replace")[-20_000:], re.MULTILINE)
     return ": ".join(part for part in found[-1] if part) if found else ""
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return response.status == 200
-    except OSError:
-        return False
 
 
 def write_reference() -> None:
@@ -266,5 +210,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("\nstopped")
         sys.exit(130)
-    except Failure as failure:
+    except SessionFailure as failure:
         sys.exit(f"\n{failure}")

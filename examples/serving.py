@@ -17,16 +17,12 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from vllm_dwdp.entrypoints.bench.run import free_port
-from vllm_dwdp.entrypoints.bench.rank import kill_session
 from vllm_dwdp.entrypoints.bench.report import aligned
+from vllm_dwdp.entrypoints.server import VLLM, Server, SessionFailure
 
-VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 MODES = {
     "dwdp": ["--data-parallel-size", "{size}", "--parallel", "dwdp"],
     "ep": ["--data-parallel-size", "{size}", "--enable-expert-parallel"],
@@ -38,10 +34,6 @@ FIGURES = {  # of `vllm bench serve`, by the table's column
 }
 
 
-class Failed(Exception):
-    """A server or a load ended badly; `str()` names the log."""
-
-
 def main() -> int:
     args = arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the servers end with it
@@ -50,15 +42,15 @@ def main() -> int:
     for group in [args.modes] if args.side_by_side else [[mode] for mode in args.modes]:
         with contextlib.ExitStack() as running:
             servers = {mode: running.enter_context(server(mode, args)) for mode in group}
-            for mode, (process, url, log) in servers.items():
+            for mode, started in servers.items():
                 with noting(failed, mode):
-                    wait_until_ready(process, url, log, args.timeout)
-                    put_under_load(url, (args.loads[0][0], "8", "inf", "32"), 0, f"warm-up-{mode}", args)
+                    started.wait_until_ready(args.timeout)
+                    put_under_load(started.url, (args.loads[0][0], "8", "inf", "32"), 0, f"warm-up-{mode}", args)
             for seed, (repeat, load) in enumerate(itertools.product(range(args.repeats), args.loads), start=1):
                 for mode in [mode for mode in group if mode not in failed]:
                     with noting(failed, mode):
                         name = f"{mode}-{'-'.join(load)}-{repeat}"
-                        figures = put_under_load(servers[mode][1], load, seed, name, args)
+                        figures = put_under_load(servers[mode].url, load, seed, name, args)
                         measured.append({"mode": mode, "load": ":".join(load), "repeat": repeat} | figures)
                         print(json.dumps(measured[-1]), flush=True)
                     write(measured, failed, args)
@@ -69,30 +61,12 @@ def main() -> int:
     return int(not measured)
 
 
-@contextlib.contextmanager
-def server(mode: str, args: argparse.Namespace) -> Iterator[tuple[subprocess.Popen, str, Path]]:
-    """`vllm serve` in a session of its own, all of which is gone afterwards: (process, address, log)."""
-    port, log = free_port(), args.out / f"serve-{mode}.log"
-    command = [*VLLM, "serve", args.model, "--host", "127.0.0.1", "--port", str(port), *shlex.split(args.serve_args),
-               *(part.format(size=args.size) for part in MODES[mode])]
-    print(shlex.join(command), flush=True)
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        yield process, f"http://127.0.0.1:{port}", log
-    finally:
-        kill_session(process.pid)
-        process.wait()
-
-
-def wait_until_ready(process: subprocess.Popen, url: str, log: Path, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"{url}/health", timeout=5)
-            return
-        time.sleep(0.5)
-    raise Failed(f"{f'no answer in {timeout_s:.0f} s' if process.poll() is None else 'the server ended'}, see {log}")
+def server(mode: str, args: argparse.Namespace) -> Server:
+    """`vllm serve` in this mode."""
+    own = [part.format(size=args.size) for part in MODES[mode]]
+    started = Server(args.model, [*shlex.split(args.serve_args), *own], args.out / f"serve-{mode}.log")
+    print(shlex.join(started.command), flush=True)
+    return started
 
 
 def put_under_load(
@@ -110,10 +84,10 @@ def put_under_load(
     with log.open("wb") as output:
         ended = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, timeout=args.timeout)
     if ended.returncode:
-        raise Failed(f"`vllm bench serve` ended with {ended.returncode}, see {log}")
+        raise SessionFailure(f"`vllm bench serve` ended with {ended.returncode}, see {log}")
     result = json.loads((args.out / f"{name}.json").read_text())
     if result["completed"] != int(count):
-        raise Failed(f"{result['completed']} of {count} requests were completed, see {log}")
+        raise SessionFailure(f"{result['completed']} of {count} requests were completed, see {log}")
     return {figure: result[figure] for figure in FIGURES.values()}
 
 
@@ -122,7 +96,7 @@ def noting(failed: dict[str, str], mode: str) -> Iterator[None]:
     """A failure ends the mode's turns, not the comparison."""
     try:
         yield
-    except (Failed, subprocess.TimeoutExpired) as failure:
+    except (SessionFailure, subprocess.TimeoutExpired) as failure:
         failed[mode] = str(failure)
         print(f"{mode}: {failure}", flush=True)
 

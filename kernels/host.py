@@ -150,7 +150,7 @@ class HostStream(CopyStream):
             try:
                 if self._error is None:
                     work()
-            except BaseException as error:  # noqa: BLE001 - handed to the thread that computes
+            except BaseException as error:
                 self._error = error
 
     def event(self) -> HostEvent:

@@ -1,6 +1,9 @@
 """What every test shares: vLLM's environment on a machine without a GPU, tiny models."""
 
+import importlib.metadata
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,8 +15,8 @@ os.environ.update(
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,6 +24,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+RECORD: dict[str, dict] = {}
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest) -> dict:
+    """A test's own figures, by name with their unit; $DWDP_RECORD names the JSON file that they go to."""
+    return RECORD.setdefault(request.node.nodeid, {}).setdefault("figures", {})
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or not report.passed:
+        RECORD.setdefault(report.nodeid, {}).update(outcome=report.outcome, seconds=round(report.duration, 2))
+
+
+def pytest_sessionfinish() -> None:
+    """Write what was run, on what and from which commit."""
+    if path := os.environ.get("DWDP_RECORD"):
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        versions = {name: importlib.metadata.version(name) for name in ("vllm-dwdp", "vllm", "torch")}
+        written = {"commit": commit, "devices": devices, "versions": versions, "tests": RECORD}
+        Path(path).write_text(json.dumps(written, indent=2))
 
 
 @pytest.fixture(scope="session")

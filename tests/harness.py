@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_dwdp.entrypoints.bench.run import free_port
+from vllm_dwdp.entrypoints.server import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")  # vLLM takes 8 s to import: once for all ranks
 CONTEXT.set_forkserver_preload(
@@ -88,9 +88,9 @@ def _serve(rank: int, model: str, dwdp: dict | None, engine: dict, setup: Callab
             function, args, kwargs = work
             try:
                 pipe.send((True, function(llm, *args, **kwargs)))
-            except BaseException as error:  # noqa: BLE001 - the test decides
+            except BaseException as error:  # the test decides
                 pipe.send((False, f"{type(error).__name__}: {error}"))
-    except BaseException as error:  # noqa: BLE001
+    except BaseException as error:
         traceback.print_exc()
         with contextlib.suppress(OSError):
             pipe.send((False, f"{type(error).__name__}: {error}"))
@@ -99,8 +99,15 @@ def _serve(rank: int, model: str, dwdp: dict | None, engine: dict, setup: Callab
             llm.llm_engine.engine_core.shutdown()
 
 
+def refuse_unmarked() -> None:
+    """`make check` leaves out what is marked: an engine that starts in another test would not be left out."""
+    test = os.environ.get("PYTEST_CURRENT_TEST", "")
+    assert not os.environ.get("DWDP_NO_ENGINE"), f"{test} starts an engine: mark it @pytest.mark.engine"
+
+
 class Rank:
     def __init__(self, rank: int, model: str, dwdp: dict | None, engine: dict, setup: Callable | None):
+        refuse_unmarked()
         self.pipe, child = CONTEXT.Pipe()
         self.process = CONTEXT.Process(target=_serve, args=(rank, model, dwdp, engine, setup, child))
         self.process.start()

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import Group, stats, streamed_model
-
 from vllm_dwdp.entrypoints.bench.rank import Rank
+
+from harness import Group, stats, streamed_model
 
 LAYERS, ROUNDS, PROMPT = 8, 3, 128
 ENGINE = dict(

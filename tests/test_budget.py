@@ -41,7 +41,7 @@ def test_engines_that_share_a_device() -> None:
     assert abs(cache_bytes(LAYERS, device(5, others_gib=70), auto, quarter) - (5 * GIB - 2 * REMOTE)) <= 1
     given = Limit(gpu_memory_utilization=0.1, kv_cache_memory_bytes=8 * GIB)
     assert abs(cache_bytes(LAYERS, device(20, others_gib=50), auto, given) - (12 * GIB - 2 * REMOTE)) <= 1
-    with pytest.raises(DWDPError, match="kv_cache_memory_bytes=8589934592: the largest cache that does is --dwdp-cache-gib 10.87"):
+    with pytest.raises(DWDPError, match=r"kv_cache_memory_bytes=8589934592: the largest cache that does is --dwdp-cache-gib 10.87"):
         cache_bytes(LAYERS, device(20), Options(size=2, cache_gib=12), given)
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import vllm
-from conftest import ROOT
 
 from vllm_dwdp.integration import checks, hooks, launch, loading, proof
+
+from conftest import ROOT
 
 CORE = "vllm.v1.engine.core:"
 MOE, CONFIG = "vllm.model_executor.layers.fused_moe.", "vllm.config:"

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import CONTEXT, START_S, Group, make_prompts, stats
 from safetensors.torch import load_file, save_file
+
+from harness import CONTEXT, START_S, Group, make_prompts, stats
+
+pytestmark = pytest.mark.engine
 
 BLOCK, TOKENS, LAYERS = 32, 24, 4
 PROMPTS = make_prompts([40, 200, 64, 99, 150, 35, 110, 72])

@@ -4,11 +4,12 @@ import functools
 from types import SimpleNamespace
 
 import pytest
-from harness import Group, streamed_model
 from vllm.config import CompilationConfig, CUDAGraphMode
 
 from vllm_dwdp.config import Options
 from vllm_dwdp.integration.graphs import direct_max_tokens, fit_graphs
+
+from harness import Group, streamed_model
 
 SIZES = [1, 2, 4, 8, 16, 24, 32]
 

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from harness import Group, Rank, free_port
+
+pytestmark = pytest.mark.engine
 
 BROKEN = "the disk of rank 1 broke"
 

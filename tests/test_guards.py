@@ -17,8 +17,8 @@ from vllm.model_executor.utils import replace_parameter
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration.binding import _rebuild_kernel, _refuse_loading, refuse_loading
 from vllm_dwdp.integration.loading import _owned_rows, _refuse_unstreamable, describe, refuse_bypass, sharded
-from vllm_dwdp.placement import Placement
 from vllm_dwdp.integration.worker import membership
+from vllm_dwdp.placement import Placement
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness import Group, generate, reference, stats, streamed_model
 from test_transport import DEVICES, Shards, run, torch_device
 
 from vllm_dwdp import hot
@@ -14,6 +13,10 @@ from vllm_dwdp.hot import HotCache
 from vllm_dwdp.layout import bundle_size
 from vllm_dwdp.placement import spread_residents
 from vllm_dwdp.schedule import DIRECT, STREAMED
+
+from harness import Group, generate, reference, stats, streamed_model
+
+pytestmark = pytest.mark.engine
 
 HOT_EXPERTS = [1, 4, 8, 10]
 

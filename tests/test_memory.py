@@ -3,7 +3,10 @@
 import os
 
 import pytest
+
 from harness import Group, stats, streamed_model
+
+pytestmark = pytest.mark.engine
 
 BIG = {"hidden_size": 256, "moe_intermediate_size": 512}  # 1.5 MiB an expert in float32
 PEAK = {"bytes": 0}

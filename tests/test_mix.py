@@ -10,9 +10,12 @@ import random
 from typing import Any
 
 import pytest
+from test_transport import DEVICES
+
 from harness import Group, stats
 from quantized import SHAPE
-from test_transport import DEVICES
+
+pytestmark = pytest.mark.engine
 
 REQUESTS = int(os.environ.get("DWDP_MIX_REQUESTS", 200))  # over both ranks
 LIMIT_S = 180 + REQUESTS

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT
 
 SOURCES = ("vllm_dwdp", "kernels", "entrypoints", "pyproject.toml", "README.md", "LICENSE")

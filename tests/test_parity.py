@@ -1,8 +1,11 @@
 """Invariant: output equals vLLM without the plugin, token for token, and the bytes moved are those the layout says."""
 
 import pytest
+
 from harness import Group, generate, reference, stats
 from tiny_models import ENGINE_ARGS
+
+pytestmark = pytest.mark.engine
 
 FAMILIES = ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "transformers_moe"]
 

@@ -11,9 +11,12 @@ import time
 
 import pytest
 import torch
-from harness import Group, differences, generate, reference, stats, streamed_model
 from test_transport import DEVICES
 from torch.profiler import profile
+
+from harness import Group, differences, generate, reference, stats, streamed_model
+
+pytestmark = pytest.mark.engine
 
 LENGTHS = {"host": [3, 60, 9, 31, 1, 22, 50, 5], "cuda": [random.Random(n).randrange(5, 1500) for n in range(64)]}
 SHAPES = {  # on GPUs the layers of Qwen3-30B-A3B

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+
 from harness import Group, differences, generate, reference, stats
 from quantized import SCHEMES, SHAPE, SHAPES, quantize
+
+pytestmark = pytest.mark.engine
 
 ENGINE = dict(
     dtype="bfloat16", max_model_len=1024, max_num_batched_tokens=512, max_num_seqs=16, kv_cache_memory_bytes=2**28,

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from quantized import quantize
 from vllm.engine.arg_utils import EngineArgs
 
 import vllm_dwdp.entrypoints.plugin as plugin
 from vllm_dwdp import config
-from vllm_dwdp.integration import checks
 from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.integration import checks
+
+from quantized import quantize
 
 APART = {"data_parallel_size": 1}
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import msgspec
 import pytest
-from harness import free_port
 
 from vllm_dwdp.channel import Channel, Listener, name
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.exchange import PeerClient, PeerServer
 from vllm_dwdp.rendezvous import Group, Hello, PeerStopped, agree, agree_where_common
+
+from harness import free_port
 
 HELLO = Hello(
     rank=0, size=3, plugin="1", vllm="2", model={"layers": 3}, options={"slots": 2, "deep": {"a": [1, 2]}}, device="cpu",

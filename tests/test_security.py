@@ -21,7 +21,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from harness import free_port
 
 from vllm_dwdp.channel import _GREETING, Channel
 from vllm_dwdp.errors import DWDPError
@@ -29,6 +28,8 @@ from vllm_dwdp.exchange import PeerClient, PeerServer
 from vllm_dwdp.kernels.host import HostDevice
 from vllm_dwdp.rendezvous import Group
 from vllm_dwdp.store import STOPPED
+
+from harness import free_port
 
 NOBODY = 65534
 NUM_MESSAGES = 10_000

@@ -1,6 +1,5 @@
 """The real server: two independent ranks behind vLLM's own API and load balancer."""
 
-import contextlib
 import http.client
 import json
 import os
@@ -9,15 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from vllm_dwdp.entrypoints import server
+from vllm_dwdp.entrypoints.server import QUIT_S, free_port
+
 from conftest import ROOT
-from harness import free_port
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
+pytestmark = pytest.mark.engine
+
 ARGUMENTS = [
     "--dtype", "float32", "--enforce-eager", "--max-model-len", "1536", "--max-num-seqs", "8",
     "--hf-overrides", '{"max_position_embeddings": 1536}',
@@ -25,51 +28,35 @@ ARGUMENTS = [
 ]
 
 
-class Server:
-    """`vllm serve` in a session of its own. `url` answers once the constructor returns."""
+class Server(server.Server):
+    """A server of ours. `url` answers once the constructor returns."""
 
     def __init__(self, model: str, folder: Path, *arguments: str):
-        self.url = f"http://127.0.0.1:{(port := free_port())}"
-        self.log = folder / f"serve-{port}.log"
-        command = [VLLM, "serve", model, "--host", "127.0.0.1", "--port", str(port), *ARGUMENTS, *arguments]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        deadline = time.monotonic() + 400
-        while not self.alive():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.close()
-                raise AssertionError(self.log.read_text()[-3000:])
-            time.sleep(0.25)
-
-    def alive(self) -> bool:
-        with contextlib.suppress(OSError):
-            return urllib.request.urlopen(f"{self.url}/health", timeout=5).status == 200
-        return False
+        super().__init__(model, [*ARGUMENTS, *arguments], folder / f"serve-{time.monotonic_ns()}.log")
+        try:
+            self.wait_until_ready(400)
+        except BaseException:
+            self.end()
+            print(self.log.read_text()[-3000:])
+            raise
+        self.model = json.load(self.get("v1/models"))["data"][0]["id"]
 
     def request(
         self, prompt: str, tokens: int, rank: int | None = None, stream: bool = False
     ) -> http.client.HTTPResponse:
         """The response to a greedy completion, on the rank named or on the one that vLLM chooses."""
-        headers = {"content-type": "application/json"} | ({} if rank is None else {"X-data-parallel-rank": str(rank)})
         body = {"model": self.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
                 "stream": stream}
-        request = urllib.request.Request(f"{self.url}/v1/completions", json.dumps(body).encode(), headers)
-        return urllib.request.urlopen(request, timeout=120)
+        return self.post("v1/completions", body, rank)
 
     def complete(self, prompt: str, tokens: int, rank: int | None = None) -> str:
         """The whole text of such a completion."""
         return json.load(self.request(prompt, tokens, rank))["choices"][0]["text"]
 
-    @property
-    def model(self) -> str:
-        return json.load(urllib.request.urlopen(f"{self.url}/v1/models", timeout=30))["data"][0]["id"]
-
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that carry these labels."""
-        text = urllib.request.urlopen(f"{self.url}/metrics", timeout=30).read().decode()
-        lines = [line for line in text.splitlines() if line.startswith(name + "{")]
-        chosen = [line for line in lines if all(f'{k}="{v}"' in line for k, v in labels.items())]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in chosen)
+        samples = [(carried, value) for found, carried, value in self.metrics() if found == name]
+        return sum(value for carried, value in samples if labels.items() <= carried.items())
 
     def steps(self, rank: int) -> float:
         return self.metric("vllm:dwdp_forwards_total", engine=str(rank))
@@ -79,33 +66,17 @@ class Server:
         found = re.findall(r"\(EngineCore_DP(\d) pid=(\d+)\)", self.log.read_text())
         return [int(pid) for _, pid in sorted(set(found))]
 
-    def members(self) -> list[str]:
-        """What runs of the server's session, as 'state pid command'."""
-        command = ["ps", "-o", "stat=,pid=,args=", "-s", str(self.process.pid)]
-        listed = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-        return [line for line in listed if not line.startswith("Z")]
-
-    def close(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(10)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("serve")
 
 
-@pytest.fixture(scope="module")
-def server(models, folder: Path):
-    server = Server(models("qwen3_moe"), folder, "--data-parallel-size", "2", "--parallel", "dwdp",
-                    "--dwdp-direct-max-tokens", "0")
-    yield server
-    server.close()
+@pytest.fixture(scope="module", name="server")
+def serving(models, folder: Path):
+    with Server(models("qwen3_moe"), folder, "--data-parallel-size", "2", "--parallel", "dwdp",
+                "--dwdp-direct-max-tokens", "0") as server:
+        yield server
 
 
 def test_both_ranks_serve_and_answer_alike(server: Server) -> None:
@@ -125,7 +96,8 @@ def test_both_ranks_serve_and_answer_alike(server: Server) -> None:
 def test_the_log_says_that_dwdp_is_on(server: Server) -> None:
     """One line a rank, in the reader's words; what a step moves is what the counters then count."""
     log = server.log.read_text()
-    line = r"DWDP on: rank (\d) of 2 owns 6 of 12 experts in each of (\d+) layers, streams ([\d.]+) MiB a step above 0 tokens, holds"
+    line = (r"DWDP on: rank (\d) of 2 owns 6 of 12 experts in each of (\d+) layers, "
+            r"streams ([\d.]+) MiB a step above 0 tokens, holds")
     found = re.findall(line, log)
     assert sorted(rank for rank, *_ in found) == ["0", "1"] and log.count("DWDP on") == 2
     assert "direct_max_tokens=" not in log.replace("dwdp-direct_max_tokens", "")
@@ -181,13 +153,13 @@ def test_ranks_started_apart(models, folder: Path, server: Server) -> None:
         assert all(f"DWDP on: rank {number} of 2" in rank.log.read_text() for number, rank in enumerate(ranks))
     finally:
         for rank in ranks:
-            rank.close()
+            rank.end(QUIT_S)
 
 
 def test_help_shows_the_switch() -> None:
     """`vllm serve --help=parallel` finds the option."""
     shown = subprocess.run([VLLM, "serve", "--help=parallel"], capture_output=True, text=True, timeout=120).stdout
-    assert "--parallel {dwdp}" in shown or "--parallel" in shown and "Stream MoE experts" in shown
+    assert "--parallel {dwdp}" in shown and "Stream MoE experts" in shown
 
 
 @pytest.mark.parametrize(
@@ -214,8 +186,5 @@ def test_killed_rank_ends_the_server_and_a_restart_works(models, folder: Path, s
     while left := server.members():
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
-    again = Server(models("qwen3_moe"), folder, "--data-parallel-size", "2", "--parallel", "dwdp")
-    try:
+    with Server(models("qwen3_moe"), folder, "--data-parallel-size", "2", "--parallel", "dwdp") as again:
         assert len(again.complete("A mixture of experts", 8)) > 3
-    finally:
-        again.close()

@@ -5,12 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from conftest import ROOT
 from harness import processes_in
+
+pytestmark = pytest.mark.engine
 
 SERVE_ARGS = (
     "--dtype float32 --enforce-eager --max-model-len 256 --max-num-batched-tokens 128 --kv-cache-memory-bytes 64000000"
 )
+
 
 
 def test_side_by_side(models, tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ from multiprocessing.reduction import recv_handle, send_handle
 
 import pytest
 import torch
-from harness import CONTEXT
 from test_transport import DEVICES, make_device, torch_device
 
 from vllm_dwdp.kernels.tokens import InboxMap, RoundLayout, owners_of
 from vllm_dwdp.placement import Placement
+
+from harness import CONTEXT
 
 EXPERTS, TOP_K, HIDDEN, ROWS, LAYERS = 10, 3, 64, 24, 4
 

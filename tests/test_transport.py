@@ -10,17 +10,18 @@ import traceback
 
 import pytest
 import torch
-from harness import CONTEXT, free_port
 
 from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.exchange import exchange, replicate
 from vllm_dwdp.experts import ExpertLayer
 from vllm_dwdp.layout import Layout
 from vllm_dwdp.placement import Placement
 from vllm_dwdp.prefetch import Prefetcher
 from vllm_dwdp.rendezvous import Group
-from vllm_dwdp.exchange import exchange, replicate
 from vllm_dwdp.schedule import DIRECT, STREAMED, Schedule
 from vllm_dwdp.weights import FullTensor, LayerWeights, Slots, TensorSpec
+
+from harness import CONTEXT, free_port
 
 SMALL = {1: torch.float32, 33: torch.bfloat16, 12: torch.float8_e4m3fn, 600_000: torch.float32}  # values a row: dtype
 DEVICES = ["host", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -75,8 +75,8 @@ def cache_bytes(layers: Sequence[LayerSize], device: "Device", options: Options,
     wanted = min(wanted, remote * len(layers))
     if wanted > room:
         raise DWDPError(
-            f"--dwdp-cache-gib {options.cache_gib} and {options.slots} slots do not fit {within}: the largest cache that "
-            f"does is --dwdp-cache-gib {room // (GIB // 100) / 100:.2f}"
+            f"--dwdp-cache-gib {options.cache_gib} and {options.slots} slots do not fit {within}: the largest cache "
+            f"that does is --dwdp-cache-gib {room // (GIB // 100) / 100:.2f}"
         )
     return wanted
 
@@ -99,7 +99,8 @@ def plan_cache(layers: Sequence[LayerSize], nbytes: int, policy: str, page_bytes
         logger.info("DWDP cache: all %d remote experts are resident, %s", remote, size_text(nbytes))
     elif nbytes:
         logger.info(
-            "DWDP cache: %s, policy %s, room for %d of %d remote experts", size_text(nbytes), policy, sum(residents), remote
+            "DWDP cache: %s, policy %s, room for %d of %d remote experts",
+            size_text(nbytes), policy, sum(residents), remote,
         )
     if policy == "even" or is_full or not nbytes:
         return CachePlan(residents=residents)

@@ -17,10 +17,11 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Everything a user may set. Sizes carry their unit in the name; None means "let DWDP decide", which `unset` tells."""
+    """Everything a user may set. Sizes carry their unit in the name; None lets DWDP decide, and `unset` says what."""
 
     size: Annotated[
-        Annotated[int, Meta(ge=2)] | None, Meta(description="ranks in the group", extra={"unset": "--data-parallel-size"})
+        Annotated[int, Meta(ge=2)] | None,
+        Meta(description="ranks in the group", extra={"unset": "--data-parallel-size"}),
     ] = None
     rank: Annotated[
         Annotated[int, Meta(ge=0)] | None, Meta(description="this rank", extra={"unset": "vLLM's data-parallel rank"})
@@ -123,7 +124,8 @@ def read(kind: type[S], given: dict[str, Any], spell: Callable[[str], str], *, s
         try:
             values[name] = msgspec.convert(value, types[name], strict=strict)
         except msgspec.ValidationError:
-            raise DWDPError(f"{spell(name)} is {value!r}: it must be {allowed(inspect.type_info(types[name]))}") from None
+            expected = allowed(inspect.type_info(types[name]))
+            raise DWDPError(f"{spell(name)} is {value!r}: it must be {expected}") from None
     return kind(**values)
 
 
@@ -145,7 +147,8 @@ def allowed(kind: inspect.Type) -> str:
         return " or ".join(map(str, kind.values))
     if isinstance(kind, inspect.IntType | inspect.FloatType):
         bounds = [f"{word} {bound:g}" for word, bound in (
-            ("from", kind.ge), ("above", kind.gt), ("to" if kind.gt is None else "and at most", kind.le), ("below", kind.lt)) if bound is not None]
+            ("from", kind.ge), ("above", kind.gt), ("to" if kind.gt is None else "and at most", kind.le),
+        ) if bound is not None]
         return " ".join(["a whole number" if isinstance(kind, inspect.IntType) else "a number", *bounds])
     if isinstance(kind, inspect.VarTupleType):
         least = f" of at least {kind.min_length}" if kind.min_length else ""
@@ -154,7 +157,7 @@ def allowed(kind: inspect.Type) -> str:
     return words.get(type(kind), "a text")
 
 
-def describe(field: inspect.Field | msgspec.structs.FieldInfo) -> tuple[str, str]:
+def describe(field: msgspec.structs.FieldInfo) -> tuple[str, str]:
     """A field's description, and its default as a person would say it ("" where it has none)."""
     info = inspect.type_info(field.type)
     assert isinstance(info, inspect.Metadata), field.name

@@ -65,7 +65,7 @@ class Layout:
     def missing(self, rank: int) -> tuple[range, range]:
         """The pages below and above those held: what is streamed into a slot. Either may be empty."""
         held = self.held_pages(rank)
-        return range(0, held.start), range(held.stop, self.cuts[-1])
+        return range(held.start), range(held.stop, self.cuts[-1])
 
     def sources(self, rank: int, pages: range) -> list[tuple[int, range]]:
         """(owner, pages) pieces that cover `pages`, each within one segment of that owner."""

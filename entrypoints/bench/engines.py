@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -12,13 +11,12 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from vllm_dwdp.entrypoints.bench.rank import KILL_S, Failed, Ran, kill_session
+from vllm_dwdp.entrypoints.bench.rank import Failed, Ran
+from vllm_dwdp.entrypoints.server import POLL_S, QUIT_S, Session
 
 RANK_COMMAND = (
     sys.executable, "-c", "import sys; from vllm_dwdp.entrypoints.bench.rank import main; main(int(sys.argv[1]))"
 )
-POLL_S = 0.1
-QUIT_S = 20.0  # an engine frees shared memory and sockets in good order within seconds
 LOG_TAIL_BYTES = 200_000
 EXCEPTION = re.compile(r"(?:^|[\s\])])((?:\w+\.)*\w*(?:Error|Exception|Exit))(?:: (.+))?$")
 FRAME = re.compile(r'File ".+", line \d+, in (\S+)')
@@ -28,18 +26,14 @@ class EngineFailure(Exception):
     """One rank of a mode could not go on; `str()` is one line that names it."""
 
 
-class RankProcess:
-    """A rank in a session of its own, so that whatever it starts can be found and ended."""
+class RankProcess(Session):
+    """A rank, and the pipe through which it is asked."""
 
     def __init__(self, log: Path, environment: dict[str, str]):
-        self.log = log
         self.connection, child = Pipe()
-        with log.open("wb") as output, child:
-            self.process = subprocess.Popen(
-                [*RANK_COMMAND, str(child.fileno())],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,
-                pass_fds=[child.fileno()], start_new_session=True,
-            )
+        with child:
+            command = [*RANK_COMMAND, str(child.fileno())]
+            super().__init__(command, log, environment=environment, pass_fds=[child.fileno()])
 
     def send(self, method: str, keywords: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # a rank that is gone is noticed while its reply is awaited
@@ -62,9 +56,7 @@ class RankProcess:
 
     def kill(self) -> None:
         """End the whole session; returns when nothing of it runs any more."""
-        kill_session(self.process.pid)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # only a process stuck in the driver outlives SIGKILL
-            self.process.wait(KILL_S)
+        self.end()
         self.connection.close()
 
 

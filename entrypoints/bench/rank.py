@@ -15,14 +15,12 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import msgspec
-import psutil
 
 from vllm_dwdp import config
+from vllm_dwdp.entrypoints.server import kill_session
 
 PROBE = "vllm_dwdp.entrypoints.bench.rank.ExpertMemory"
 MIN_TOKEN = 10  # leaves out the special tokens that models keep at either end of the vocabulary
-KILL_S = 10.0
-TRACKER_S = 2.0
 
 
 class Ran(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,32 +139,6 @@ def one_line(error: Exception) -> str:
     return f"{kind}: {text}" if text else f"{kind} in {traceback.extract_tb(error.__traceback__)[-1].name}"
 
 
-def kill_session(session: int) -> None:
-    """Kill all processes of a session but the caller; returns when none is left, or one is stuck in the driver.
-
-    Python's resource trackers may live on for `TRACKER_S`: they free the shared memory of the dead, then end.
-    """
-    start_s = time.monotonic()
-    while (members := session_members(session)) and time.monotonic() < start_s + KILL_S:
-        for process in members:
-            with contextlib.suppress(psutil.Error):
-                tracks = "multiprocessing.resource_tracker" in " ".join(process.cmdline())
-                if not tracks or time.monotonic() > start_s + TRACKER_S:
-                    process.kill()
-        time.sleep(0.02)
-
-
-def session_members(session: int) -> list[psutil.Process]:
-    """A session's processes but the caller, without zombies, which hold nothing any more."""
-    members = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(OSError, psutil.Error):
-            mine = os.getsid(process.pid) == session and process.pid != os.getpid()
-            if mine and process.status() != psutil.STATUS_ZOMBIE:
-                members.append(process)
-    return members
-
-
 def listen(connection: Connection, requests: queue.SimpleQueue) -> None:
     """Queue what the parent asks; when it is gone, end this session."""
     with contextlib.suppress(EOFError, OSError):
@@ -187,6 +159,6 @@ def main(descriptor: int) -> None:
         method, keywords = requests.get()
         try:
             connection.send(getattr(rank, method)(**keywords))
-        except Exception as error:  # noqa: BLE001 - the parent reports it and ends this rank
+        except Exception as error:  # the parent reports it and ends this rank
             traceback.print_exc()
             connection.send(Failed(one_line(error)))

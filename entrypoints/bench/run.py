@@ -5,10 +5,8 @@ import importlib.metadata
 import math
 import os
 import platform
-import secrets
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +21,7 @@ from vllm_dwdp.entrypoints.bench.engines import EngineFailure, Engines
 from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, visible_devices
 from vllm_dwdp.entrypoints.bench.rank import Held
 from vllm_dwdp.entrypoints.bench.report import FORMATS, POINTS, UNITS, Reading, chart, reading, summarize, table, total
+from vllm_dwdp.entrypoints.server import free_port
 from vllm_dwdp.errors import DWDPError
 
 WARMUP_STEPS = 2
@@ -244,11 +243,3 @@ def cuda_devices(size: int) -> list[str] | None:
     if len(visible) < size:
         raise DWDPError(f"--size is {size} but {len(visible)} GPUs are visible: lower --size")
     return visible[:size]
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface below those that the kernel hands out by itself."""
-    while True:
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port := 20_000 + secrets.randbelow(10_000)))
-            return port

@@ -16,8 +16,8 @@ from vllm_dwdp.budget import Limit
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import binding, dispatching, joining, loading
 from vllm_dwdp.integration.graphs import GraphHooks, fit_graphs
-from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.integration.metrics import Metrics
+from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.rendezvous import Group
 
 if current_platform.is_cpu():

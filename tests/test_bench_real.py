@@ -1,0 +1,57 @@
+"""The benchmark with real engines on the CPU backend."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from test_bench import CONFIG, CPU
+
+from harness import processes_in
+
+
+@pytest.mark.skipif("cpu" not in importlib.metadata.version("vllm"), reason="stock expert parallel works on GPUs")
+@pytest.mark.engine
+@pytest.mark.parametrize("workload", ["prefill", "decode"])
+def test_real_run_on_cpu_survives_expert_parallelism_that_cannot_run(tmp_path, workload):
+    """Two real DWDP ranks, the single engine, and stock expert parallelism, which this backend lacks."""
+    model = tmp_path / "tiny-moe"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(CONFIG))
+    engine = {"kv_cache_memory_bytes": 2**26, "max_model_len": 256, "distributed_executor_backend": "uni",
+              "dtype": "float32"}
+    modes = ["dwdp", "single"] if workload == "decode" else ["dwdp", "ep", "single"]
+    points = [1, 2] if workload == "decode" else [256]
+    command = [
+        "bench", "--model", str(model), "--modes", ",".join(modes), "--load-format", "dummy", "--input-len", "100",
+        "--num-prompts", "6", "--max-num-batched-tokens", "256", "--rounds", "1", "--repeats", "2", "--eager",
+        "--engine-args", json.dumps(engine),
+    ]
+    if workload == "decode":
+        command += ["--side-by-side", "--decode", "1,2", "--output-len", "8"]
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_dwdp.entrypoints.cli", *command], cwd=tmp_path, env=os.environ | CPU,
+        capture_output=True, text=True, timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "dwdp-bench" / "bench.json").read_text())
+    rows = {(row["mode"], row["point"]): row for row in result["rows"]}
+    assert rows.keys() == {(mode, point) for mode in modes for point in points}
+    for point in points:
+        dwdp, single = (rows[mode, point] for mode in ("dwdp", "single"))
+        assert dwdp["num_readings"] == single["num_readings"] == 2 and dwdp["median"] > 0 < single["median"]
+        assert dwdp["ratio_to_single"] > 0 and single["held_per_gpu"]["kv_cache_tokens"] > 0
+        assert single["held_per_gpu"]["expert_bytes"] == 3 * 8 * 3 * 32 * 64 * 4
+        if workload == "decode":
+            assert dwdp["views"]["direct"] == 2 * 2 * 7, "ranks, readings, steps after the first"
+        else:
+            ep = rows["ep", point]
+            assert ep["num_readings"] == 0 and "NotImplementedError" in ep["failed"]
+            assert "NotImplementedError" in done.stdout
+            assert list(dwdp["views"]) == ["streamed"] and dwdp["copy_gb_per_s"] > 0
+    spent = result["readings"][0]["spent"]
+    assert spent["prompt_tokens"] == (0 if workload == "decode" else 2 * 540)
+    assert "single  " in done.stdout
+    assert processes_in(tmp_path) == []
