@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from harness import Group, Rank, free_port
 
 pytestmark = pytest.mark.engine
 
+NORM, EXPERT = "model.norm.weight", "model.layers.0.mlp.experts.11.down_proj.weight"  # the last is rank 1's alone
 BROKEN = "the disk of rank 1 broke"
 
 
@@ -81,13 +81,13 @@ def kill_rank_1(rank: int) -> None:
         while_loading(rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def other_weights(model: str, folder: Path) -> str:
-    """The same model with one value changed in a tensor that every rank holds."""
+def other_weights(model: str, folder: Path, name: str) -> str:
+    """The same model with one value changed in one tensor."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(model, folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"][0] += 1
+    tensors[name].view(-1)[0] += 1
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return str(folder)
 
@@ -96,9 +96,10 @@ def other_weights(model: str, folder: Path) -> str:
     ("differs", "named"),
     [
         ("option", "ranks disagree in hello: options is slots: 4 and 3 on rank 0 and rank 1"),
-        ("model", "ranks disagree in hello: model is "),
+        ("model", "ranks disagree in hello: model is num_local_experts: 12 and 10"),
         ("version", "ranks disagree in hello: plugin is '0.1.0.0' and '0.1.0.1' on rank 0 and rank 1"),
-        ("weights", "ranks disagree in manifest: digest is "),
+        (NORM, f"ranks disagree in checkpoint file model.safetensors: {NORM} is "),
+        (EXPERT, f"ranks disagree in checkpoint file model.safetensors: {EXPERT} is "),
     ],
 )
 def test_disagreement(models, tmp_path: Path, differs: str, named: str) -> None:
@@ -109,8 +110,8 @@ def test_disagreement(models, tmp_path: Path, differs: str, named: str) -> None:
         own = [{"rank": 0, "slots": 4}, {"rank": 1, "slots": 3}]
     elif differs == "model":
         folders[1] = models("qwen3_moe", num_experts=10)
-    elif differs == "weights":
-        folders[1] = other_weights(model, tmp_path / "other")
+    elif differs in (NORM, EXPERT):
+        folders[1] = other_weights(model, tmp_path / "other", differs)
     with ranks(folders, own, another_version if differs == "version" else None) as group:
         for outcome in group.outcomes(120):
             assert named in outcome and "\n" not in outcome
@@ -143,14 +144,11 @@ def test_memory_runs_out_while_migrating(models) -> None:
 
 
 def test_rank_1_is_killed(models) -> None:
-    """A peer that is gone without a word is named once startup_timeout_s has passed, not sooner."""
-    with ranks([models("qwen3_moe")] * 2, [{"rank": 0}, {"rank": 1}], kill_rank_1, startup_timeout_s=10) as group:
+    """A peer that is gone without a word is missed at once, half an hour before rank 0 would give up."""
+    with ranks([models("qwen3_moe")] * 2, [{"rank": 0}, {"rank": 1}], kill_rank_1) as group:
         group.ranks[1].process.join(120)
-        gone = time.monotonic()
-        outcomes = group.outcomes(60)
-        assert 5 < time.monotonic() - gone < 20
-    assert outcomes[1] == f"ended with {-signal.SIGKILL}"
-    assert "waits for rank 1" in outcomes[0] and "startup_timeout_s=10" in outcomes[0]
+        outcomes = group.outcomes(20)
+    assert outcomes == ["PeerStopped: rank 1 ended without a word: see its log", f"ended with {-signal.SIGKILL}"]
 
 
 def test_rank_0_is_killed(models) -> None:
