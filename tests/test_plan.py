@@ -87,30 +87,36 @@ def test_parameters_are_those_that_the_makers_name(config, billions) -> None:
     assert total_bytes(config) / 2e9 == pytest.approx(billions, rel=5e-3)
 
 
+WEIGHTS = 3 * 768 * 2048  # of one expert: [1536, 2048] and [2048, 768]
+
+
+def compressed(**weights: Any) -> dict[str, Any]:
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
+
+
 @pytest.mark.parametrize(
-    ("given", "rows_of_768_in_2048"),  # bytes of one [768, 2048] matrix and of its scales
+    ("given", "nbytes"),
     [
-        (None, 768 * 2048 * 2),
-        (FP8_BLOCKS, 768 * 2048 + 6 * 16 * 4),
-        ({"quant_method": "fp8"}, 768 * 2048),
-        ({"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {
-            "type": "float", "num_bits": 8, "strategy": "channel"}}}}, 768 * 2048 + 768 * 4),
-        ({"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {
-            "type": "int", "num_bits": 4, "strategy": "group", "group_size": 128, "symmetric": True}}}},
-         768 * 2048 // 2 + 768 * 16 * 2),
-        ({"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {
-            "type": "float", "num_bits": 4, "strategy": "tensor_group", "group_size": 16}}}}, 768 * 2048 // 2 + 768 * 128),
-        ({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}, 768 * 2048 // 2 + 768 * 16 * 2.5),
-        ({"quant_method": "gptq", "bits": 8, "group_size": 64, "sym": True}, 768 * 2048 + 768 * 32 * 2),
-        (NVFP4, 768 * 2048 // 2 + 768 * 128),
-        (MXFP4, 768 * 2048 // 2 + 768 * 64),
+        (None, WEIGHTS * 2),
+        (FP8_BLOCKS, WEIGHTS + 4 * WEIGHTS // 128**2),
+        ({"quant_method": "fp8"}, WEIGHTS),
+        (compressed(type="float", num_bits=8, strategy="channel"), WEIGHTS + 4 * (1536 + 2048)),
+        (compressed(type="float", num_bits=8, strategy="block", block_structure=[128, 128]), WEIGHTS + 4 * WEIGHTS // 128**2),
+        (compressed(type="int", num_bits=4, strategy="group", group_size=128, symmetric=True), WEIGHTS // 2 + 2 * WEIGHTS // 128),
+        (compressed(type="int", num_bits=8, strategy="channel", symmetric=True), WEIGHTS + 2 * (1536 + 2048)),
+        (compressed(type="float", num_bits=4, strategy="tensor_group", group_size=16), WEIGHTS // 2 + WEIGHTS // 16),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}, WEIGHTS // 2 + 2.5 * WEIGHTS // 128),
+        ({"quant_method": "gptq", "bits": 8, "group_size": 64, "sym": True}, WEIGHTS + 2 * WEIGHTS // 64),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, WEIGHTS),
+        (NVFP4, WEIGHTS // 2 + WEIGHTS // 16),
+        (MXFP4, WEIGHTS // 2 + WEIGHTS // 32),
     ],
-    ids=["bf16", "fp8-blocks", "fp8", "fp8-channels", "int4", "nvfp4-ct", "awq", "gptq", "nvfp4", "mxfp4"],
+    ids=["bf16", "fp8-blocks", "fp8", "fp8-channels", "fp8-blocks-ct", "int4", "int8-channels", "nvfp4-ct", "awq", "gptq",
+         "fp8-modelopt", "nvfp4", "mxfp4"],
 )
-def test_expert_bytes_are_the_formats(given, rows_of_768_in_2048) -> None:
-    """An expert is gate, up and down; scales along 768 columns count alike here, as both sides are whole groups."""
-    described = model.parse("m", QWEN3 | {"quantization_config": given})
-    assert sum(described.expert_bytes) == pytest.approx(3 * rows_of_768_in_2048, rel=1e-9)
+def test_expert_bytes_are_the_formats(given, nbytes) -> None:
+    """Weights and the scales that travel with them; a scale per tensor does not."""
+    assert sum(model.parse("m", QWEN3 | {"quantization_config": given}).expert_bytes) == nbytes
 
 
 def test_what_a_checkpoint_leaves_plain_is_counted_plain() -> None:
@@ -148,7 +154,7 @@ def test_what_plan_does_not_know_is_refused_in_one_line(config, named, tmp_path,
 
 
 def test_memory_is_what_two_h100s_held() -> None:
-    """Experts to the byte; KV cache tokens as vLLM counted them, within 1%, for all three modes."""
+    """Experts to the byte; KV cache tokens as vLLM counted them, within 3%, for all three modes."""
     described = model.parse("m", QWEN3)
     table = rates.read(None)
     held = {
@@ -163,7 +169,7 @@ def test_memory_is_what_two_h100s_held() -> None:
             described, own, memory_bytes=table.gpus["h100"].memory_gib * GIB, utilization=0.9,
             process_bytes=table.process_gib * GIB,
         )
-        assert left == pytest.approx(measured[mode]["kv_cache_tokens"], rel=0.01 if mode != "single" else 0.02), mode
+        assert left == pytest.approx(measured[mode]["kv_cache_tokens"], rel=0.03), mode
 
 
 def test_residents_take_their_share_off_the_link_and_the_slots() -> None:
@@ -238,20 +244,20 @@ PEAKS = rates.Rates(
 )
 
 
-def r1_step(rate: rates.Rates, load: Load, size: int = 4) -> roofline.Step:
-    described = model.parse("m", R1_NVFP4)
+def r1_step(rate: rates.Rates, load: Load, size: int = 4, **fields: int) -> roofline.Step:
+    described = model.parse("m", R1_NVFP4 | fields)
     streamed = held_by_dwdp(described, size).streamed
     return roofline.step(described, rates.read(None).gpus["gb200"], rate, load, size=size, streamed_bytes=streamed)
 
 
 def test_published_compute_to_prefetch_ratios_are_the_rooflines() -> None:
-    """DeepSeek-R1 in NVFP4 on four GB200, batch 1, nothing but peaks: within 15% from 1K to 32K tokens."""
+    """A layer of DeepSeek-R1 in NVFP4 on four GB200, batch 1, its GEMMs and attention at peaks: within 5%."""
     published, errors = {1024: 0.19, 8192: 0.62, 16384: 1.52, 32768: 4.77}, {}
     for tokens, ratio in published.items():
-        step = r1_step(PEAKS, Load(tokens=tokens, input_len=tokens))
-        errors[f"{tokens} tokens"] = step.compute.total / step.prefetch / ratio - 1
+        step = r1_step(PEAKS, Load(tokens=tokens, input_len=tokens), first_k_dense_replace=0)
+        errors[f"{tokens} tokens"] = (step.compute.total - step.compute.other) / step.prefetch / ratio - 1
     median, worst = told("the paper's roofline", errors)
-    assert median < 0.05 and worst < 0.15
+    assert median < 0.03 and worst < 0.05
 
 
 def published_rates() -> tuple[rates.Rates, float, float]:
@@ -273,9 +279,8 @@ def published_rates() -> tuple[rates.Rates, float, float]:
 
 
 def test_published_gains_are_predicted() -> None:
-    """DWDP over attention data parallelism with expert parallelism, by one breakdown: median under 4%, worst under 10%."""
+    """DWDP over attention data parallelism with expert parallelism, by one breakdown: median under 3%, worst under 6%."""
     rate, imbalance, merge = published_rates()
-    print(rate, imbalance, merge)
 
     def gain(tokens: int = 32768, input_len: int = 8192, deviation: float = 0.0, size: int = 4, ratio: float = 1.0) -> float:
         if deviation:  # of prompts uniform in [ratio, 1] * longest with this mean
@@ -294,6 +299,110 @@ def test_published_gains_are_predicted() -> None:
         "ratio 0.5, 16K": (gain(tokens=16384, ratio=0.5), 1.081), "ratio 0.5, 32K": (gain(ratio=0.5), 1.139),
         "ratio 0.8, 16K": (gain(tokens=16384, ratio=0.8), 1.053), "ratio 0.8, 32K": (gain(ratio=0.8), 1.109),
     }
-    for k, v in published.items(): print(k, v)
     median, worst = told("the paper's gains", {name: mine / theirs - 1 for name, (mine, theirs) in published.items()})
-    assert median < 0.04 and worst < 0.10
+    assert len(published) == 15 and median < 0.03 and worst < 0.06
+
+
+def test_contention_is_the_papers() -> None:
+    assert [round(100 * chance, 1) for chance in roofline.contention(4)] == [44.4, 44.4, 11.1]
+    assert [round(100 * chance, 1) for chance in roofline.contention(8)[:5]] == [39.7, 39.7, 16.5, 3.7, 0.5]
+    assert roofline.contention(2) == [1.0]
+
+
+def test_steps_follow_the_link_and_the_work() -> None:
+    """Copies are waited for when computing is shorter, and never again from the number of tokens that plan names."""
+    described, gpu = model.parse("m", QWEN3), rates.read(None).gpus["h100"]
+
+    def step(tokens: int, **load: Any) -> roofline.Step:
+        load = Load(tokens=tokens, input_len=8192, **load)
+        return roofline.step(described, gpu, rates.read(None).rates["compiled"], load, size=2, streamed_bytes=29e9)
+
+    few, many = step(512), step(32768)
+    assert few.exposed > 0 and few.dwdp == pytest.approx(few.prefetch, rel=0.1) and few.dwdp > few.ep > few.single
+    assert many.exposed == 0 and many.single < many.dwdp < many.ep
+    uneven = step(32768, imbalance=0.4)
+    assert uneven.ep > many.ep and uneven.dwdp == many.dwdp, "only the ranks that meet wait"
+    assert many.waiting == 0 < step(32768, ratio=0.8).waiting < step(32768, ratio=0.2).waiting
+    hidden_from = run.first(lambda tokens: step(tokens).exposed == 0)
+    assert step(hidden_from).exposed == 0 < step(hidden_from - run.GRID).exposed
+    assert run.first(lambda tokens: False) is None and run.first(lambda tokens: True) <= run.GRID
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "qwen3-30b-a3b").mkdir()
+    (tmp_path / "qwen3-30b-a3b" / "config.json").write_text(json.dumps(QWEN3))
+    return tmp_path / "qwen3-30b-a3b"
+
+
+def test_the_command_needs_neither_vllm_nor_torch(folder) -> None:
+    """One process, no GPU, no weights: the tables, from a folder with a config alone."""
+    code = (
+        "import sys; from vllm_dwdp.entrypoints import cli; status = cli.main(sys.argv[1:]);"
+        "assert not {'vllm', 'torch', 'transformers'} & set(sys.modules); sys.exit(status)"
+    )
+    command = [sys.executable, "-c", code, "plan", str(folder), "--gpu", "h200", "--size", "4", "--tokens", "1024,16384"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    for text in ("48 of 48 layers with 128 experts, top 8, bf16", "an expert 9.44 MB", "1: 44.4%, 2: 44.4%, 3: 11.1%"):
+        assert text in ended.stdout
+    (dwdp,) = [line.split() for line in ended.stdout.splitlines() if line.startswith("DWDP   ")]
+    assert dwdp[2:5] == ["13.50", "0.00", "1.69"], "a quarter of 54 GiB, and two slots of three quarters of a layer"
+    few, many = [line.split() for line in ended.stdout.splitlines() if line.startswith(("1,024 ", "16,384 "))]
+    assert float(few[6]) > 0 == float(many[6]) and float(few[-2]) < 1 < float(many[-2])
+
+
+def test_what_does_not_fit_says_so(folder, capsys) -> None:
+    assert cli.main(["plan", str(folder), "--gpu", "h100", "--gpu-memory-utilization", "0.5"]) == 0
+    lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["full replica"].endswith("does not fit") and not lines["DWDP"].endswith("does not fit")
+
+
+def test_a_plot_is_a_picture(folder, tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    assert cli.main(["plan", str(folder), "--gpu", "h100", "--plot", str(tmp_path / "plan.png")]) == 0
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_bench_refits_the_rates(folder, tmp_path, capsys) -> None:
+    """Rates saved after --calibrate are read by --rates, change the eager kind alone, and carry the copies' speed."""
+    results = ROOT / "examples" / "results"
+    benches = ",".join(str(results / f"prefill-{name}.json") for name in ("12-layers-16384", "12-layers-8192-4096"))
+    saved = str(tmp_path / "rates.json")
+    asked = ["plan", str(folder), "--gpu", "h100", "--eager", "--tokens", "16384"]
+    assert cli.main([*asked, "--calibrate", benches, "--save-rates", saved]) == 0
+    first = capsys.readouterr().out
+    assert cli.main([*asked, "--rates", saved]) == 0
+    assert first == capsys.readouterr().out + f"{saved} written\n"
+    old, new = rates.read(None), rates.read(saved)
+    assert new.rates["compiled"] == old.rates["compiled"] and new.rates["eager"] != old.rates["eager"]
+    assert new.rates["eager"].link * 450 == pytest.approx(352.5, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--gpu", "a100"], "--gpu is a100"),
+        (["--gpu", "h100", "--size", "1"], "--size"),
+        (["--gpu", "h100", "--size", "200"], "200 ranks cannot share 128 experts"),
+        (["--gpu", "h100", "--tokens", "0"], "--tokens"),
+        (["--gpu", "h100", "--rates", "nowhere.json"], "nowhere.json"),
+        (["--gpu", "h100", "--calibrate", "nowhere.json"], "nowhere.json"),
+        (["--gpu", "h200", "--calibrate", "PREFILL"], "measured on NVIDIA H100"),
+        (["--gpu", "h100", "--calibrate", "DECODE"], "no prefill reading"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_settings_are_refused_in_one_line(folder, options, named, capsys) -> None:
+    results = ROOT / "examples" / "results"
+    files = {"PREFILL": results / "prefill-12-layers-16384.json", "DECODE": results / "decode-12-layers.json"}
+    assert cli.main(["plan", str(folder), *(str(files.get(option, option)) for option in options)]) == 2
+    printed = capsys.readouterr()
+    assert named in printed.err and printed.err.count("\n") == 1
+
+
+def test_a_model_that_is_nowhere_is_named(capsys) -> None:
+    """Neither a folder nor in the hub's cache; no network is needed to say so."""
+    assert cli.main(["plan", "nobody/no-such-model", "--gpu", "h100"]) == 2
+    printed = capsys.readouterr().err
+    assert "nobody/no-such-model is no folder" in printed and printed.count("\n") == 1
