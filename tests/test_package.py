@@ -40,7 +40,8 @@ def test_contents(wheel: Path) -> None:
     assert tops - {info} == {"vllm_dwdp"}
     places = {"vllm_dwdp": "vllm_dwdp", "kernels": "vllm_dwdp/kernels", "entrypoints": "vllm_dwdp/entrypoints"}
     expected = {f"{to}/{path.relative_to(ROOT / folder)}" for folder, to in places.items() for path in (ROOT / folder).rglob("*.py")}
-    assert {name for name in names if name.startswith("vllm_dwdp/")} == expected | {"vllm_dwdp/py.typed"}
+    data = {"vllm_dwdp/py.typed", "vllm_dwdp/entrypoints/plan/rates.json"}
+    assert {name for name in names if name.startswith("vllm_dwdp/")} == expected | data
     assert f"{info}/licenses/LICENSE" in names
     assert zipfile.ZipFile(wheel).read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
 

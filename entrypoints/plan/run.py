@@ -33,7 +33,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 0.8
     imbalance: Annotated[
         float, Meta(ge=0, description="by how much the busiest rank's experts exceed the average's in expert parallelism, "
-                                      "such as 0.3; 0 is even routing")
+                                      "such as the 0.4 of the paper's breakdown; 0 is even routing")
     ] = 0.0
     slots: Annotated[int, Meta(ge=2, le=8, description="as --dwdp-slots")] = 2
     cache_gib: Annotated[float, Meta(ge=0, description="as --dwdp-cache-gib: GiB of resident experts")] = 0.0
