@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# All that is owed on two GPUs, in one visit. Run where vLLM is importable: tests/visit.sh MODEL OUT PART...
+#   MODEL: a folder with Qwen3-30B-A3B's config.json. OUT gets JSON, pictures and logs. Parts, with seconds on two H100s:
+#   decode (240)  prefill (200)  serve (420)  tests (300)  sanitize (200)
+# VISIT_CPU=1 goes through the same steps with a tiny model on CPU.
+set -u
+model=$1 out=$2; shift 2
+here=$(cd "$(dirname "$0")" && pwd)
+mkdir -p "$out"
+bench="python3 -P -m vllm_dwdp.entrypoints.cli bench --model $model --load-format dummy"
+layers='{"num_hidden_layers": 12}'
+cut='{"num_hidden_layers": 24}'
+engine='{"kv_cache_memory_bytes": 3221225472}'
+serve='--load-format dummy --gpu-memory-utilization 0.45 --kv-cache-memory-bytes 8589934592 --hf-overrides {\"num_hidden_layers\":24}'
+batches=1,4,16,32,64,128 steps=16384,8192 prompts=16
+loads=2048:256:inf:256,8192:64:inf:128,512:256:8:100,8192:1:inf:160
+if [ -n "${VISIT_CPU:-}" ]; then
+  layers='{}' cut='{}' engine='{"kv_cache_memory_bytes": 67108864, "max_num_seqs": 8}'
+  serve='--load-format dummy --kv-cache-memory-bytes 67108864 --dtype float32 --enforce-eager --max-model-len 200'
+  batches=1,2 steps=256 prompts=3 loads=20:8:inf:6
+fi
+for part; do
+  case $part in
+    decode)  # milliseconds a step by requests per GPU
+      timeout 330 $bench --modes dwdp,ep,dwdp+dispatch=off --decode $batches --hf-overrides "$layers" \
+        --engine-args "$engine" --side-by-side --rounds 2 --repeats 2 --max-num-batched-tokens 16384 --out "$out/decode" ;;
+    prefill)  # tokens/s per GPU by tokens a step
+      timeout 280 $bench --modes dwdp,ep,single --hf-overrides "$layers" --engine-args "$engine" --side-by-side \
+        --max-num-batched-tokens $steps --num-prompts $prompts --rounds 2 --repeats 2 --no-eager --out "$out/prefill" ;;
+    serve)  # real servers, vLLM's defaults
+      timeout 520 python3 "$here/../examples/serving.py" "$model" --modes dwdp,ep --side-by-side --loads "$loads" \
+        --serve-args "$serve" --timeout 240 --out "$out/serve" ;;
+    tests)
+      DWDP_RECORD="$out/tests.json" timeout 480 python3 -P -m pytest -q -m gpu "$here" > "$out/tests.log" 2>&1
+      tail -15 "$out/tests.log" ;;
+    sanitize)
+      timeout 280 compute-sanitizer --tool memcheck --target-processes all --error-exitcode 3 \
+        python3 -P -m pytest -q -m gpu "$here/test_transport.py" "$here/test_tokens.py" -k "views or sums" > "$out/sanitize.log" 2>&1
+      tail -5 "$out/sanitize.log" ;;
+  esac
+  echo "$part: exit $?"
+done
