@@ -323,9 +323,23 @@ def test_steps_follow_the_link_and_the_work() -> None:
     uneven = step(32768, imbalance=0.4)
     assert uneven.ep > many.ep and uneven.dwdp == many.dwdp, "only the ranks that meet wait"
     assert many.waiting == 0 < step(32768, ratio=0.8).waiting < step(32768, ratio=0.2).waiting
+    alone, shared = (roofline.compute(described, gpu, PEAKS, Load(tokens=64, input_len=64), ranks) for ranks in (1, 2))
+    assert shared.experts == pytest.approx(alone.experts / 2, rel=0.02), "a rank reads its own half alone"
+    four = roofline.step(described, gpu, PEAKS, Load(tokens=16384, input_len=8192), size=4, streamed_bytes=0)
+    each = 4 * 16384 * 2048 * 3 * (1 - 0.75**8)  # to a token's ranks and back, two bytes an element
+    assert four.all2all == pytest.approx(48 * each / 450e9)
     hidden_from = run.first(lambda tokens: step(tokens).exposed == 0)
     assert step(hidden_from).exposed == 0 < step(hidden_from - run.GRID).exposed
     assert run.first(lambda tokens: False) is None and run.first(lambda tokens: True) <= run.GRID
+
+
+@pytest.mark.parametrize("window", [None, 1, 128, 8192, 9000])
+def test_a_window_ends_what_a_token_sees(window) -> None:
+    prompt = range(1, 8193)
+    seen = sum(position if window is None else min(position, window) for position in prompt) / len(prompt)
+    assert roofline.seen(Load(tokens=1, input_len=8192).context, window) == pytest.approx(seen, rel=1e-3)
+    assert model.parse("m", GPT_OSS).windows == [128, None] * 18
+    assert model.parse("m", QWEN3 | {"sliding_window": 4096}).windows == [None] * 48, "use_sliding_window is false"
 
 
 @pytest.fixture

@@ -108,8 +108,10 @@ def step(model: Model, gpu: Gpu, rates: Rates, load: Load, *, size: int, streame
     link, fixed = 1e9 * gpu.link_gb_per_s, rates.step_ms / 1e3
     prefetch = streamed_bytes / (link * rates.link)
     slowed = alone.total + rates.interference * min(prefetch, alone.total)
-    gathered = 2 * (size - 1) * load.tokens * model.hidden * ELEMENT_BYTES  # hidden states come in, partial sums go out
-    all2all = model.num_moe_layers * (gathered / (link * rates.all2all) + rates.layer_us / 1e6) if size > 1 else 0.0
+    # Hidden states go out, partial sums come back: each to the peers that own one of its experts. An allgather moves more.
+    copies = (size - 1) * (1 - (1 - 1 / size) ** model.top_k)
+    sent = 2 * copies * load.tokens * model.hidden * ELEMENT_BYTES
+    all2all = model.num_moe_layers * (sent / (link * rates.all2all) + rates.layer_us / 1e6)
     waiting = load.imbalance * shared.experts + slowest(size) * load.spread * shared.attention
     return Step(
         compute=alone, prefetch=prefetch, exposed=max(prefetch - slowed, 0.0), all2all=all2all, waiting=waiting,
