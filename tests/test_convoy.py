@@ -113,7 +113,7 @@ def act(rules: types.ModuleType, world: World, action: tuple) -> World:
         if what == "idle":
             does = put(does, rank, "run" if loaded[rank] else "help")
         elif what == "join" and answer is rules.WAIT:
-            check(any(comes[r] and not loaded[r] and does[r] in ("run", "wait") or isinstance(does[r], tuple) or owes[r]
+            check(any((comes[r] and not loaded[r] and does[r] in ("run", "wait")) or isinstance(does[r], tuple) or owes[r]
                       for r in everyone if r != rank), "waits for nobody who comes")
             comes = put(comes, rank, True)
         else:

@@ -10,14 +10,14 @@ from typing import Any
 
 import msgspec
 import pytest
-from conftest import ROOT
 
 from vllm_dwdp.budget import GIB
 from vllm_dwdp.entrypoints import cli
 from vllm_dwdp.entrypoints.plan import calibrate, memory, model, rates, roofline, run
 from vllm_dwdp.entrypoints.plan.roofline import Load
-from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.placement import Placement
+
+from conftest import ROOT
 
 QWEN3 = {  # Qwen3-30B-A3B
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048, "head_dim": 128,

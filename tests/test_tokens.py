@@ -4,9 +4,7 @@ Ranks are processes with an inbox each; their experts multiply by a number. What
 flag that lets the sender write again. The same bodies run over shared memory here and, marked `gpu`, over CUDA memory.
 """
 
-import ctypes
 import random
-import signal
 import time
 import traceback
 from multiprocessing.reduction import recv_handle, send_handle
@@ -147,7 +145,7 @@ def _rank(function, rank: int, size: int, kind: str, pipes: dict, keywords: dict
     try:
         function(rank, size, kind, pipes, **keywords)
         results.put((rank, None))
-    except BaseException:  # noqa: BLE001
+    except BaseException:
         results.put((rank, traceback.format_exc()))
         raise
 

@@ -149,7 +149,7 @@ def _rank(function, rank: int, size: int, port: int, kind: str, shape: dict, res
     try:
         function(rank, size, port, kind, **shape)
         results.put((rank, None))
-    except BaseException:  # noqa: BLE001
+    except BaseException:
         results.put((rank, traceback.format_exc()))
         raise
 

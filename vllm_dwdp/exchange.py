@@ -125,7 +125,7 @@ class PeerServer:
                     fds = self._handles(layer)
                 else:
                     answer += self._contents(layer)
-            except Exception as error:  # noqa: BLE001 - the peer raises it
+            except Exception as error:
                 answer = _FAILED + f"rank {self._rank} stopped: {' '.join(str(error).split())}".encode()
             try:
                 channel.send(answer)

@@ -20,7 +20,7 @@ of the graph's events.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from vllm_dwdp.counters import Counters
 from vllm_dwdp.errors import DWDPError
@@ -200,7 +200,7 @@ class Prefetcher:
     def _keep_view(self, layer: Layer, num_rows: int) -> View:
         asked = view_of(num_rows, self.direct_max_tokens)
         is_open = self._step is None or self._step.view is None
-        if self._view is None or is_open and layer.ordinal == 0:
+        if self._view is None or (is_open and layer.ordinal == 0):
             self._view = asked
         if asked != self._view:
             raise DWDPError(

@@ -17,7 +17,7 @@ from vllm.model_executor.offloader import BaseOffloader
 
 from vllm_dwdp.config import Options
 from vllm_dwdp.prefetch import Prefetcher
-from vllm_dwdp.schedule import DIRECT_BREAK_EVEN, default_direct_max_tokens
+from vllm_dwdp.schedule import default_direct_max_tokens
 
 logger = init_logger("vllm.dwdp.graphs")
 
