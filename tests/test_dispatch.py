@@ -3,15 +3,24 @@
 The rules of one rank are traced against a fake convoy; ranks that die, stop or idle are real engines and a real server.
 """
 
+import functools
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
+from test_serve import Server
 
 from vllm_dwdp import dispatch as module
 from vllm_dwdp.convoy import Round
 from vllm_dwdp.dispatch import Dispatch, Limits
 from vllm_dwdp.kernels.tokens import RoundLayout
 from vllm_dwdp.meeting import Stats
+
+from harness import Group, generate, reference, stats
 
 SMALL, LARGE = 3, 100
 HELP = [Round(7, (0, 1), (0, 5)), Round(8, (0, 1), (0, 2))]  # owed to rank 1 by rank 0
@@ -175,3 +184,147 @@ def test_a_member_that_did_not_come_is_named_before_the_next_step() -> None:
         with pytest.raises(ZeroDivisionError):
             step()
     assert not fakes.said()
+
+
+COMPILED = {"enforce_eager": False, "compilation_config": {"mode": 3, "backend": "eager"}}
+SOON_S = 2.0
+
+
+def meetings(llm: Any) -> dict[str, Any]:
+    return stats(llm)["dispatch"]
+
+
+@pytest.mark.engine
+def test_peers_that_stop_or_end_between_rounds(models) -> None:
+    """The others go on alone, and meet again whoever comes back. Compiled, whose graph holds an opaque MoE layer."""
+    model = models("qwen3_moe")
+    expected = reference(model)
+    with Group(model, 2, engine=COMPILED) as group:
+        first, second = group.ranks
+        assert group.run(generate) == [expected] * 2
+        before = first.run(meetings)
+        assert before["steps"] > 10
+        os.kill(second.process.pid, signal.SIGSTOP)
+        try:
+            assert first.run(generate) == expected
+            stopped = first.run(meetings)
+            assert stopped["steps"] == before["steps"] and stopped["alone"] >= before["alone"] + 24
+            assert stopped["timeouts"][1] <= before["timeouts"][1] + 1, "it is waited for once"
+            assert stopped["waited_s"] < before["waited_s"] + 0.5
+        finally:
+            os.kill(second.process.pid, signal.SIGCONT)
+        assert group.run(generate) == [expected] * 2
+        again = first.run(meetings)
+        assert again["steps"] > stopped["steps"] + 10
+        second.process.kill()
+        second.process.join()
+        assert first.run(generate) == expected
+        assert first.run(meetings)["steps"] == again["steps"]
+
+
+def end_inside_a_round(kind: str, rank: int) -> None:
+    """Rank 1 ends, or stops for ever, in the second layer of a round: after its rows have been sent, before its sums."""
+    from vllm_dwdp.kernels import tokens_host
+
+    tokens_host.WAIT_S = SOON_S
+    if rank == 0:
+        return
+    combine, seen = tokens_host.HostTokens.combine, iter(range(10**9))
+
+    def end(self: Any, *args: Any) -> Any:
+        if self._peers and next(seen) == 9:
+            os.kill(os.getpid(), signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
+        return combine(self, *args)
+
+    tokens_host.HostTokens.combine = end
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", ["killed", "stopped"])
+def test_a_member_that_ends_inside_a_round(models, kind: str) -> None:
+    """The others' step ends in one line that names it: at once when it has died, else within the bound."""
+    with Group(models("qwen3_moe"), 2, setup=functools.partial(end_inside_a_round, kind)) as group:
+        for rank in group.ranks:
+            rank.send(generate)
+        began = time.monotonic()
+        with pytest.raises(RuntimeError) as failed:
+            group.ranks[0].answer(SOON_S + 30)
+        took = time.monotonic() - began
+        group.ranks[1].process.kill()
+        assert str(failed.value).startswith("DWDPError: rank 1 did not come to a round that it had agreed to")
+        assert "\n" not in str(failed.value)
+        assert took < SOON_S + 5 if kind == "stopped" else took < SOON_S, took
+
+
+@pytest.fixture(scope="module", name="server")
+def serving(models, tmp_path_factory: pytest.TempPathFactory):
+    """Two ranks; a chunk of a prompt is large, a decode is small."""
+    folder: Path = tmp_path_factory.mktemp("dispatch")
+    with Server(models("qwen3_moe"), folder, "--data-parallel-size", "2", "--parallel", "dwdp",
+                "--dwdp-dispatch-max-tokens", "16") as server:
+        yield server
+
+
+def seen(server: Server, rank: int) -> dict[str, float]:
+    """What /metrics says of a rank's steps and meetings."""
+    names = ("rounds", "participants", "helper_rounds", "alone", "meeting_seconds", "timeouts", "forwards")
+    found = {name: server.metric(f"vllm:dwdp_{name}_total", engine=str(rank)) for name in names}
+    return found | {
+        view: server.metric("vllm:dwdp_forwards_total", engine=str(rank), view=view)
+        for view in ("dispatched", "direct", "streamed")
+    }
+
+
+def during(server: Server, work: Any) -> tuple[Any, list[dict[str, float]]]:
+    """What `work()` returns, and what both ranks have done meanwhile."""
+    time.sleep(0.3)  # counters of what came before settle
+    before = [seen(server, rank) for rank in (0, 1)]
+    result = work()
+    time.sleep(0.3)
+    after = [seen(server, rank) for rank in (0, 1)]
+    return result, [{name: now[name] - was[name] for name in now} for was, now in zip(before, after, strict=True)]
+
+
+@pytest.mark.engine
+def test_an_idle_rank_helps_and_takes_no_step(server: Server) -> None:
+    """It computes its experts for rank 0's steps; its scheduler runs none; its own request, when one comes, is answered."""
+    text, (busy, idle) = during(server, lambda: server.complete("hello", 200, rank=0))
+    assert busy["dispatched"] > 0.95 * busy["forwards"] and busy["forwards"] in (200, 201)
+    assert idle["forwards"] == 0 and idle["helper_rounds"] == idle["rounds"] == busy["rounds"] > 190
+    assert busy["participants"] == 2 * busy["rounds"] and busy["helper_rounds"] == 0
+    with server.request("hello", 1000, rank=0, stream=True) as long:
+        assert long.readline().startswith(b"data:")
+        assert server.complete("hello", 200, rank=1) == text
+        assert b"[DONE]" in long.read()
+
+
+@pytest.mark.engine
+def test_ranks_that_decode_dispatch(server: Server) -> None:
+    """Nearly every step of two busy ranks is a round of both."""
+    def both() -> list[str]:
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(lambda rank: server.complete("hello", 400, rank=rank), (0, 1)))
+
+    texts, ranks = during(server, both)
+    assert texts[0] == texts[1]
+    for rank in ranks:
+        assert rank["dispatched"] > 0.95 * rank["forwards"] and rank["forwards"] >= 400
+        assert rank["participants"] == 2 * rank["rounds"]
+
+
+@pytest.mark.engine
+def test_a_long_prefill_is_not_waited_for(server: Server) -> None:
+    """While rank 1 prefills prompt after prompt in large steps, rank 0's steps meet it seldom, and never beyond patience."""
+    def work() -> str:
+        with ThreadPoolExecutor(1) as pool:
+            prompts = pool.map(lambda i: server.complete(f"{i}" + "x" * 1400, 1, rank=1), range(6))
+            text = server.complete("hello", 200, rank=0)
+            list(prompts)
+            return text
+
+    text, (decoding, prefilling) = during(server, work)
+    assert text == server.complete("hello", 200, rank=0)
+    assert prefilling["streamed"] + prefilling["direct"] >= 6 * 21, "64 tokens a step"
+    assert decoding["alone"] > 10
+    assert decoding["meeting_seconds"] < 1.0, "a wait for each large step would be many times as long"
+    print(decoding, prefilling)
