@@ -37,7 +37,7 @@ def test_families(models, family: str) -> None:
 
 @pytest.mark.parametrize(("size", "num_experts"), [(3, 12), (3, 10), (4, 10)])
 def test_sizes(models, size: int, num_experts: int) -> None:
-    """Three and four ranks, also where they do not divide the experts: streamed or dispatched, nothing read in place."""
+    """Three and four ranks, also where they do not divide the experts: streamed or dispatched, none in place."""
     found = compare(models, "qwen3_moe", size, {"direct_max_tokens": 0, **SMALL}, num_experts)
     assert sum(s["experts"]["owned"] for s in found) == num_experts
     for s in found:

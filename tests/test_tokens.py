@@ -193,9 +193,10 @@ def test_a_member_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch, a
     flags = [inboxes[0][at.flag(number, 1) :][:8].view(torch.int64) for number in range(2)]
     tokens.begin(RoundLayout(number=5, members=(0, 1), tokens=(2, 1)))
     hidden, weights, ids = rows_of(0, 0, 2, torch.float32)
-    for missing in (5 * LAYERS, 4 * LAYERS + 2, 6 * LAYERS + 2):  # layer 1 is 5 * LAYERS + 2: the layer before, rounds beside
+    awaited = 5 * LAYERS + 1 + 1
+    for missing in (awaited - 1, awaited - LAYERS, awaited + LAYERS):  # the layer before, the rounds beside
         for flag in flags:
-            flag.fill_(5 * LAYERS + 2)
+            flag.fill_(awaited)
         flags[phase == "sums"].fill_(missing)
         began = time.monotonic()
         with pytest.raises(DWDPError, match="rank 1 did not come to a round"):
