@@ -13,7 +13,8 @@ QWEN3 = {  # Qwen3-30B-A3B
     "torch_dtype": "bfloat16", "vocab_size": 151936,
 }
 FP8_BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
-NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": ["lm_head", "model.layers.0.self_attn*"]}
+NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16,
+         "ignore": ["lm_head", "model.layers.0.self_attn*"]}
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
 R1 = {  # DeepSeek-R1 as published, in blocks of FP8
     "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,

@@ -48,18 +48,21 @@ def compressed(**weights: Any) -> dict[str, Any]:
         (FP8_BLOCKS, WEIGHTS + 4 * WEIGHTS // 128**2),
         ({"quant_method": "fp8"}, WEIGHTS),
         (compressed(type="float", num_bits=8, strategy="channel"), WEIGHTS + 4 * (1536 + 2048)),
-        (compressed(type="float", num_bits=8, strategy="block", block_structure=[128, 128]), WEIGHTS + 4 * WEIGHTS // 128**2),
-        (compressed(type="int", num_bits=4, strategy="group", group_size=128, symmetric=True), WEIGHTS // 2 + 2 * WEIGHTS // 128),
+        (compressed(type="float", num_bits=8, strategy="block", block_structure=[128, 128]),
+         WEIGHTS + 4 * WEIGHTS // 128**2),
+        (compressed(type="int", num_bits=4, strategy="group", group_size=128, symmetric=True),
+         WEIGHTS // 2 + 2 * WEIGHTS // 128),
         (compressed(type="int", num_bits=8, strategy="channel", symmetric=True), WEIGHTS + 2 * (1536 + 2048)),
         (compressed(type="float", num_bits=4, strategy="tensor_group", group_size=16), WEIGHTS // 2 + WEIGHTS // 16),
-        ({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}, WEIGHTS // 2 + 2.5 * WEIGHTS // 128),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True},
+         WEIGHTS // 2 + 2.5 * WEIGHTS // 128),
         ({"quant_method": "gptq", "bits": 8, "group_size": 64, "sym": True}, WEIGHTS + 2 * WEIGHTS // 64),
         ({"quant_method": "modelopt", "quant_algo": "FP8"}, WEIGHTS),
         (NVFP4, WEIGHTS // 2 + WEIGHTS // 16),
         (MXFP4, WEIGHTS // 2 + WEIGHTS // 32),
     ],
-    ids=["bf16", "fp8-blocks", "fp8", "fp8-channels", "fp8-blocks-ct", "int4", "int8-channels", "nvfp4-ct", "awq", "gptq",
-         "fp8-modelopt", "nvfp4", "mxfp4"],
+    ids=["bf16", "fp8-blocks", "fp8", "fp8-channels", "fp8-blocks-ct", "int4", "int8-channels", "nvfp4-ct", "awq",
+         "gptq", "fp8-modelopt", "nvfp4", "mxfp4"],
 )
 def test_expert_bytes_are_the_formats(given, nbytes) -> None:
     """Weights and the scales that travel with them; a scale per tensor does not."""
@@ -148,7 +151,8 @@ def test_the_command_needs_neither_vllm_nor_torch(folder) -> None:
         "import sys; from vllm_dwdp.entrypoints import cli; status = cli.main(sys.argv[1:]);"
         "assert not {'vllm', 'torch', 'transformers'} & set(sys.modules); sys.exit(status)"
     )
-    command = [sys.executable, "-c", code, "plan", str(folder), "--gpu", "h200", "--size", "4", "--tokens", "1024,16384"]
+    command = [sys.executable, "-c", code, "plan", str(folder), "--gpu", "h200", "--size", "4"]
+    command += ["--tokens", "1024,16384"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
     for text in ("48 of 48 layers with 128 experts, top 8, bf16", "an expert 9.44 MB", "1: 44.4%, 2: 44.4%, 3: 11.1%"):

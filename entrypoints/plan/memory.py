@@ -37,8 +37,8 @@ def dwdp(model: Model, placement: Placement, *, slots: int, cache_gib: float, to
         owned, held, lacking = pages(model, placement, count)
         shard, residents, missing = shard + owned, residents + held - owned, [*missing, lacking]
     return Held(
-        replicated=model.replicated_bytes, shard=shard, residents=residents, slots=min(slots, len(missing)) * max(missing),
-        streamed=sum(missing), activations=activations(model, tokens),
+        replicated=model.replicated_bytes, shard=shard, residents=residents, activations=activations(model, tokens),
+        slots=min(slots, len(missing)) * max(missing), streamed=sum(missing),
     )
 
 
@@ -52,7 +52,7 @@ def pages(model: Model, placement: Placement, residents: int) -> tuple[int, int,
     return (
         max(sum(len(layout.owned_pages(rank)) for layout in layouts) for rank in ranks) * PAGE_BYTES,
         max(sum(len(layout.held_pages(rank)) for layout in layouts) for rank in ranks) * PAGE_BYTES,
-        max(sum(map(len, (part for layout in layouts for part in layout.missing(rank)))) for rank in ranks) * PAGE_BYTES,
+        max(sum(len(part) for layout in layouts for part in layout.missing(rank)) for rank in ranks) * PAGE_BYTES,
     )
 
 
