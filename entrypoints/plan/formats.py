@@ -63,8 +63,8 @@ def quantized(config: Mapping[str, Any]) -> Format:
 
 def compressed(given: Mapping[str, Any]) -> Format:
     """compressed-tensors: its first group's weights."""
-    group = next(iter((given.get("config_groups") or {}).values()), {})
-    weights = group.get("weights") or {}
+    groups = [*(given.get("config_groups") or {}).values(), {}]
+    weights = groups[0].get("weights") or {}
     kind, bits, strategy = weights.get("type"), weights.get("num_bits"), weights.get("strategy")
     if (kind, bits) == ("float", 8):
         return fp8(weights.get("block_structure") if strategy == "block" else None, channels=strategy == "channel")

@@ -32,10 +32,10 @@ def dwdp(model: Model, placement: Placement, *, slots: int, cache_gib: float, to
     layers = [LayerSize(placement=placement, expert_bytes=model.expert_bytes)] * model.num_moe_layers
     wanted = min(int(cache_gib * GIB), sum(layer.remote_bytes for layer in layers))
     counts = plan_cache(layers, wanted, "even", PAGE_BYTES).residents
-    shard, residents, missing = 0, 0, []
-    for count in counts:
-        owned, held, lacking = pages(model, placement, count)
-        shard, residents, missing = shard + owned, residents + held - owned, [*missing, lacking]
+    each = {count: pages(model, placement, count) for count in set(counts)}
+    shard = sum(each[count][0] for count in counts)
+    residents = sum(each[count][1] for count in counts) - shard
+    missing = [each[count][2] for count in counts]
     return Held(
         replicated=model.replicated_bytes, shard=shard, residents=residents, activations=activations(model, tokens),
         slots=min(slots, len(missing)) * max(missing), streamed=sum(missing),
