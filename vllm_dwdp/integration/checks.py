@@ -1,5 +1,6 @@
 """Checks: what DWDP does not work with, said in one line before anything is loaded."""
 
+from vllm import envs
 from vllm.config import VllmConfig
 
 from vllm_dwdp.config import Options
@@ -67,6 +68,9 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
          f"--worker-extension-cls"),
         (str(load.load_format) in WHOLE_TENSORS,
          f"--load-format {load.load_format}: it copies tensors of all experts at once; load the model's own checkpoint"),
+        (is_offline_rank(parallel) and not envs.VLLM_ENABLE_V1_MULTIPROCESSING,
+         "VLLM_ENABLE_V1_MULTIPROCESSING=0 and VLLM_DP_SIZE together: in one process vLLM keeps such ranks in lockstep; "
+         "drop one, and without VLLM_DP_SIZE give each rank its size, rank and rendezvous"),
         (parallel.data_parallel_backend == "ray",
          "--data-parallel-backend ray: only the default backend (mp) starts independent ranks here; drop it"),
         (model.enable_sleep_mode or model.enable_cumem_allocator,

@@ -57,6 +57,7 @@ def install() -> None:
         (hooks.RUN_ENGINE_CORE, lambda _: run_engine_core),
         (hooks.COORDINATOR, _without(_WAVES)),
         (hooks.WAIT_FOR_STARTUP, _without(_LOCKSTEP)),
+        (hooks.SYNC_CLIENT, _without_waves),
     ):
         hook.install(wrapper)
         hook.verify()
@@ -78,6 +79,17 @@ def _without(flag: str) -> Callable[[Callable], Callable]:
         return call
 
     return wrapper
+
+
+def _without_waves(original: Callable) -> Callable:
+    """A client of LLM's that does not wait for the end of a wave after its last answer: independent ranks have none."""
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.is_dp &= self.vllm_config.parallel_config.worker_cls != WORKER
+
+    return init
 
 
 class IndependentEngineCore(core.EngineCoreProc):

@@ -1,0 +1,59 @@
+"""Invariant: a server or an offline rank that is run as vLLM is run keeps going, and a refused request changes nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_dwdp.entrypoints.server import free_port
+
+from harness import ENGINE, refuse_unmarked
+
+OFFLINE = """
+import json, os, sys
+from harness import generate
+from vllm import LLM
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], skip_tokenizer_init=True, additional_config={"dwdp": {}}, **json.loads(sys.argv[2]))
+    said = {"tokens": generate(llm, tokens=8)}
+    said["rank"] = llm.collective_rpc("dwdp_stats")[0]["rank"]
+    print("SAID", json.dumps(said), flush=True)
+"""
+
+
+def end_ranks(model: str, folder: Path, **environment: str) -> list[dict]:
+    """What two ranks said that VLLM_DP_RANK and friends started, one process each; both ended by themselves."""
+    refuse_unmarked()
+    (script := folder / "rank.py").write_text(OFFLINE)
+    group = {"VLLM_DP_SIZE": "2", "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": str(free_port()),
+             "PYTHONPATH": str(Path(__file__).parent)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), model, json.dumps(ENGINE)], text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True,
+            env=os.environ | group | environment | {"VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=200)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                os.killpg(rank.pid, 9)
+    assert [rank.returncode for rank in ranks] == [0, 0], [output[-2000:] for output in outputs]
+    return [
+        json.loads(line.removeprefix("SAID ")) for output in outputs for line in output.splitlines()
+        if line.startswith("SAID ")
+    ]
+
+
+@pytest.mark.engine
+def test_offline_data_parallelism(models, tmp_path: Path) -> None:
+    """vLLM's own way, one `LLM` a process: each rank returns its answers without a wave's end, and they are alike."""
+    said = end_ranks(models("qwen3_moe"), tmp_path)
+    assert [rank["rank"] for rank in said] == [0, 1]
+    assert said[0]["tokens"] == said[1]["tokens"] and [len(tokens) for tokens in said[0]["tokens"]] == [8] * 4
