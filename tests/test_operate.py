@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from vllm_dwdp.entrypoints.server import free_port
+from vllm_dwdp.integration import checks
 
 from harness import ENGINE, refuse_unmarked
 
@@ -19,6 +20,11 @@ from vllm import LLM
 if __name__ == "__main__":
     llm = LLM(sys.argv[1], skip_tokenizer_init=True, additional_config={"dwdp": {}}, **json.loads(sys.argv[2]))
     said = {"tokens": generate(llm, tokens=8)}
+    try:
+        llm.sleep()
+    except Exception as error:
+        said["sleep"] = f"{error.__class__.__name__}: {error}"
+    said["after"] = generate(llm, tokens=8)
     said["rank"] = llm.collective_rpc("dwdp_stats")[0]["rank"]
     print("SAID", json.dumps(said), flush=True)
 """
@@ -57,3 +63,5 @@ def test_offline_data_parallelism(models, tmp_path: Path) -> None:
     said = end_ranks(models("qwen3_moe"), tmp_path)
     assert [rank["rank"] for rank in said] == [0, 1]
     assert said[0]["tokens"] == said[1]["tokens"] and [len(tokens) for tokens in said[0]["tokens"]] == [8] * 4
+    for rank in said:
+        assert checks.REWRITING in rank["sleep"] and rank["after"] == rank["tokens"]

@@ -20,6 +20,10 @@ WORKERS = (
     "vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker", "vllm_dwdp.integration.worker.DWDPWorker",
 )
 EXECUTORS = (None, "mp", "uni")
+REWRITING = (
+    "DWDP ranks map each other's experts and stream them through slots: they cannot be saved, moved or rewritten while "
+    "the group serves; restart it instead"
+)
 
 
 def refuse_version(version: str, allow_untested: bool) -> None:

@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 from vllm_dwdp import assembly, config
 from vllm_dwdp.budget import Limit
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.integration import binding, dispatching, joining, loading
+from vllm_dwdp.integration import binding, checks, dispatching, joining, loading
 from vllm_dwdp.integration.graphs import GraphHooks, fit_graphs
 from vllm_dwdp.integration.metrics import Metrics
 from vllm_dwdp.kernels.device import Device
@@ -114,10 +114,7 @@ class DWDPWorker(PlatformWorker):
         super().shutdown()
 
     def _refuse(self, *args: Any, **kwargs: Any) -> None:
-        raise DWDPError(
-            "DWDP ranks map each other's experts and stream them through slots: they cannot be saved, moved or "
-            "rewritten while the group serves; restart it instead"
-        )
+        raise DWDPError(checks.REWRITING)
 
     reload_weights = start_weight_update = update_weights = reset_weights = compute_weight_checksums = _refuse
     save_sharded_state = save_tensorized_model = sleep = wake_up = discard = checkpoint_prepare = add_lora = _refuse
