@@ -59,9 +59,54 @@ def end_ranks(model: str, folder: Path, **environment: str) -> list[dict]:
 
 @pytest.mark.engine
 def test_offline_data_parallelism(models, tmp_path: Path) -> None:
-    """vLLM's own way, one `LLM` a process: each rank returns its answers without a wave's end, and they are alike."""
-    said = end_ranks(models("qwen3_moe"), tmp_path)
+    """vLLM's own way, one `LLM` a process: each rank returns its answers without a wave's end, and they are alike.
+
+    Nor does a folder for metrics that is absent stop a rank, or a refused sleep leave it paused.
+    """
+    said = end_ranks(models("qwen3_moe"), tmp_path, PROMETHEUS_MULTIPROC_DIR=str(tmp_path / "absent"))
     assert [rank["rank"] for rank in said] == [0, 1]
     assert said[0]["tokens"] == said[1]["tokens"] and [len(tokens) for tokens in said[0]["tokens"]] == [8] * 4
     for rank in said:
         assert checks.REWRITING in rank["sleep"] and rank["after"] == rank["tokens"]
+
+
+EXPORT = """
+import logging, types
+from vllm_dwdp.integration import metrics
+logging.basicConfig(level="INFO")
+prefetcher = types.SimpleNamespace(counters=types.SimpleNamespace(forwards={"direct": 1}, prefetched_bytes=5, refills=0))
+model = types.SimpleNamespace(
+    rank=1, hot=None, prefetcher=prefetcher,
+    stats=lambda: {"memory_bytes": {"shard": 7}, "experts": {"owned": 6}, "num_slots": 2},
+)
+update = metrics.export(model)
+update()
+print("updated")
+"""
+SPOIL = """
+import os, sys
+for kind in ("counter", "gauge_mostrecent"):
+    with open(f"{sys.argv[1]}/{kind}_{os.getpid()}.db", "wb") as file:
+        file.write(b"x" * 64)
+"""
+
+
+@pytest.mark.parametrize("kind", ["absent", "a file", "of another program", "empty"])
+def test_metrics_never_stop_a_rank(tmp_path: Path, kind: str) -> None:
+    """A folder that cannot take metrics is named in one line; one that can gets them."""
+    folder = tmp_path / "metrics"
+    if kind == "a file":
+        folder.write_text("")
+    elif kind != "absent":
+        folder.mkdir()
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(folder)}
+    code = EXPORT
+    if kind == "of another program":  # of a process with our id, as in another container
+        code = SPOIL + EXPORT
+    command = [sys.executable, "-c", code, str(folder)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    said = ended.stdout + ended.stderr
+    assert ended.returncode == 0 and "updated" in ended.stdout, said[-2000:]
+    assert said.count("PROMETHEUS_MULTIPROC_DIR") == (kind != "empty"), said
+    if kind == "empty":
+        assert {file.name.split("_")[0] for file in folder.iterdir()} == {"counter", "gauge"}

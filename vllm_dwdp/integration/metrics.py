@@ -5,9 +5,26 @@ makes when it starts more than one API server - its default with more than one r
 PROMETHEUS_MULTIPROC_DIR.
 """
 
+from collections.abc import Callable
+
 from prometheus_client import Counter, Gauge
+from vllm.logger import init_logger
 
 from vllm_dwdp.assembly import StreamedModel
+
+logger = init_logger("vllm.dwdp.metrics")
+
+
+def export(model: StreamedModel) -> Callable[[], None]:
+    """Export `model`'s metrics; returns what brings them up to date. A rank whose metrics cannot be kept runs without."""
+    try:
+        return Metrics(model).update
+    except Exception as error:  # a folder that is absent, full, not ours, or holds what another program wrote
+        logger.warning(
+            "DWDP rank %d runs without DWDP's metrics: %s; let PROMETHEUS_MULTIPROC_DIR name an empty folder that it can "
+            "write to", model.rank, error,
+        )
+        return lambda: None
 
 
 class Metrics:
