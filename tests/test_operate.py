@@ -91,15 +91,15 @@ for kind in ("counter", "gauge_mostrecent"):
 """
 
 
-@pytest.mark.parametrize("kind", ["absent", "a file", "of another program", "empty"])
+@pytest.mark.parametrize("kind", ["absent", "a file", "of another program", "empty", "not named"])
 def test_metrics_never_stop_a_rank(tmp_path: Path, kind: str) -> None:
-    """A folder that cannot take metrics is named in one line; one that can gets them."""
+    """A folder that cannot take metrics is named in one line, as is that none is given; one that can gets them."""
     folder = tmp_path / "metrics"
     if kind == "a file":
         folder.write_text("")
     elif kind != "absent":
         folder.mkdir()
-    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(folder)}
+    environment = os.environ | ({} if kind == "not named" else {"PROMETHEUS_MULTIPROC_DIR": str(folder)})
     code = EXPORT
     if kind == "of another program":  # of a process with our id, as in another container
         code = SPOIL + EXPORT
