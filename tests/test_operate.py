@@ -1,4 +1,4 @@
-"""Invariant: a server or an offline rank that is run as vLLM is run keeps going, and a refused request changes nothing."""
+"""Invariant: an offline rank that is run as vLLM is run keeps going; what is refused or missing changes nothing."""
 
 import json
 import os
@@ -74,7 +74,7 @@ EXPORT = """
 import logging, types
 from vllm_dwdp.integration import metrics
 logging.basicConfig(level="INFO")
-prefetcher = types.SimpleNamespace(counters=types.SimpleNamespace(forwards={"direct": 1}, prefetched_bytes=5, refills=0))
+prefetcher = types.SimpleNamespace(counters=types.SimpleNamespace(forwards={}, prefetched_bytes=5, refills=0))
 model = types.SimpleNamespace(
     rank=1, hot=None, prefetcher=prefetcher,
     stats=lambda: {"memory_bytes": {"shard": 7}, "experts": {"owned": 6}, "num_slots": 2},

@@ -21,8 +21,8 @@ WORKERS = (
 )
 EXECUTORS = (None, "mp", "uni")
 REWRITING = (
-    "DWDP ranks map each other's experts and stream them through slots: they cannot be saved, moved or rewritten while "
-    "the group serves; restart it instead"
+    "DWDP ranks map each other's experts and stream them through slots: they cannot be saved, moved or rewritten "
+    "while the group serves; restart it instead"
 )
 
 
@@ -74,7 +74,7 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
          f"--load-format {load.load_format}: it copies tensors of all experts at once; load the model's own checkpoint"),
         (is_offline_rank(parallel) and not envs.VLLM_ENABLE_V1_MULTIPROCESSING,
          "VLLM_ENABLE_V1_MULTIPROCESSING=0 and VLLM_DP_SIZE together: in one process vLLM keeps such ranks in lockstep; "
-         "drop one, and without VLLM_DP_SIZE give each rank its size, rank and rendezvous"),
+         "drop one; without VLLM_DP_SIZE give each rank size, rank and rendezvous"),
         (parallel.data_parallel_backend == "ray",
          "--data-parallel-backend ray: only the default backend (mp) starts independent ranks here; drop it"),
         (model.enable_sleep_mode or model.enable_cumem_allocator,
