@@ -58,7 +58,7 @@ class DWDPWorker(PlatformWorker):
                 layers=[loading.describe(layer, placement, rank) for layer, placement in shards.items()],
                 samples=loading.samples(model, shards, rank) if joining.reads_checkpoint(self.vllm_config) else {},
             )
-            steps = dispatching.limits(self.vllm_config, options, device, shards)
+            steps = dispatching.limits(self.vllm_config, options, device, loaded.layers)
             self.dwdp = assembly.assemble(loaded, group, device, options, limit, steps)
             try:
                 binding.bind(self.dwdp)
