@@ -7,6 +7,7 @@ from tiny_models import ENGINE_ARGS
 
 pytestmark = pytest.mark.engine
 
+SMALL = {"dispatch_max_tokens": 8}  # decodes; what `generate` prefills is larger
 FAMILIES = ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "transformers_moe"]
 
 
@@ -26,38 +27,44 @@ def compare(models, family: str, size: int, options: dict | None = None, num_exp
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(models, family: str) -> None:
-    """Every family answers alike on two ranks, prefill streamed and decode read in place."""
-    for s in compare(models, family, 2):
-        assert s["forwards"]["streamed"] > 0 and s["forwards"]["direct"] > 0
+    """Every family answers alike on two ranks that run at the same time, prefill streamed and decode dispatched."""
+    for s in compare(models, family, 2, SMALL):
+        assert s["forwards"]["streamed"] > 0 and s["forwards"]["dispatched"] > 10
+        assert s["dispatch"]["steps"] == s["forwards"]["dispatched"] and s["dispatch"]["max_tokens"] == 8
         assert s["prefetch_bytes"] > 0 and s["refills"] == 0
         assert s["experts"] == {"owned": 6, "resident": 0, "streamed": 6}
 
 
 @pytest.mark.parametrize(("size", "num_experts"), [(3, 12), (3, 10), (4, 10)])
 def test_sizes(models, size: int, num_experts: int) -> None:
-    """Three and four ranks, also where they do not divide the experts, everything streamed."""
-    found = compare(models, "qwen3_moe", size, {"direct_max_tokens": 0}, num_experts)
+    """Three and four ranks, also where they do not divide the experts: streamed or dispatched, nothing read in place."""
+    found = compare(models, "qwen3_moe", size, {"direct_max_tokens": 0, **SMALL}, num_experts)
     assert sum(s["experts"]["owned"] for s in found) == num_experts
     for s in found:
         assert s["experts"]["owned"] + s["experts"]["streamed"] == num_experts
-        assert s["forwards"]["direct"] == 0 and s["forwards"]["streamed"] == 24
+        assert s["forwards"]["direct"] == 0 and s["forwards"]["dispatched"] > 10
+        assert s["forwards"]["streamed"] + s["forwards"]["dispatched"] == 24
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"slots": 3, "timing": True}, {"cache_gib": 0.0004}, {"cache_gib": 1}, {"experts_per_rank": 8, "slice_mib": 1},
-     {"direct_max_tokens": 1000}],
+    [{"slots": 3, "timing": True, "dispatch": "off"}, {"cache_gib": 0.0004}, {"cache_gib": 1},
+     {"experts_per_rank": 8, "slice_mib": 1}, {"direct_max_tokens": 1000}],
     ids=lambda o: "-".join(o),
 )
 def test_options(models, options: dict) -> None:
-    """Every option changes the bytes that move as it says, and no answer."""
-    for s in compare(models, "qwen3_moe", 2, {"direct_max_tokens": 0, **options}):
+    """Every option changes the bytes that move as it says, and no answer. A dispatched step moves no weights."""
+    for s in compare(models, "qwen3_moe", 2, {"direct_max_tokens": 0, **SMALL, **options}):
+        if "dispatch" in options:
+            assert s["dispatch"] is None and s["forwards"] == {"streamed": 24, "direct": 0, "dispatched": 0}
+        else:
+            assert s["forwards"]["dispatched"] > 10 and sum(s["forwards"].values()) == 24
         layers, streamed = 4, s["experts"]["streamed"]
         per_expert = s["memory_bytes"]["shard"] // (layers * s["experts"]["owned"])
         if "cache_gib" in options and options["cache_gib"] == 1:
             assert s["prefetch_bytes"] == 0 and streamed == 0 and s["memory_bytes"]["slots"] == 0
         elif options.get("direct_max_tokens"):
-            assert s["forwards"] == {"streamed": 0, "direct": 24}
+            assert s["forwards"]["streamed"] == 0 and s["forwards"]["direct"] > 0
             assert s["prefetch_bytes"] == 2 * streamed * per_expert, "only the first fill of two slots"
         else:
             alone = [i for i in range(layers) if i >= layers - s["num_slots"] and i < s["num_slots"]]  # in their slots
@@ -77,12 +84,12 @@ def drafted(llm) -> int:
 
 
 def test_speculative_decoding(models) -> None:
-    """Drafts make a request decode several tokens at once, in batches of either view; answers stay."""
+    """Drafts make a request decode several tokens at once, in batches of every size; answers stay."""
     model = models("qwen3_moe")
     engine = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3,
                                      "prompt_lookup_min": 1}, "disable_log_stats": False}
-    with Group(model, 2, engine=engine) as group:
+    with Group(model, 2, {"dispatch_max_tokens": 12}, engine=engine) as group:
         assert group.run(generate) == [reference(model)] * 2
         assert all(count > 0 for count in group.run(drafted))
         for s in group.run(stats):
-            assert s["forwards"]["streamed"] > 1 and s["forwards"]["direct"] > 0 and s["refills"] == 0
+            assert s["forwards"]["streamed"] > 0 and s["forwards"]["dispatched"] > 5 and s["refills"] == 0

@@ -77,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", name="server")
 def serving(models, folder: Path):
     with Server(models("qwen3_moe"), folder, "--data-parallel-size", "2", "--parallel", "dwdp",
-                "--dwdp-direct-max-tokens", "0") as server:
+                "--dwdp-direct-max-tokens", "0", "--dwdp-dispatch", "off") as server:  # tests/test_dispatch.py has it on
         yield server
 
 

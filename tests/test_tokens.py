@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_transport import DEVICES, make_device, torch_device
 
+from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.kernels.tokens import InboxMap, RoundLayout, owners_of
 from vllm_dwdp.placement import Placement
 
@@ -176,3 +177,29 @@ def test_sums_are_exact(kind: str, size: int, dtype: torch.dtype, per_rank: int 
     """Members, row counts and layouts change from round to round; ranks that stay away compute alone meanwhile."""
     outcomes = run(check_rounds, size, kind, dtype=dtype, count=60, per_rank=per_rank)
     assert outcomes == dict.fromkeys(range(size)), "\n".join(filter(None, outcomes.values()))
+
+
+@pytest.mark.parametrize("phase", ["rows", "sums"])
+@pytest.mark.parametrize("alive", [False, True])
+def test_a_member_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch, alive: bool, phase: str) -> None:
+    """At once where it has died, else within the bound; a flag of another round or layer is not taken for its own."""
+    from vllm_dwdp.kernels import tokens_host
+
+    monkeypatch.setattr(tokens_host, "WAIT_S", 0.3 if alive else 60.0)
+    at = InboxMap(size=2, rows=ROWS, hidden=HIDDEN, top_k=TOP_K, itemsize=4)
+    inboxes = [torch.zeros(at.nbytes, dtype=torch.uint8) for _ in range(2)]
+    owners = [owners_of([range(5), range(5, 10)], EXPERTS)] * LAYERS
+    tokens = tokens_host.HostTokens(0, at, [inbox.data_ptr() for inbox in inboxes], owners, lambda _: alive)
+    flags = [inboxes[0][at.flag(number, 1) :][:8].view(torch.int64) for number in range(2)]
+    tokens.begin(RoundLayout(number=5, members=(0, 1), tokens=(2, 1)))
+    hidden, weights, ids = rows_of(0, 0, 2, torch.float32)
+    for missing in (5 * LAYERS, 4 * LAYERS + 2, 6 * LAYERS + 2):  # layer 1 is 5 * LAYERS + 2: the layer before, rounds beside
+        for flag in flags:
+            flag.fill_(5 * LAYERS + 2)
+        flags[phase == "sums"].fill_(missing)
+        began = time.monotonic()
+        with pytest.raises(DWDPError, match="rank 1 did not come to a round"):
+            gathered = tokens.dispatch(1, hidden, weights, ids, 0)
+            assert phase == "sums"
+            tokens.combine(1, experts(*gathered), 2, 0)
+        assert time.monotonic() - began < 5

@@ -52,7 +52,7 @@ class Dispatch:
         """Counts so far: dispatched steps (rounds with tokens of this rank's), helper rounds, and what meeting took."""
         seen = self._meeting.stats
         return {
-            "max_tokens": self.limits.max_tokens, "steps": seen.rounds - seen.helper_rounds,
+            "max_tokens": self.limits.max_tokens, "steps": seen.rounds - seen.helper_rounds, "rounds": seen.rounds,
             "helper_rounds": seen.helper_rounds, "participants": seen.participants, "alone": seen.alone,
             "waited_s": seen.waited_s, "timeouts": list(seen.timeouts),
         }

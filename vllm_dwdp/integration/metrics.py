@@ -46,7 +46,19 @@ class Metrics:
             view: self._counter("forwards", "Forward passes by view.", view=view) for view in model.prefetcher.counters.forwards
         }
         self._swapped = self._counter("swapped", "Bundles of experts that the hot cache took in.")
-        self._seen: dict[Counter, int] = {}
+        self._seen: dict[Counter, float] = {}
+        if model.dispatch is not None:
+            self._meetings = {
+                "rounds": self._counter("rounds", "Rounds of dispatched steps that this rank took part in."),
+                "participants": self._counter("participants", "Ranks that took part in those rounds, summed."),
+                "helper_rounds": self._counter("helper_rounds", "Those rounds to which it brought no tokens."),
+                "alone": self._counter("alone", "Small steps that no peer was there to meet."),
+                "waited_s": self._counter("meeting_seconds", "Time small steps spent meeting peers."),
+            }
+            self._timeouts = [
+                self._counter("timeouts", "Peers that were waited for in vain.", peer=str(peer))
+                for peer in range(len(model.dispatch.report()["timeouts"]))
+            ]
         stats = model.stats()
         for kind, nbytes in stats["memory_bytes"].items():
             self._gauge("memory_bytes", "Expert memory by kind.", kind=kind).set(nbytes)
@@ -55,7 +67,7 @@ class Metrics:
         self._gauge("slots", "Buffers into which layers are streamed.").set(stats["num_slots"])
 
     def update(self) -> None:
-        """Bring the counters up to date: once a step, a few additions on the host."""
+        """Bring the counters up to date: once a step or helper round, a few additions on the host."""
         counters = self._model.prefetcher.counters
         self._advance(self._bytes, counters.prefetched_bytes)
         self._advance(self._refills, counters.refills)
@@ -63,8 +75,14 @@ class Metrics:
             self._advance(self._swapped, self._model.hot.swapped)
         for view, count in counters.forwards.items():
             self._advance(self._forwards[view], count)
+        if self._model.dispatch is not None:
+            seen = self._model.dispatch.report()
+            for name, counter in self._meetings.items():
+                self._advance(counter, seen[name])
+            for counter, count in zip(self._timeouts, seen["timeouts"], strict=True):
+                self._advance(counter, count)
 
-    def _advance(self, counter: Counter, total: int) -> None:
+    def _advance(self, counter: Counter, total: float) -> None:
         if step := total - self._seen.get(counter, 0):
             counter.inc(step)
             self._seen[counter] = total

@@ -100,7 +100,11 @@ class DWDPWorker(PlatformWorker):
 
         Returns whether one did; None where no step dispatches.
         """
-        return None if self.dwdp.dispatch is None else self.dwdp.dispatch.help()
+        if self.dwdp.dispatch is None:
+            return None
+        if helped := self.dwdp.dispatch.help():
+            self._metrics.update()
+        return helped
 
     def dwdp_stats(self) -> dict[str, Any]:
         """Memory by kind (bytes), bytes prefetched, forwards by view, exposed wait and copy time (ms), refills."""

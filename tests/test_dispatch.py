@@ -1,0 +1,330 @@
+"""Invariant: a small step meets the peers that are at hand, a large one nobody; whoever dies or stops delays no other for long.
+
+The rules of one rank are traced against a fake convoy; ranks that die, stop or idle are real engines and a real server.
+"""
+
+import functools
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_serve import Server
+
+from vllm_dwdp import dispatch as module
+from vllm_dwdp.convoy import Round
+from vllm_dwdp.dispatch import Dispatch, Limits
+from vllm_dwdp.kernels.tokens import RoundLayout
+from vllm_dwdp.meeting import Stats
+
+from harness import Group, generate, reference, stats
+
+SMALL, LARGE = 3, 100
+HELP = [Round(7, (0, 1), (0, 5)), Round(8, (0, 1), (0, 2))]  # owed to rank 1 by rank 0
+OURS = Round(9, (0, 1), (SMALL, 6))
+
+
+class Fakes:
+    """Meeting, token exchange and stream of rank 0 in one; `calls` is what they were asked to do, in order."""
+
+    def __init__(self, owed: list[Round] = [], joined: Round | None = None, looks: int = 0):
+        """`owed` are handed out before anything; `joined` is the next step's round; a step has ended after `looks` looks."""
+        self.rank, self.size, self.stats = 0, 2, Stats(2)
+        self.calls: list[tuple] = []
+        self._owed, self._joined, self._looks, self._events = list(owed), joined, looks, 0
+
+    def note(self, *call: Any) -> None:
+        self.calls.append(call)
+
+    def said(self) -> list[tuple]:
+        """The calls since it was asked last."""
+        calls, self.calls = self.calls, []
+        return calls
+
+    def _next(self, *call: Any, otherwise: Round | None = None) -> Round | None:
+        self.note(*call)
+        return self._owed.pop(0) if self._owed else otherwise
+
+    def large(self) -> Round | None:
+        return self._next("large")
+
+    def join(self, num_tokens: int, patience_s: float) -> Round | None:
+        return self._next("join", num_tokens, patience_s, otherwise=self._joined)
+
+    def help(self, timeout_s: float) -> Round | None:
+        return self._next("help", timeout_s)
+
+    def away(self) -> Round | None:
+        return self._next("away")
+
+    def large_done(self) -> None:
+        self.note("large done")
+
+    def begin(self, layout: RoundLayout) -> None:
+        self.note("begin", layout.number, layout.members, layout.tokens, layout.padded)
+
+    def check(self) -> None:
+        self.note("check")
+
+    def event(self) -> str:
+        self._events += 1
+        return f"event {self._events}"
+
+    def compute_record(self, event: str) -> None:
+        self.note("record", event)
+
+    def is_done(self, event: str) -> bool:
+        self.note("look", event)
+        self._looks -= 1
+        return self._looks < 0
+
+
+def make(fakes: Fakes, graph_sizes: tuple[int, ...] = (4, 8)) -> Dispatch:
+    limits = Limits(max_tokens=16, graph_sizes=graph_sizes, patience_s=lambda tokens: tokens / 1000)
+    made = Dispatch(fakes, fakes, fakes, limits)
+    made.help_out = lambda: fakes.note("help out", made.padded, made.places(1))
+    return made
+
+
+HELPED = [  # padded to the largest step of the round, as its other members are
+    [("begin", 7, (0, 1), (0, 5), 8), ("help out", 8, 8)],
+    [("begin", 8, (0, 1), (0, 2), 4), ("help out", 4, 4)],
+]
+
+
+def test_a_large_step_first_launches_what_it_owes_and_meets_nobody() -> None:
+    fakes = Fakes(HELP)
+    assert not make(fakes).begin_step(LARGE)
+    assert fakes.said() == [("check",), ("large",), *HELPED[0], ("large",), *HELPED[1], ("large",)]
+
+
+def test_a_small_step_first_launches_what_it_owes_then_joins_again() -> None:
+    fakes = Fakes(HELP, OURS)
+    made = make(fakes)
+    assert made.begin_step(SMALL) and made.padded == 8
+    join = ("join", SMALL, SMALL / 1000)
+    assert fakes.said() == [
+        ("check",), join, *HELPED[0], join, *HELPED[1], join, ("begin", 9, (0, 1), (SMALL, 6), 8)
+    ]
+
+
+def test_after_a_large_step_peers_are_met_when_the_device_has_ended_it() -> None:
+    """The host runs ahead: two large steps leave one event, at the end of the last, and nobody waits between them."""
+    fakes = Fakes(joined=OURS, looks=2)
+    made = make(fakes)
+    for _ in range(2):
+        made.begin_step(LARGE)
+        made.end_step(LARGE)
+    assert fakes.said() == [("check",), ("large",), ("record", "event 1")] * 2
+    made.begin_step(SMALL)
+    assert [name for name, *_ in fakes.said()] == ["check", "look", "look", "look", "large done", "join", "begin"]
+    made.end_step(SMALL)
+    made.begin_step(SMALL)
+    assert [name for name, *_ in fakes.said()] == ["check", "join", "begin"], "that was said once"
+
+
+def test_a_large_step_without_end_is_waited_for_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rank then goes alone: its peers are not told that it takes part again."""
+    monkeypatch.setattr(module, "LARGE_STEP_S", 0.02)
+    fakes = Fakes(looks=10**9)
+    made = make(fakes)
+    made.begin_step(LARGE)
+    made.end_step(LARGE)
+    made.begin_step(SMALL)
+    assert "large done" not in [name for name, *_ in fakes.said()]
+
+
+def test_an_idle_rank_never_waits() -> None:
+    fakes = Fakes(HELP[:1], looks=1)
+    made = make(fakes)
+    made._large_done = "event"
+    assert made.help() and not made.help()
+    assert fakes.said() == [
+        ("check",), ("look", "event"), ("help", 0.0), *HELPED[0],
+        ("check",), *[("look", "event")] * 2, ("large done",), ("help", 0.0),
+    ]
+    assert made.padded == 0 and made.places(1) == 1, "the round is over"
+
+
+def test_a_rank_that_leaves_launches_what_it_owes() -> None:
+    fakes = Fakes(HELP[:1])
+    make(fakes).leave()
+    assert fakes.said() == [("away",), *HELPED[0], ("away",)]
+
+
+@pytest.mark.parametrize(("graph_sizes", "alone"), [((4, 8), 4), ((), None)])
+def test_places(graph_sizes: tuple[int, ...], alone: int | None) -> None:
+    """A layer dispatches with the places agreed on; alone with its own rows, where graphs need it; in a large step not at all."""
+    fakes = Fakes(joined=OURS)
+    made = make(fakes, graph_sizes)
+    for _ in range(2):  # before any step, and after one: warm-ups and captures
+        assert [made.places(rows) for rows in (1, 8, 9)] == ([1, 8, None] if graph_sizes else [None] * 3)
+        assert not [call for call in fakes.said() if call[0] in ("join", "large", "help")]
+        assert made.begin_step(SMALL) and made.places(8) == (8 if graph_sizes else 0)
+        made.end_step(SMALL)
+        fakes.said()
+    made.begin_step(LARGE)
+    assert made.places(LARGE) is None and made.places(4) is None
+    made.end_step(LARGE)
+    fakes._joined = None
+    assert made.begin_step(SMALL) == bool(graph_sizes)
+    assert made.places(4) == alone and made.padded == (alone or 0)
+    if graph_sizes:
+        assert fakes.said()[-1] == ("begin", 0, (0,), (SMALL, 0), 4)
+
+
+def test_a_member_that_did_not_come_is_named_before_the_next_step() -> None:
+    fakes = Fakes(HELP)
+    fakes.check = lambda: 1 / 0
+    made = make(fakes)
+    for step in (lambda: made.begin_step(SMALL), lambda: made.begin_step(LARGE), made.help, made.check):
+        with pytest.raises(ZeroDivisionError):
+            step()
+    assert not fakes.said()
+
+
+COMPILED = {"enforce_eager": False, "compilation_config": {"mode": 3, "backend": "eager"}}
+SOON_S = 2.0
+
+
+def meetings(llm: Any) -> dict[str, Any]:
+    return stats(llm)["dispatch"]
+
+
+@pytest.mark.engine
+def test_peers_that_stop_or_end_between_rounds(models) -> None:
+    """The others go on alone, and meet again whoever comes back. Compiled, whose graph holds an opaque MoE layer."""
+    model = models("qwen3_moe")
+    expected = reference(model)
+    with Group(model, 2, engine=COMPILED) as group:
+        first, second = group.ranks
+        assert group.run(generate) == [expected] * 2
+        before = first.run(meetings)
+        assert before["steps"] > 10
+        os.kill(second.process.pid, signal.SIGSTOP)
+        try:
+            assert first.run(generate) == expected
+            stopped = first.run(meetings)
+            assert stopped["steps"] == before["steps"] and stopped["alone"] >= before["alone"] + 24
+            assert stopped["timeouts"][1] <= before["timeouts"][1] + 1, "it is waited for once"
+            assert stopped["waited_s"] < before["waited_s"] + 0.5
+        finally:
+            os.kill(second.process.pid, signal.SIGCONT)
+        assert group.run(generate) == [expected] * 2
+        again = first.run(meetings)
+        assert again["steps"] > stopped["steps"] + 10
+        second.process.kill()
+        second.process.join()
+        assert first.run(generate) == expected
+        assert first.run(meetings)["steps"] == again["steps"]
+
+
+def end_inside_a_round(kind: str, rank: int) -> None:
+    """Rank 1 ends, or stops for ever, in the second layer of a round: after its rows have been sent, before its sums."""
+    from vllm_dwdp.kernels import tokens_host
+
+    tokens_host.WAIT_S = SOON_S
+    if rank == 0:
+        return
+    combine, seen = tokens_host.HostTokens.combine, iter(range(10**9))
+
+    def end(self: Any, *args: Any) -> Any:
+        if self._peers and next(seen) == 9:
+            os.kill(os.getpid(), signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
+        return combine(self, *args)
+
+    tokens_host.HostTokens.combine = end
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", ["killed", "stopped"])
+def test_a_member_that_ends_inside_a_round(models, kind: str) -> None:
+    """The others' step ends in one line that names it: at once when it has died, else within the bound."""
+    with Group(models("qwen3_moe"), 2, setup=functools.partial(end_inside_a_round, kind)) as group:
+        for rank in group.ranks:
+            rank.send(generate)
+        began = time.monotonic()
+        with pytest.raises(RuntimeError) as failed:
+            group.ranks[0].answer(SOON_S + 30)
+        took = time.monotonic() - began
+        group.ranks[1].process.kill()
+        assert str(failed.value).startswith("DWDPError: rank 1 did not come to a round that it had agreed to")
+        assert "\n" not in str(failed.value)
+        assert took < SOON_S + 5 if kind == "stopped" else took < SOON_S, took
+
+
+@pytest.fixture(scope="module", name="server")
+def serving(models, tmp_path_factory: pytest.TempPathFactory):
+    """Two ranks; a chunk of a prompt is large, a decode is small."""
+    folder: Path = tmp_path_factory.mktemp("dispatch")
+    with Server(models("qwen3_moe"), folder, "--data-parallel-size", "2", "--parallel", "dwdp",
+                "--dwdp-dispatch-max-tokens", "16") as server:
+        yield server
+
+
+def seen(server: Server, rank: int) -> dict[str, float]:
+    """What /metrics says of a rank's steps and meetings."""
+    names = ("rounds", "participants", "helper_rounds", "alone", "meeting_seconds", "timeouts", "forwards")
+    found = {name: server.metric(f"vllm:dwdp_{name}_total", engine=str(rank)) for name in names}
+    return found | {
+        view: server.metric("vllm:dwdp_forwards_total", engine=str(rank), view=view)
+        for view in ("dispatched", "direct", "streamed")
+    }
+
+
+def during(server: Server, work: Any) -> tuple[Any, list[dict[str, float]]]:
+    """What `work()` returns, and what both ranks have done meanwhile."""
+    time.sleep(0.3)  # counters of what came before settle
+    before = [seen(server, rank) for rank in (0, 1)]
+    result = work()
+    time.sleep(0.3)
+    after = [seen(server, rank) for rank in (0, 1)]
+    return result, [{name: now[name] - was[name] for name in now} for was, now in zip(before, after, strict=True)]
+
+
+@pytest.mark.engine
+def test_an_idle_rank_helps_and_takes_no_step(server: Server) -> None:
+    """It computes its experts for rank 0's steps; its scheduler runs none; its own request, when one comes, is answered."""
+    text, (busy, idle) = during(server, lambda: server.complete("hello", 200, rank=0))
+    assert busy["dispatched"] > 0.95 * busy["forwards"] and busy["forwards"] in (200, 201)
+    assert idle["forwards"] == 0 and idle["helper_rounds"] == idle["rounds"] == busy["rounds"] > 190
+    assert busy["participants"] == 2 * busy["rounds"] and busy["helper_rounds"] == 0
+    with server.request("hello", 1000, rank=0, stream=True) as long:
+        assert long.readline().startswith(b"data:")
+        assert server.complete("hello", 200, rank=1) == text
+        assert b"[DONE]" in long.read()
+
+
+@pytest.mark.engine
+def test_ranks_that_decode_dispatch(server: Server) -> None:
+    """Nearly every step of two busy ranks is a round of both."""
+    def both() -> list[str]:
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(lambda rank: server.complete("hello", 400, rank=rank), (0, 1)))
+
+    texts, ranks = during(server, both)
+    assert texts[0] == texts[1]
+    for rank in ranks:
+        assert rank["dispatched"] > 0.95 * rank["forwards"] and rank["forwards"] >= 400
+        assert rank["participants"] == 2 * rank["rounds"]
+
+
+@pytest.mark.engine
+def test_a_long_prefill_is_not_waited_for(server: Server) -> None:
+    """While rank 1 prefills prompt after prompt in large steps, rank 0's steps meet it seldom, and never beyond patience."""
+    def work() -> str:
+        with ThreadPoolExecutor(1) as pool:
+            prompts = pool.map(lambda i: server.complete(f"{i}" + "x" * 1400, 1, rank=1), range(6))
+            text = server.complete("hello", 200, rank=0)
+            list(prompts)
+            return text
+
+    text, (decoding, prefilling) = during(server, work)
+    assert text == server.complete("hello", 200, rank=0)
+    assert prefilling["streamed"] + prefilling["direct"] >= 6 * 21, "64 tokens a step"
+    assert decoding["alone"] > 10
+    assert decoding["meeting_seconds"] < 1.0, "a wait for each large step would be many times as long"
+    print(decoding, prefilling)
