@@ -30,7 +30,7 @@ OURS = Round(9, (0, 1), (SMALL, 6))
 class Fakes:
     """Meeting, token exchange and stream of rank 0 in one; `calls` is what they were asked to do, in order."""
 
-    def __init__(self, owed: list[Round] = [], joined: Round | None = None, looks: int = 0):
+    def __init__(self, owed: list[Round] = [], joined: Round | None = None, looks: int = 0):  # noqa: B006
         """`owed` are handed out before anything; `joined` is the next step's round; a step has ended after `looks` looks."""
         self.rank, self.size, self.stats = 0, 2, Stats(2)
         self.calls: list[tuple] = []
