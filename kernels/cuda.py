@@ -14,27 +14,12 @@ from cuda.bindings import driver
 
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.kernels.device import Block, CopyStream, Device, Region
+from vllm_dwdp.kernels.driver import CudaError, check
 from vllm_dwdp.kernels.tokens import InboxMap, TokenExchange
 
 _FD = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 _MAX_SINGLE_COPIES = 4
 _FABRIC = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_FABRIC
-
-
-class CudaError(DWDPError):
-    """A driver call that failed; `code` is its CUresult."""
-
-    def __init__(self, what: str, code: driver.CUresult):
-        _, text = driver.cuGetErrorString(code)
-        super().__init__(f"{what} failed: {code.name} ({(text or b'').decode()})")
-        self.code = code
-
-
-def _check(what: str, result: tuple) -> Any:
-    code, *values = result
-    if code != driver.CUresult.CUDA_SUCCESS:
-        raise CudaError(what, code)
-    return values[0] if values else None
 
 
 class CudaBlock(Block):
@@ -43,7 +28,7 @@ class CudaBlock(Block):
 
     def close(self) -> None:
         if self.handle is not None:
-            _check("cuMemRelease", driver.cuMemRelease(self.handle))
+            check("cuMemRelease", driver.cuMemRelease(self.handle))
             self.handle = None
             if self._owner is not None:
                 self._owner.allocated_bytes -= self.nbytes
@@ -52,13 +37,13 @@ class CudaBlock(Block):
 class CudaRegion(Region):
     def __init__(self, device: torch.device, nbytes: int, page_bytes: int):
         self.device, self.nbytes = device, nbytes
-        self.address = int(_check("cuMemAddressReserve", driver.cuMemAddressReserve(nbytes, page_bytes, 0, 0)))
+        self.address = int(check("cuMemAddressReserve", driver.cuMemAddressReserve(nbytes, page_bytes, 0, 0)))
         self._mapped: dict[int, int] = {}  # offset: bytes
 
     def map(self, at: int, block: Block, *, writable: bool) -> None:
         assert isinstance(block, CudaBlock) and at + block.nbytes <= self.nbytes
         address = self.address + at
-        _check("cuMemMap", driver.cuMemMap(address, block.nbytes, 0, block.handle, 0))
+        check("cuMemMap", driver.cuMemMap(address, block.nbytes, 0, block.handle, 0))
         self._mapped[at] = block.nbytes
         access = driver.CUmemAccessDesc()
         access.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
@@ -66,7 +51,7 @@ class CudaRegion(Region):
         flags = driver.CUmemAccess_flags
         access.flags = flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE if writable else flags.CU_MEM_ACCESS_FLAGS_PROT_READ
         try:
-            _check("cuMemSetAccess", driver.cuMemSetAccess(address, block.nbytes, [access], 1))
+            check("cuMemSetAccess", driver.cuMemSetAccess(address, block.nbytes, [access], 1))
         except CudaError as error:
             raise DWDPError(
                 f"{self.device} cannot read a peer's memory ({error}): DWDP needs NVLink or PCIe peer access between "
@@ -74,13 +59,13 @@ class CudaRegion(Region):
             ) from None
 
     def unmap(self, at: int) -> None:
-        _check("cuMemUnmap", driver.cuMemUnmap(self.address + at, self._mapped.pop(at)))
+        check("cuMemUnmap", driver.cuMemUnmap(self.address + at, self._mapped.pop(at)))
 
     def close(self) -> None:
         for at in list(self._mapped):
             self.unmap(at)
         if self.address:
-            _check("cuMemAddressFree", driver.cuMemAddressFree(self.address, self.nbytes))
+            check("cuMemAddressFree", driver.cuMemAddressFree(self.address, self.nbytes))
             self.address = 0
 
 
@@ -93,7 +78,7 @@ class CudaDevice(Device):
         torch.cuda.current_stream().synchronize()  # makes torch's primary context current before the first driver call
         attributes = driver.CUdevice_attribute
         vmm = attributes.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
-        if not _check("cuDeviceGetAttribute", driver.cuDeviceGetAttribute(vmm, index)):
+        if not check("cuDeviceGetAttribute", driver.cuDeviceGetAttribute(vmm, index)):
             raise DWDPError(f"{self.device} has no CUDA virtual memory management: DWDP needs it (driver 470 or newer)")
         names = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
         self.name, self.visible = names[index], frozenset(names)
@@ -109,12 +94,12 @@ class CudaDevice(Device):
         self._properties.requestedHandleTypes = _FABRIC if kind == "fabric" else _FD
         flag = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
         granularity = driver.cuMemGetAllocationGranularity(self._properties, flag)
-        self.page_bytes = int(_check("cuMemGetAllocationGranularity", granularity))
+        self.page_bytes = int(check("cuMemGetAllocationGranularity", granularity))
 
     def _can_export(self, kind: Any) -> bool:
         self._properties.requestedHandleTypes = kind
         with contextlib.suppress(CudaError):
-            handle = _check("cuMemCreate", driver.cuMemCreate(2 * 2**20, self._properties, 0))
+            handle = check("cuMemCreate", driver.cuMemCreate(2 * 2**20, self._properties, 0))
             exported, _ = driver.cuMemExportToShareableHandle(handle, kind, 0)
             driver.cuMemRelease(handle)
             return exported == driver.CUresult.CUDA_SUCCESS
@@ -123,7 +108,7 @@ class CudaDevice(Device):
     def allocate(self, nbytes: int) -> CudaBlock:
         assert nbytes % self.page_bytes == 0
         try:
-            handle = _check("cuMemCreate", driver.cuMemCreate(nbytes, self._properties, 0))
+            handle = check("cuMemCreate", driver.cuMemCreate(nbytes, self._properties, 0))
         except CudaError as error:
             free, total, _ = self.memory()
             raise DWDPError(
@@ -136,20 +121,20 @@ class CudaDevice(Device):
     def export(self, block: Block, *, writable: bool = False) -> int | bytes:
         assert isinstance(block, CudaBlock)
         kind = _FABRIC if self.handle_kind == "fabric" else _FD
-        handle = _check("cuMemExportToShareableHandle", driver.cuMemExportToShareableHandle(block.handle, kind, 0))
+        handle = check("cuMemExportToShareableHandle", driver.cuMemExportToShareableHandle(block.handle, kind, 0))
         return bytes(handle.data) if self.handle_kind == "fabric" else int(handle)
 
     def adopt(self, handle: int | bytes, nbytes: int) -> CudaBlock:
         kind = _FD if isinstance(handle, int) else _FABRIC
         result = driver.cuMemImportFromShareableHandle(handle, kind)
-        return CudaBlock(_check("cuMemImportFromShareableHandle", result), nbytes)
+        return CudaBlock(check("cuMemImportFromShareableHandle", result), nbytes)
 
     def reserve(self, nbytes: int) -> CudaRegion:
         return CudaRegion(self.device, nbytes, self.page_bytes)
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
         stream = torch.cuda.current_stream(self.device)
-        _check("cuMemcpyAsync", driver.cuMemcpyAsync(target, source, nbytes, stream.cuda_stream))
+        check("cuMemcpyAsync", driver.cuMemcpyAsync(target, source, nbytes, stream.cuda_stream))
         stream.synchronize()
 
     def zero(self, block: Block) -> None:
@@ -193,22 +178,22 @@ class _Intervals:
     def measure(self, stream: int) -> Iterator[None]:
         self.collect()
         pair = self._spare.pop() if self._spare else (_event(timing=True), _event(timing=True))
-        _check("cuEventRecord", driver.cuEventRecord(pair[0], stream))
+        check("cuEventRecord", driver.cuEventRecord(pair[0], stream))
         yield
-        _check("cuEventRecord", driver.cuEventRecord(pair[1], stream))
+        check("cuEventRecord", driver.cuEventRecord(pair[1], stream))
         self._open.append(pair)
 
     def collect(self) -> None:
         while self._open and driver.cuEventQuery(self._open[0][1])[0] == driver.CUresult.CUDA_SUCCESS:
             pair = self._open.pop(0)
-            self.total_ms += _check("cuEventElapsedTime", driver.cuEventElapsedTime(*pair))
+            self.total_ms += check("cuEventElapsedTime", driver.cuEventElapsedTime(*pair))
             self._spare.append(pair)
 
 
 def _event(*, timing: bool) -> Any:
     flags = driver.CUevent_flags
     flag = flags.CU_EVENT_DEFAULT if timing else flags.CU_EVENT_DISABLE_TIMING
-    return _check("cuEventCreate", driver.cuEventCreate(flag))
+    return check("cuEventCreate", driver.cuEventCreate(flag))
 
 
 class CudaStream(CopyStream):
@@ -246,21 +231,21 @@ class CudaStream(CopyStream):
 
         def issue() -> None:
             for each in arguments:
-                _check("cuMemcpyAsync", driver.cuMemcpyAsync(*each))
+                check("cuMemcpyAsync", driver.cuMemcpyAsync(*each))
 
         if len(arguments) <= _MAX_SINGLE_COPIES:
             return issue
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        _check("cuStreamBeginCapture", driver.cuStreamBeginCapture(self._raw, mode))
+        check("cuStreamBeginCapture", driver.cuStreamBeginCapture(self._raw, mode))
         issue()
-        graph = _check("cuStreamEndCapture", driver.cuStreamEndCapture(self._raw))
-        executable = _check("cuGraphInstantiate", driver.cuGraphInstantiate(graph, 0))
-        _check("cuGraphDestroy", driver.cuGraphDestroy(graph))
+        graph = check("cuStreamEndCapture", driver.cuStreamEndCapture(self._raw))
+        executable = check("cuGraphInstantiate", driver.cuGraphInstantiate(graph, 0))
+        check("cuGraphDestroy", driver.cuGraphDestroy(graph))
 
         def launch() -> None:
             if self.is_capturing():
                 return issue()
-            _check("cuGraphLaunch", driver.cuGraphLaunch(executable, self._raw))
+            check("cuGraphLaunch", driver.cuGraphLaunch(executable, self._raw))
 
         weakref.finalize(launch, driver.cuGraphExecDestroy, executable).atexit = False
         return launch
@@ -274,24 +259,24 @@ class CudaStream(CopyStream):
             plan()
 
     def record(self, event: Any) -> None:
-        _check("cuEventRecord", driver.cuEventRecord(event, self._raw))
+        check("cuEventRecord", driver.cuEventRecord(event, self._raw))
 
     def wait(self, event: Any) -> None:
-        _check("cuStreamWaitEvent", driver.cuStreamWaitEvent(self._raw, event, 0))
+        check("cuStreamWaitEvent", driver.cuStreamWaitEvent(self._raw, event, 0))
 
     def compute_record(self, event: Any) -> None:
-        _check("cuEventRecord", driver.cuEventRecord(event, self._compute()))
+        check("cuEventRecord", driver.cuEventRecord(event, self._compute()))
 
     def compute_wait(self, event: Any) -> None:
         stream = self._compute()
         with self._timed(self._waits, stream):
-            _check("cuStreamWaitEvent", driver.cuStreamWaitEvent(stream, event, 0))
+            check("cuStreamWaitEvent", driver.cuStreamWaitEvent(stream, event, 0))
 
     def is_done(self, event: Any) -> bool:
         (code,) = driver.cuEventQuery(event)
         if code == driver.CUresult.CUDA_ERROR_NOT_READY:
             return False
-        _check("cuEventQuery", (code,))
+        check("cuEventQuery", (code,))
         return True
 
     def is_capturing(self) -> bool:

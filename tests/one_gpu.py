@@ -68,7 +68,7 @@ def measure(model: str, modes: dict[str, Mode], batches: list[int], found: dict[
                   for name, (size, options, setup) in modes.items()}
         for group in groups.values():
             stack.enter_context(group)
-        for name, group in groups.items():
+        for group in groups.values():
             for batch, prompt, tokens in points.values():
                 group.ranks[0].run(drive, batch, prompt, min(tokens, 4))
         for _ in range(ROUNDS):

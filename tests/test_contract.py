@@ -54,7 +54,7 @@ ATTRIBUTES = {
                            "speculative_config weight_transfer_config compilation_config load_config additional_config",
     CONFIG + "ParallelConfig": "worker_cls tensor_parallel_size pipeline_parallel_size prefill_context_parallel_size "
                                "decode_context_parallel_size enable_expert_parallel enable_eplb enable_elastic_ep "
-                               "use_ubatching enable_fault_tolerance distributed_executor_backend data_parallel_backend data_parallel_size data_parallel_size_local "
+                               "use_ubatching enable_fault_tolerance distributed_executor_backend data_parallel_backend data_parallel_size data_parallel_size_local "  # noqa: E501
                                "data_parallel_rank_local data_parallel_index data_parallel_external_lb "
                                "data_parallel_hybrid_lb data_parallel_master_ip data_parallel_master_port "
                                "_coord_store_port",
@@ -71,7 +71,7 @@ ATTRIBUTES = {
     CONFIG + "SpeculativeConfig": "draft_model_config method",
     MOE + "expert_map_manager:ExpertMapManager": "_local_num_experts _expert_map global_num_experts "
                                                  "num_fused_shared_experts",
-    MOE + "routed_experts:RoutedExperts": "layer_name weight_loader expert_map_manager quant_method moe_config _expert_map local_num_experts "
+    MOE + "routed_experts:RoutedExperts": "layer_name weight_loader expert_map_manager quant_method moe_config _expert_map local_num_experts "  # noqa: E501
                                           "global_num_experts",
     MOE + "config:FusedMoEConfig": "num_experts num_local_experts",
     MOE + "fused_moe_method_base:FusedMoEMethodBase": "supports_eplb moe_kernel moe_quant_config "

@@ -82,12 +82,12 @@ def kill_rank_1(rank: int) -> None:
 
 
 def other_weights(model: str, folder: Path, name: str) -> str:
-    """The same model with one value changed in one tensor."""
+    """The same model with one tensor tuned further."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(model, folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors[name].view(-1)[0] += 1
+    tensors[name] += 1
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return str(folder)
 

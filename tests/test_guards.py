@@ -173,7 +173,7 @@ def fold(module: Any, kernel: Any) -> None:
         ({"keep": lambda moe, config: config.w1.data}, "Kernel.kept, .* is made of streamed weights"),
         ({"keep": lambda moe, config: {"a": [functools.partial(print, config.w1[:, 0].float())]}},
          "Kernel.kept, .* is made of streamed weights"),
-        ({"keep": lambda moe, config: (lambda w=config.w1.t(): w)}, "Kernel.kept, .* is made of streamed weights"),
+        ({"keep": lambda moe, config: (lambda w=config.w1.t(): w)}, "Kernel.kept, .* is made of streamed weights"),  # noqa: B008
         ({"alphas": lambda m: m.w13_weight.amax(1)}, "SimpleNamespace.alphas, .* is made of streamed weights"),
         ({"keep": lambda moe, config: float(config.w1.max())}, "Kernel reads or writes streamed weights"),
         ({"keep": lambda moe, config: config.w1.mul_(2) is None}, "Kernel reads or writes streamed weights"),

@@ -304,7 +304,7 @@ def test_a_replay_waits_for_copies_under_way_and_is_counted() -> None:
 
 def test_a_graph_that_may_be_padded_waits() -> None:
     """With several tokens a request, a small batch may replay the graph of a streamed one."""
-    prefetcher, layers, trace = make(5, 2, direct_max_tokens=8)
+    prefetcher, layers, trace = make(5, 2, direct_max_tokens=8)  # noqa: RUF059
     trace.calls.clear()
     prefetcher.begin_step(8, exact=False)
     prefetcher.before_graph()

@@ -100,6 +100,18 @@ def test_engine_args(configure, engine_args: dict, dwdp: dict, named: str) -> No
     assert_refused(raised, named)
 
 
+def test_offline_ranks_in_one_process_each(configure, monkeypatch) -> None:
+    """In-process engines that VLLM_DP_RANK makes ranks would run in lockstep: the settings are named, not a hook."""
+    for name, value in {"SIZE": "2", "RANK": "0", "RANK_LOCAL": "0", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(f"VLLM_DP_{name}", value)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    configure(**APART)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    with pytest.raises(DWDPError) as raised:
+        configure(**APART)
+    assert_refused(raised, "VLLM_ENABLE_V1_MULTIPROCESSING=0", "VLLM_DP_SIZE")
+
+
 def test_dense_model(configure, dense: str) -> None:
     """A model without experts is refused by name."""
     with pytest.raises(DWDPError) as raised:

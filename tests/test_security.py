@@ -198,7 +198,12 @@ def test_a_crowd_that_says_nothing_does_not_keep_ranks_out() -> None:
     """Connections that prove nothing are dropped, the oldest first, while a rank connects."""
     address = ("127.0.0.1", free_port())
     host = Group.connect(rank=0, size=2, address=address, secret=b"s", timeout_s=30)
+    before = threading.active_count()
     crowd = [dial(address) for _ in range(200)]
+    deadline = time.monotonic() + 2
+    while threading.active_count() > before + 66 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert threading.active_count() <= before + 66
     start = time.monotonic()
     peer = Group.connect(rank=1, size=2, address=address, secret=b"s", timeout_s=30)
     assert time.monotonic() - start < 4
@@ -249,10 +254,24 @@ def test_a_repeated_frame_is_not_obeyed() -> None:
     channel.socket = SimpleNamespace(sendall=lambda data: (sent.append(data), plain.sendall(data)), recv=plain.recv)
     channel.send(msgspec.msgpack.encode(7))
     assert channel.recv() == b""
-    plain.sendall(sent[0])
+    channel.send(msgspec.msgpack.encode(("set", "key", b"value")))
+    assert channel.recv() == b"True"
+    plain.sendall(sent[-1])
     with pytest.raises(OSError):
         channel.recv()
     ranks.close()
+
+
+def test_who_proves_nothing_is_hung_up_on(ranks: Ranks) -> None:
+    """A wrong proof ends the connection: no thread waits for what a stranger says next."""
+    for address in ranks.addresses:
+        with dial(address) as connection:
+            connection.settimeout(3)
+            connection.sendall(secrets.token_bytes(64))
+            said = b""
+            while more := connection.recv(4096):
+                said += more
+            assert len(said) == len(_GREETING) + 1 + 32 + 32
 
 
 def test_the_store_listens_at_its_address_only() -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,7 +33,8 @@ class Server(server.Server):
     """A server of ours. `url` answers once the constructor returns."""
 
     def __init__(self, model: str, folder: Path, *arguments: str):
-        super().__init__(model, [*ARGUMENTS, *arguments], folder / f"serve-{time.monotonic_ns()}.log")
+        super().__init__(model, [*ARGUMENTS, *arguments], folder / f"serve-{time.monotonic_ns()}.log",
+                         environment=os.environ | {"VLLM_SERVER_DEV_MODE": "1"})
         try:
             self.wait_until_ready(400)
         except BaseException:
@@ -139,6 +141,31 @@ def test_a_rank_frozen_in_mid_request_delays_no_other(server: Server) -> None:
         if short:
             break
     assert short == {server.complete("A mixture of experts", 8, rank=0)}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("sleep", {}), ("sleep?level=2&mode=keep", {}), ("release_kv_cache_memory", {}), ("start_weight_update", {}),
+     ("weight_checker", {"action": "reset"}), ("collective_rpc", {"method": "sleep"})],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_refused_request_leaves_the_server_as_it_was(server: Server, path: str, body: dict) -> None:
+    """It is an error, and afterwards every rank answers as before: none is paused, none takes itself for asleep."""
+    before = [server.complete("A mixture of experts", 8, rank=rank) for rank in (0, 1)]
+    with pytest.raises(urllib.error.HTTPError):
+        server.post(path, body)
+    assert json.load(server.get("is_sleeping")) == {"is_sleeping": False}
+    assert [server.complete("A mixture of experts", 8, rank=rank) for rank in (0, 1)] == before
+
+
+def test_memory_of_a_paused_server_stays(server: Server) -> None:
+    """What vLLM only lets happen after a pause is refused too, and the server resumes."""
+    server.post("pause", {})
+    with pytest.raises(urllib.error.HTTPError):
+        server.post("release_kv_cache_memory", {})
+    server.post("resume", {})
+    assert json.load(server.get("is_sleeping")) == {"is_sleeping": False}
+    assert all(server.complete("A mixture of experts", 8, rank=rank) for rank in (0, 1))
 
 
 def test_ranks_started_apart(models, folder: Path, server: Server) -> None:

@@ -31,7 +31,7 @@ class Ranks:
         page = self.device.page_bytes
         nbytes = -(-at.nbytes // page) * page
         block = self.device.allocate(nbytes)
-        for peer, pipe in pipes.items():
+        for pipe in pipes.values():
             fd = self.device.export(block, writable=True)
             pipe.send(0)
             send_handle(pipe, fd, None)

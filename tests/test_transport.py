@@ -197,7 +197,7 @@ def check_graphs(rank: int, size: int, port: int, kind: str, pieces: int, **shap
     prefetcher, layers = shards.prefetcher, shards.layers
     names = [(layer.ordinal, tensor.spec.name) for layer in layers for tensor in layer.tensors]
     expected = [shards.truth[name].sum(1) for name in names]
-    sums = {name: torch.empty_like(wanted, device=torch_device(shards.device)) for name, wanted in zip(names, expected)}
+    sums = {name: torch.empty_like(wanted, device=torch_device(shards.device)) for name, wanted in zip(names, expected)}  # noqa: B905
 
     def forward(part: list[LayerWeights]) -> None:
         for layer in part:
@@ -276,7 +276,7 @@ def test_nothing_is_left_behind() -> None:
     run(check_views, 2, "host", num_experts=4, rows={"w": 100})
     run(write_once, 2, "host", expect_ok=False, view=DIRECT, expert=3)
     assert not {name for name in set(os.listdir("/dev/shm")) - before if "dwdp" in name}
-    assert "vllm-dwdp" not in open("/proc/net/unix").read()
+    assert "vllm-dwdp" not in open("/proc/net/unix").read()  # noqa: SIM115
 
 
 @pytest.mark.gpu

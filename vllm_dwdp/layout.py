@@ -11,6 +11,7 @@ every reader must be able to map each segment from one owner.
 
 import dataclasses
 import functools
+import itertools
 
 from vllm_dwdp.placement import Placement
 
@@ -108,7 +109,7 @@ def covers(outer: range, inner: range) -> bool:
 def split(span: range, cuts: list[int]) -> list[range]:
     """`span` cut at every number of the ascending `cuts` that lies inside it; [] for an empty span."""
     edges = [span.start, *(c for c in cuts if span.start < c < span.stop), span.stop]
-    return [range(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    return [range(a, b) for a, b in itertools.pairwise(edges) if a < b]
 
 
 def interleave(pieces: list[tuple[int, range]], rank: int, size: int, slice_bytes: int) -> list[range]:

@@ -148,7 +148,7 @@ def cells(row: Row, form: str) -> list[str]:
     held = row.held_per_gpu
     spread = f"{number(row.lowest, form)} - {number(row.highest, form)}" if row.num_readings else "-"
     forwards = sum(row.views.values())
-    return name + [
+    return name + [  # noqa: RUF005
         number(row.median, form), spread,
         number(row.ratio_to_ep, ".2f"), number(row.ratio_to_single, ".2f"),
         number(row.exposed_wait_ms_per_step, ".2f"), number(row.copy_gb_per_s, ".0f"),

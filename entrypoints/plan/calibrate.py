@@ -44,7 +44,9 @@ def calibrated(table: Table, paths: Sequence[str], gpu_name: str, planned: str) 
 
     A bench of a model of the same name as `planned` is read by that model's config. Raises DWDPError naming the file.
     """
-    gpu, points, copies = table.gpus[gpu_name], {}, {}
+    gpu = table.gpus[gpu_name]
+    points: dict[str, list[Point]] = {}
+    copies: dict[str, list[float]] = {}
     for path in paths:
         content = read(path, gpu_name)
         kind = "eager" if content["settings"]["eager"] else "compiled"

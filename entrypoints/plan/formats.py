@@ -58,21 +58,22 @@ def quantized(config: Mapping[str, Any]) -> Format:
     if method == "compressed-tensors":
         return compressed(given)
     detail = f" with quant_algo {given['quant_algo']}" if "quant_algo" in given else ""
-    raise DWDPError(f"config.json: quantization_config.quant_method is {method}{detail}, whose bytes plan does not know")
+    raise DWDPError(f"config.json: quantization_config.quant_method is {method}{detail}, which plan does not know")
 
 
 def compressed(given: Mapping[str, Any]) -> Format:
     """compressed-tensors: its first group's weights."""
-    group = next(iter((given.get("config_groups") or {}).values()), {})
-    weights = group.get("weights") or {}
+    groups = [*(given.get("config_groups") or {}).values(), {}]
+    weights = groups[0].get("weights") or {}
     kind, bits, strategy = weights.get("type"), weights.get("num_bits"), weights.get("strategy")
     if (kind, bits) == ("float", 8):
         return fp8(weights.get("block_structure") if strategy == "block" else None, channels=strategy == "channel")
     if (kind, bits) == ("float", 4):
         return nvfp4(weights.get("group_size") or 16)
     if kind == "int":
-        return integers(bits, weights.get("group_size") if strategy == "group" else None, not weights.get("symmetric", True))
-    raise DWDPError(f"config.json: quantization_config.config_groups has {bits}-bit weights of type {kind}, whose bytes plan does not know")
+        group_size = weights.get("group_size") if strategy == "group" else None
+        return integers(bits, group_size, not weights.get("symmetric", True))
+    raise DWDPError(f"config.json: plan does not know config_groups with {bits}-bit weights of type {kind}")
 
 
 def fp8(block: list[int] | None, channels: bool = False) -> Format:
@@ -86,7 +87,7 @@ def nvfp4(group: int) -> Format:
 
 
 def integers(bits: int | None, group: int | None, has_zeros: bool) -> Format:
-    """AWQ, GPTQ and the like: 16-bit scales for each group, or each row, and zero points of as many bits as a weight."""
+    """AWQ, GPTQ and the like: a 16-bit scale for each group or row, and a zero point of as many bits as a weight."""
     if bits not in (4, 8):
         raise DWDPError(f"config.json: quantization_config has integers of {bits} bits; plan knows 4 and 8")
     columns = group if group and group > 0 else 0

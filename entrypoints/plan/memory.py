@@ -32,13 +32,13 @@ def dwdp(model: Model, placement: Placement, *, slots: int, cache_gib: float, to
     layers = [LayerSize(placement=placement, expert_bytes=model.expert_bytes)] * model.num_moe_layers
     wanted = min(int(cache_gib * GIB), sum(layer.remote_bytes for layer in layers))
     counts = plan_cache(layers, wanted, "even", PAGE_BYTES).residents
-    shard, residents, missing = 0, 0, []
-    for count in counts:
-        owned, held, lacking = pages(model, placement, count)
-        shard, residents, missing = shard + owned, residents + held - owned, [*missing, lacking]
+    each = {count: pages(model, placement, count) for count in set(counts)}
+    shard = sum(each[count][0] for count in counts)
+    residents = sum(each[count][1] for count in counts) - shard
+    missing = [each[count][2] for count in counts]
     return Held(
-        replicated=model.replicated_bytes, shard=shard, residents=residents, slots=min(slots, len(missing)) * max(missing),
-        streamed=sum(missing), activations=activations(model, tokens),
+        replicated=model.replicated_bytes, shard=shard, residents=residents, activations=activations(model, tokens),
+        slots=min(slots, len(missing)) * max(missing), streamed=sum(missing),
     )
 
 
@@ -52,7 +52,7 @@ def pages(model: Model, placement: Placement, residents: int) -> tuple[int, int,
     return (
         max(sum(len(layout.owned_pages(rank)) for layout in layouts) for rank in ranks) * PAGE_BYTES,
         max(sum(len(layout.held_pages(rank)) for layout in layouts) for rank in ranks) * PAGE_BYTES,
-        max(sum(map(len, (part for layout in layouts for part in layout.missing(rank)))) for rank in ranks) * PAGE_BYTES,
+        max(sum(len(part) for layout in layouts for part in layout.missing(rank)) for rank in ranks) * PAGE_BYTES,
     )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +142,10 @@ def parse(name: str, config: Mapping[str, Any]) -> Model:
     )
 
 
-def latent_attention(field, q_rank: int | None, hidden: int, heads: int):
-    """MLA: projections, elements of queries and of values, and those that are cached. Prefill expands keys and values."""
+def latent_attention(
+    field: Callable[[str], int], q_rank: int | None, hidden: int, heads: int
+) -> tuple[list[tuple[int, int]], int, int, int]:
+    """MLA, expanded as in prefill: projections, elements of queries, of values, and those that are cached."""
     kv_rank, rope, nope = field("kv_lora_rank"), field("qk_rope_head_dim"), field("qk_nope_head_dim")
     value = field("v_head_dim")
     query = [(q_rank, hidden), (heads * (nope + rope), q_rank)] if q_rank else [(heads * (nope + rope), hidden)]

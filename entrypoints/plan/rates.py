@@ -26,8 +26,8 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 class Rates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Parts of the peaks that kernels and links reach, and what they do not cover.
 
-    `dense`, `attention` and `experts` are of FLOP/s, `memory` of HBM, `link` and `all2all` of the link. `interference` is
-    the part of a copy's time by which kernels beside it slow down. `layer_us` is what a layer of expert parallelism
+    `dense`, `attention` and `experts` are of FLOP/s, `memory` of HBM, `link` and `all2all` of the link. `interference`
+    is the part of a copy's time by which kernels beside it slow down. `layer_us` is what a layer of expert parallelism
     costs beside its bytes; `step_ms` a step of any kind beside its layers.
     """
 

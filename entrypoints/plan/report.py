@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 NAMES = {"dwdp": "DWDP", "ep": "expert parallel", "single": "full replica"}
 
 
-def text(plan: "Plan", steps: Callable[[int], Step], *, hidden_from: int | None, wins_from: int | None, source: str) -> str:
+def text(
+    plan: "Plan", steps: Callable[[int], Step], *, hidden_from: int | None, wins_from: int | None, source: str
+) -> str:
     """The whole report. `hidden_from` and `wins_from` are tokens a step, None for never."""
     return "\n\n".join([
         headline(plan), memory_table(plan), steps_table(plan, steps), verdict(plan, steps, hidden_from, wins_from),
@@ -28,8 +30,8 @@ def headline(plan: "Plan") -> str:
     expert = sum(model.expert_bytes)
     return (
         f"{model.name} on {asked.size} {asked.gpu}: {model.num_moe_layers} of {len(model.is_moe)} layers with "
-        f"{model.num_experts} experts, top {model.top_k}, {model.format.name}; an expert {expert / 1e6:.2f} MB, a layer's "
-        f"{model.num_experts * expert / 1e9:.3f} GB, all {model.all_expert_bytes / GIB:.1f} GiB"
+        f"{model.num_experts} experts, top {model.top_k}, {model.format.name}; an expert {expert / 1e6:.2f} MB, a "
+        f"layer's {model.num_experts * expert / 1e9:.3f} GB, all {model.all_expert_bytes / GIB:.1f} GiB"
     )
 
 
@@ -39,7 +41,8 @@ def memory_table(plan: "Plan") -> str:
     for mode, held in plan.held().items():
         parts = (held.replicated, held.shard, held.residents, held.slots, held.activations, held.total)
         tokens = plan.kv_tokens(held)
-        rows.append([NAMES[mode], *(f"{nbytes / GIB:.2f}" for nbytes in parts), f"{tokens:,}" if tokens > 0 else "does not fit"])
+        left = f"{tokens:,}" if tokens > 0 else "does not fit"
+        rows.append([NAMES[mode], *(f"{nbytes / GIB:.2f}" for nbytes in parts), left])
     return "\n".join(aligned(rows))
 
 
@@ -72,13 +75,15 @@ def verdict(plan: "Plan", steps: Callable[[int], Step], hidden_from: int | None,
         mean = sum((n + 1) * chance for n, chance in enumerate(chances))
         shown = ", ".join(f"{n + 1}: {chance:.1%}" for n, chance in enumerate(chances) if chance >= 5e-4)
         lines.append(
-            f"Ranks that pull from one source at once, if each chose at random: {shown}. Copies in slices ride that out; "
-            f"whole ones would take up to {mean:.2f} times as long, {1e3 * mean * step.prefetch:.1f} ms a step."
+            f"Ranks that pull from one source at once, if each chose at random: {shown}. Copies in slices ride that "
+            f"out; whole ones would take up to {mean:.2f} times as long, {1e3 * mean * step.prefetch:.1f} ms a step."
         )
     return "\n".join(lines)
 
 
-def plot(plan: "Plan", steps: Callable[[int], Step], *, hidden_from: int | None, wins_from: int | None, path: Path) -> None:
+def plot(
+    plan: "Plan", steps: Callable[[int], Step], *, hidden_from: int | None, wins_from: int | None, path: Path
+) -> None:
     """Throughput of each mode, and compute beside copies, over tokens a step. Needs matplotlib."""
     from matplotlib.figure import Figure
 
@@ -87,15 +92,18 @@ def plot(plan: "Plan", steps: Callable[[int], Step], *, hidden_from: int | None,
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     speed, times = figure.subplots(1, 2)
     for mode, name in NAMES.items():
-        speed.plot(points, [tokens / getattr(steps(tokens), mode) for tokens in points], color=COLORS[mode], label=name)
-    times.plot(points, [1e3 * steps(tokens).compute.total for tokens in points], color=COLORS["single"], label="compute")
+        values = [tokens / getattr(steps(tokens), mode) for tokens in points]
+        speed.plot(points, values, color=COLORS[mode], label=name)
+    computing = [1e3 * steps(tokens).compute.total for tokens in points]
+    times.plot(points, computing, color=COLORS["single"], label="compute")
     times.plot(points, [1e3 * steps(tokens).prefetch for tokens in points], color=COLORS["dwdp"], label="prefetch")
     times.plot(points, [1e3 * steps(tokens).all2all for tokens in points], color=COLORS["ep"], label="all-to-all")
     for axes, mark, note in ((speed, wins_from, "DWDP faster than EP"), (times, hidden_from, "prefetch hidden")):
         if mark and least <= mark <= most:
             axes.axvline(mark, color="black", linewidth=0.8, linestyle=":", label=f"{note} from {mark:,}")
         axes.set_xscale("log", base=2)
-        axes.set(xlabel="tokens a step", xticks=[2**n for n in range(math.ceil(math.log2(least)), int(math.log2(most)) + 1)])
+        ticks = [2**n for n in range(math.ceil(math.log2(least)), int(math.log2(most)) + 1)]
+        axes.set(xlabel="tokens a step", xticks=ticks)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.tick_params(axis="x", rotation=45)
         axes.spines[["top", "right"]].set_visible(False)

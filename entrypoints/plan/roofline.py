@@ -83,9 +83,8 @@ def compute(model: Model, gpu: Gpu, rates: Rates, load: Load, ranks: int = 1) ->
         attention += roofline(flops, tokens * 2 * (model.qk_dim + model.v_dim) * ELEMENT_BYTES, "bf16", rates.attention)
     routed = tokens * model.top_k
     touched = model.num_experts * (1 - (1 - model.top_k / model.num_experts) ** (tokens * ranks))
-    experts = roofline(
-        2 * routed * model.expert_weights, touched / ranks * sum(model.expert_bytes), model.format.compute, rates.experts
-    )
+    nbytes = touched / ranks * sum(model.expert_bytes)
+    experts = roofline(2 * routed * model.expert_weights, nbytes, model.format.compute, rates.experts)
     # What the other kernels read and write: norms and residuals, queries and values, activation and sum of the experts.
     elements = len(model.windows) * (8 * model.hidden + 2 * (model.qk_dim + model.v_dim))
     elements += model.num_moe_layers * model.top_k * (6 * model.expert_width + 2 * model.hidden)
@@ -108,7 +107,7 @@ def step(model: Model, gpu: Gpu, rates: Rates, load: Load, *, size: int, streame
     link, fixed = 1e9 * gpu.link_gb_per_s, rates.step_ms / 1e3
     prefetch = streamed_bytes / (link * rates.link)
     slowed = alone.total + rates.interference * min(prefetch, alone.total)
-    # Hidden states go out, partial sums come back: each to the peers that own one of its experts. An allgather moves more.
+    # Hidden states go to the peers that own one of their experts, partial sums come back. An allgather moves more.
     copies = (size - 1) * (1 - (1 - 1 / size) ** model.top_k)
     sent = 2 * copies * load.tokens * model.hidden * ELEMENT_BYTES
     all2all = model.num_moe_layers * (sent / (link * rates.all2all) + rates.layer_us / 1e6)

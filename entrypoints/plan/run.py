@@ -25,15 +25,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     model: Annotated[str, Meta(description="a folder with config.json, or a name on the hub")]
     gpu: Annotated[str, Meta(description="h100, h200, b200, gb200, mi355x, or another of --rates")]
     size: Annotated[int, Meta(ge=2, description="ranks in the group, one GPU each")] = 2
-    tokens: Annotated[tuple[Positive, ...], Meta(min_length=1, description="tokens a step; the largest sizes memory")] = (
-        4096, 8192, 16384, 32768)
+    tokens: Annotated[
+        tuple[Positive, ...], Meta(min_length=1, description="tokens a step; the largest sizes memory")
+    ] = (4096, 8192, 16384, 32768)
     input_len: Annotated[Positive, Meta(description="longest prompt, in tokens")] = 8192
     ratio: Annotated[
         float, Meta(gt=0, le=1, description="prompt lengths are uniform in [RATIO * INPUT_LEN, INPUT_LEN]")
     ] = 0.8
     imbalance: Annotated[
-        float, Meta(ge=0, description="by how much the busiest rank's experts exceed the average's in expert parallelism, "
-                                      "such as the 0.4 of the paper's breakdown; 0 is even routing")
+        float, Meta(ge=0, description="by how much the busiest rank's experts exceed the average's in expert "
+                                      "parallelism, such as the 0.4 of the paper's breakdown; 0 is even routing")
     ] = 0.0
     slots: Annotated[int, Meta(ge=2, le=8, description="as --dwdp-slots")] = 2
     cache_gib: Annotated[float, Meta(ge=0, description="as --dwdp-cache-gib: GiB of resident experts")] = 0.0
@@ -42,7 +43,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     eager: Annotated[bool, Meta(description="rates of engines without torch.compile and CUDA graphs")] = False
     hf_overrides: Annotated[dict[str, Any], Meta(description="""JSON, such as {"num_hidden_layers": 12}""")] = {}
     rates: Annotated[str | None, Meta(description="file of rates instead of the measured ones")] = None
-    calibrate: Annotated[tuple[str, ...], Meta(description="bench.json files on this GPU to which rates are refitted")] = ()
+    calibrate: Annotated[
+        tuple[str, ...], Meta(description="bench.json files on this GPU to which rates are refitted")
+    ] = ()
     save_rates: Annotated[str | None, Meta(description="file for the refitted rates, which --rates takes")] = None
     plot: Annotated[str | None, Meta(description="picture of throughput and of copies, such as plan.png")] = None
 
@@ -78,7 +81,9 @@ class Plan:
         """What a rank holds in each mode, at the largest number of tokens a step."""
         asked, tokens = self.settings, max(self.settings.tokens)
         return {
-            "dwdp": memory.dwdp(self.model, self.placement, slots=asked.slots, cache_gib=asked.cache_gib, tokens=tokens),
+            "dwdp": memory.dwdp(
+                self.model, self.placement, slots=asked.slots, cache_gib=asked.cache_gib, tokens=tokens
+            ),
             "ep": memory.expert_parallel(self.model, asked.size, tokens),
             "single": memory.expert_parallel(self.model, 1, tokens),
         }

@@ -1,5 +1,6 @@
 """Checks: what DWDP does not work with, said in one line before anything is loaded."""
 
+from vllm import envs
 from vllm.config import VllmConfig
 
 from vllm_dwdp.config import Options
@@ -19,6 +20,10 @@ WORKERS = (
     "vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker", "vllm_dwdp.integration.worker.DWDPWorker",
 )
 EXECUTORS = (None, "mp", "uni")
+REWRITING = (
+    "DWDP ranks map each other's experts and stream them through slots: they cannot be saved, moved or rewritten "
+    "while the group serves; restart it instead"
+)
 
 
 def refuse_version(version: str, allow_untested: bool) -> None:
@@ -67,6 +72,9 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
          f"--worker-extension-cls"),
         (str(load.load_format) in WHOLE_TENSORS,
          f"--load-format {load.load_format}: it copies tensors of all experts at once; load the model's own checkpoint"),
+        (is_offline_rank(parallel) and not envs.VLLM_ENABLE_V1_MULTIPROCESSING,
+         "VLLM_ENABLE_V1_MULTIPROCESSING=0 and VLLM_DP_SIZE together: in one process vLLM keeps such ranks in lockstep; "
+         "drop one; without VLLM_DP_SIZE give each rank size, rank and rendezvous"),
         (parallel.data_parallel_backend == "ray",
          "--data-parallel-backend ray: only the default backend (mp) starts independent ranks here; drop it"),
         (model.enable_sleep_mode or model.enable_cumem_allocator,

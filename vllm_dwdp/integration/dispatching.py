@@ -1,52 +1,74 @@
 """Dispatching: which steps of this engine dispatch and why, and vLLM's padding told what a round has agreed on."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.platforms import current_platform
 
 from vllm_dwdp.config import Options
+from vllm_dwdp.costs import Costs, rates_of
 from vllm_dwdp.dispatch import Dispatch, Limits
+from vllm_dwdp.experts import ExpertLayer
 from vllm_dwdp.integration import hooks
 from vllm_dwdp.integration.graphs import has_graphs
 from vllm_dwdp.kernels.device import Device
 
 logger = init_logger("vllm.dwdp.dispatching")
-MAX_TOKENS = 4096  # above, a step computes for as long as its experts travel (two H100s, Qwen3-30B-A3B's layer)
-PATIENCE_S = 0.05  # about what a step of a few requests saves in a whole model
+HOST_PATIENCE_S = 0.05  # on CPU, whose costs are not known: some steps of a tiny model
 
 
 def limits(
-    vllm_config: VllmConfig, options: Options, device: Device, layers: Iterable[RoutedExperts]
+    vllm_config: VllmConfig, options: Options, device: Device, layers: Sequence[ExpertLayer]
 ) -> Limits | None:
-    """The steps that dispatch; None, and a line in the log that says why, where none can."""
+    """The steps that dispatch; None, and a line in the log that says why, where none can or none would gain."""
     reason = why_not(vllm_config, options, device, layers)
+    costs = None if current_platform.is_cpu() else costs_of(layers, current_platform.get_device_name())
+    bound = vllm_config.scheduler_config.max_num_batched_tokens // layers[0].placement.size
+    expected = bound if costs is None else costs.max_tokens(bound)
+    most = options.dispatch_max_tokens or expected
+    if reason is None and not most:
+        reason = f"no step of up to {bound} tokens is expected to gain (--dwdp-dispatch-max-tokens overrides)"
     if reason:
         logger.info("DWDP dispatch is off: %s; small steps read peers' experts in place", reason)
         return None
-    budget = vllm_config.scheduler_config.max_num_batched_tokens
-    assert options.size is not None
-    most = options.dispatch_max_tokens or min(MAX_TOKENS, budget // options.size)  # kernels' memory is profiled up to the budget
     sizes = vllm_config.compilation_config.cudagraph_capture_sizes if has_graphs(vllm_config) else []
+    if options.dispatch_max_tokens:
+        why = "--dwdp-dispatch-max-tokens"
+    elif expected == bound:
+        why = "as many as ranks have memory for together, --max-num-batched-tokens over their number"
+    else:
+        why = "above, a step alone is expected to take less"
     logger.info(
-        "DWDP dispatch is on: steps of up to %d tokens send them to their experts' owners, with the ranks at hand", most
+        "DWDP dispatch is on: steps of up to %d tokens send them to their experts' owners, with the ranks at hand (%s)",
+        most, why,
     )
     return Limits(
-        max_tokens=most, graph_sizes=sorted(size for size in sizes if size <= most), patience_s=lambda _: PATIENCE_S
+        max_tokens=most, graph_sizes=sorted(size for size in sizes if size <= most),
+        patience_s=costs.patience_s if costs is not None else lambda _: HOST_PATIENCE_S,
     )
 
 
-def why_not(vllm_config: VllmConfig, options: Options, device: Device, layers: Iterable[RoutedExperts]) -> str | None:
+def costs_of(layers: Sequence[ExpertLayer], device_name: str) -> Costs:
+    """All layers are taken to be like the one that has the most to move."""
+    layer = max(layers, key=lambda layer: layer.size.remote_bytes)
+    return Costs(
+        rates=rates_of(device_name), num_layers=len(layers), num_experts=layer.placement.num_experts, top_k=layer.top_k,
+        expert_bytes=sum(layer.size.expert_bytes), hidden_size=layer.hidden_size, itemsize=layer.itemsize,
+        size=layer.placement.size,
+    )
+
+
+def why_not(vllm_config: VllmConfig, options: Options, device: Device, layers: Sequence[ExpertLayer]) -> str | None:
     if options.dispatch == "off":
         return "--dwdp-dispatch off"
     if options.cache_policy == "hot":
         return "--dwdp-cache-policy hot swaps the pages that it would read"
     if device.handle_kind != "fd":
         return "ranks hand over memory by FABRIC handles, and rounds are agreed within one host"
-    if any(layer.quant_method.is_monolithic for layer in layers):
+    if any(layer.module.quant_method.is_monolithic for layer in layers):
         return "the expert kernel routes by itself; --moe-backend triton does not"
     if has_graphs(vllm_config) and not vllm_config.use_v2_model_runner:
         return "vLLM's older model runner pads batches by itself; use its default one, or --enforce-eager"

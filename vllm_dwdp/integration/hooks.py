@@ -89,6 +89,9 @@ RUN_ENGINE_CORE = Hook(_CORE, "EngineCoreProc.run_engine_core", ("dp_rank", "vll
 LOCKSTEP_ENGINE = Hook(_CORE, "DPEngineCoreProc", ("vllm_config",))
 COORDINATOR = Hook(_UTILS, "DPCoordinator", ("parallel_config", "enable_wave_coordination"))
 WAIT_FOR_STARTUP = Hook(_UTILS, "wait_for_engine_startup", ("parallel_config", "coordinated_dp"))
+SLEEP = Hook(_CORE, "EngineCore.sleep", ("self", "level"))
+RELEASE_CACHE = Hook(_CORE, "EngineCore.release_kv_cache_memory", ("self",))
+SYNC_CLIENT = Hook("vllm.v1.engine.core_client", "SyncMPClient.__init__", ("vllm_config",))
 PAD_BATCH = Hook("vllm.v1.worker.gpu.model_runner", "dispatch_cg_and_sync_dp", ("num_reqs", "num_tokens"))
 BUILD_EXPERTS = Hook(
     "vllm.model_executor.layers.fused_moe.routed_experts", "RoutedExperts.__init__", ("moe_config", "expert_map_manager")

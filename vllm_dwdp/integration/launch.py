@@ -18,6 +18,7 @@ from vllm.logger import init_logger
 from vllm.v1.engine import core
 
 from vllm_dwdp import config
+from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import checks, graphs, hooks, joining
 
 logger = init_logger("vllm.dwdp.engine")
@@ -57,7 +58,29 @@ def install() -> None:
         (hooks.RUN_ENGINE_CORE, lambda _: run_engine_core),
         (hooks.COORDINATOR, _without(_WAVES)),
         (hooks.WAIT_FOR_STARTUP, _without(_LOCKSTEP)),
+        (hooks.SYNC_CLIENT, _without_waves),
     ):
+        hook.install(wrapper)
+        hook.verify()
+    _refuse_first()
+
+
+def _refuse_first() -> None:
+    """An engine core refuses what its worker would, before it pauses, aborts or forgets anything on the way there."""
+
+    def wrapper(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(original).bind(self, *args, **kwargs)
+            given.apply_defaults()
+            only_pauses = given.arguments.get("level") == 0
+            if self.vllm_config.parallel_config.worker_cls == WORKER and not only_pauses:
+                raise DWDPError(checks.REWRITING)
+            return original(self, *args, **kwargs)
+
+        return call
+
+    for hook in (hooks.SLEEP, hooks.RELEASE_CACHE):
         hook.install(wrapper)
         hook.verify()
 
@@ -78,6 +101,17 @@ def _without(flag: str) -> Callable[[Callable], Callable]:
         return call
 
     return wrapper
+
+
+def _without_waves(original: Callable) -> Callable:
+    """A client of LLM's that does not wait for the end of a wave after its last answer: independent ranks have none."""
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.is_dp &= self.vllm_config.parallel_config.worker_cls != WORKER
+
+    return init
 
 
 class IndependentEngineCore(core.EngineCoreProc):
@@ -113,5 +147,6 @@ def run_engine_core(*args: Any, **kwargs: Any) -> None:
     """The engine process's entry point. A spawned child unpickles it by this module's name: it imports DWDP first."""
     if config.parse(kwargs["vllm_config"].additional_config) is None:
         return _run_engine_core(*args, **kwargs)
+    _refuse_first()  # a spawned child has not been through `install`
     with hooks.LOCKSTEP_ENGINE.during(lambda _: IndependentEngineCore):
         _run_engine_core(*args, **kwargs)

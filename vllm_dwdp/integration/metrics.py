@@ -5,9 +5,32 @@ makes when it starts more than one API server - its default with more than one r
 PROMETHEUS_MULTIPROC_DIR.
 """
 
+import os
+from collections.abc import Callable
+
 from prometheus_client import Counter, Gauge
+from vllm.logger import init_logger
 
 from vllm_dwdp.assembly import StreamedModel
+
+logger = init_logger("vllm.dwdp.metrics")
+
+
+def export(model: StreamedModel) -> Callable[[], None]:
+    """Export `model`'s metrics; returns what brings them up to date. If they cannot be kept, the rank runs without."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        logger.info(
+            "DWDP rank %d: /metrics of a server with one API server shows no vllm:dwdp_ metrics; to see them, start "
+            "each server with PROMETHEUS_MULTIPROC_DIR naming an empty folder of its own", model.rank,
+        )
+    try:
+        return Metrics(model).update
+    except Exception as error:  # a folder that is absent, full, not ours, or holds what another program wrote
+        logger.warning(
+            "DWDP rank %d runs without DWDP's metrics: %s; let PROMETHEUS_MULTIPROC_DIR name an empty folder that it "
+            "can write to", model.rank, error,
+        )
+        return lambda: None
 
 
 class Metrics:

@@ -14,9 +14,8 @@ from vllm.platforms import current_platform
 from vllm_dwdp import assembly, config
 from vllm_dwdp.budget import Limit
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.integration import binding, dispatching, joining, loading
+from vllm_dwdp.integration import binding, checks, dispatching, joining, loading, metrics
 from vllm_dwdp.integration.graphs import GraphHooks, fit_graphs
-from vllm_dwdp.integration.metrics import Metrics
 from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.rendezvous import Group
 
@@ -59,7 +58,7 @@ class DWDPWorker(PlatformWorker):
                 layers=[loading.describe(layer, placement, rank) for layer, placement in shards.items()],
                 samples=loading.samples(model, shards, rank) if joining.reads_checkpoint(self.vllm_config) else {},
             )
-            steps = dispatching.limits(self.vllm_config, options, device, shards)
+            steps = dispatching.limits(self.vllm_config, options, device, loaded.layers)
             self.dwdp = assembly.assemble(loaded, group, device, options, limit, steps)
             try:
                 binding.bind(self.dwdp)
@@ -77,7 +76,7 @@ class DWDPWorker(PlatformWorker):
         if self.dwdp.dispatch is not None:
             self.dwdp.dispatch.help_out = self.execute_dummy_batch
             dispatching.pad_to_round(self.vllm_config, self.dwdp.dispatch)
-        self._metrics = Metrics(self.dwdp)
+        self._update_metrics = metrics.export(self.dwdp)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         if self.dwdp.hot is not None:
@@ -93,7 +92,7 @@ class DWDPWorker(PlatformWorker):
         self.dwdp.prefetcher.end_step(num_tokens)
         if dispatch is not None:
             dispatch.end_step(num_tokens)
-        self._metrics.update()
+        self._update_metrics()
         return output
 
     def dwdp_help(self) -> bool | None:
@@ -118,10 +117,7 @@ class DWDPWorker(PlatformWorker):
         super().shutdown()
 
     def _refuse(self, *args: Any, **kwargs: Any) -> None:
-        raise DWDPError(
-            "DWDP ranks map each other's experts and stream them through slots: they cannot be saved, moved or "
-            "rewritten while the group serves; restart it instead"
-        )
+        raise DWDPError(checks.REWRITING)
 
     reload_weights = start_weight_update = update_weights = reset_weights = compute_weight_checksums = _refuse
     save_sharded_state = save_tensorized_model = sleep = wake_up = discard = checkpoint_prepare = add_lora = _refuse
