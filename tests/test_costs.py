@@ -2,16 +2,21 @@
 
 import dataclasses
 import statistics
+from types import SimpleNamespace
 
 import pytest
 
+from vllm_dwdp.budget import LayerSize
+from vllm_dwdp.config import Options
 from vllm_dwdp.costs import H100, LEAST_PATIENCE_S, MOST_PATIENCE_S, Costs, rates_of
+from vllm_dwdp.integration import dispatching
+from vllm_dwdp.placement import Placement
 
 QWEN3 = Costs(  # Qwen3-30B-A3B in bf16 on two H100s
     rates=H100, num_layers=48, num_experts=128, top_k=8, expert_bytes=3 * 2048 * 768 * 2, hidden_size=2048, itemsize=2,
     size=2,
 )
-MEDIAN, WORST = 0.07, 0.2
+MEDIAN, WORST = 0.05, 0.15
 
 # Microseconds of a layer's experts by rows a GPU: all local, and dispatched with an alike peer.
 EXPERTS = {
@@ -93,3 +98,35 @@ def test_members() -> None:
 def test_rates_of() -> None:
     assert rates_of("NVIDIA H100 80GB HBM3") is H100
     assert rates_of("something new") is H100
+
+
+@pytest.mark.parametrize(
+    ("hidden", "batched", "given", "most", "said"),
+    [
+        (2048, 16384, None, QWEN3.max_tokens(8192), "above, a step alone is expected to take less"),
+        (2048, 4096, None, 2048, "--max-num-batched-tokens over their number"),
+        (2048, 16384, 77, 77, "--dwdp-dispatch-max-tokens"),
+        (1, 16384, None, None, "no step of up to 8192 tokens is expected to gain"),
+    ],
+)
+def test_limits(monkeypatch, hidden: int, batched: int, given: int | None, most: int | None, said: str) -> None:
+    """An engine on two H100s takes its limit and its patience from the model, and says why the limit is what it is."""
+    lines = []
+    logger = SimpleNamespace(info=lambda text, *args: lines.append(text % args))
+    platform = SimpleNamespace(is_cpu=lambda: False, get_device_name=lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(dispatching, "logger", logger)
+    monkeypatch.setattr(dispatching, "current_platform", platform)
+    monkeypatch.setattr(dispatching, "has_graphs", lambda _: False)
+    placement, expert_bytes = Placement(num_experts=128, size=2), [2 * 2 * hidden * 768, 2 * hidden * 768]
+    module = SimpleNamespace(quant_method=SimpleNamespace(is_monolithic=False))
+    layer = SimpleNamespace(
+        module=module, size=LayerSize(placement=placement, expert_bytes=expert_bytes), placement=placement,
+        hidden_size=hidden, top_k=8, itemsize=2,
+    )
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=batched))
+    options = Options(size=2, dispatch_max_tokens=given)
+    limits = dispatching.limits(config, options, SimpleNamespace(handle_kind="fd"), [layer] * 48)
+    assert len(lines) == 1 and said in lines[0]
+    assert (limits and limits.max_tokens) == most
+    if limits:
+        assert f"up to {most} tokens" in lines[0] and limits.patience_s(16) == QWEN3.patience_s(16)
