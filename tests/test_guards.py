@@ -132,7 +132,9 @@ def bound(monkeypatch: pytest.MonkeyPatch, keep: Callable | None = None, after: 
         prepare_finalize=finalize, fused_experts=experts))
     monkeypatch.setattr(Kernel, "keep", staticmethod(keep or (lambda moe, config: None)))
     module = layer(w13_weight=torch.arange(OWNED * 200.0).view(OWNED, 200), w13_scale=torch.ones(OWNED, 1))
-    module.moe_config = SimpleNamespace(num_local_experts=OWNED)
+    module.moe_config = SimpleNamespace(
+        num_local_experts=OWNED, hidden_dim=8, experts_per_token=2, in_dtype=torch.float32
+    )
     method = module.quant_method
     method.get_fused_moe_quant_config = lambda m: SimpleNamespace(
         w1=m.w13_weight, w1_scale=m.w13_scale, **{name: make(m) for name, make in config.items()})

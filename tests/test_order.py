@@ -8,7 +8,7 @@ from torch.profiler import profile
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.kernels.device import CopyStream
 from vllm_dwdp.prefetch import Prefetcher
-from vllm_dwdp.schedule import DIRECT, STREAMED, Schedule
+from vllm_dwdp.schedule import DIRECT, DISPATCHED, STREAMED, Schedule
 from vllm_dwdp.slots import Slot, State
 
 
@@ -208,7 +208,7 @@ def test_direct_view_needs_no_event_and_keeps_what_is_prefetched() -> None:
     forward(prefetcher, layers, trace, tokens=9)
     prefetcher.end_step(9)
     assert {layer.view for layer in layers} == {STREAMED} and prefetcher.counters.refills == 0
-    assert prefetcher.counters.forwards == {DIRECT: 1, STREAMED: 1} and prefetcher.counters.replays == 0
+    assert prefetcher.counters.forwards == {DIRECT: 1, STREAMED: 1, DISPATCHED: 0} and prefetcher.counters.replays == 0
 
 
 def capture(prefetcher: Prefetcher, layers: list[FakeLayer], trace: Trace, pieces: int = 1) -> list[list[tuple]]:
@@ -293,7 +293,7 @@ def test_a_replay_waits_for_copies_under_way_and_is_counted() -> None:
     prefetcher.before_graph()
     prefetcher.end_step(64)
     assert trace.calls == [("compute_wait", "copy_done0"), ("compute_wait", "copy_done1")]
-    assert prefetcher.counters.forwards == {DIRECT: 0, STREAMED: 2} and prefetcher.counters.replays == 1
+    assert prefetcher.counters.forwards == {DIRECT: 0, STREAMED: 2, DISPATCHED: 0} and prefetcher.counters.replays == 1
     assert prefetcher.counters.prefetched_bytes == moved + 500 and prefetcher.counters.refills == 0
     trace.calls.clear()
     forward(prefetcher, layers, trace)
@@ -376,7 +376,7 @@ def test_a_step_that_may_be_padded_takes_its_first_layers_view() -> None:
         prefetcher.begin_step(tokens, exact=False)
         forward(prefetcher, layers, trace, rows)
         prefetcher.end_step(tokens)
-    assert prefetcher.counters.forwards == {DIRECT: 1, STREAMED: 2}
+    assert prefetcher.counters.forwards == {DIRECT: 1, STREAMED: 2, DISPATCHED: 0}
     prefetcher.begin_step(16, exact=False)
     with pytest.raises(DWDPError, match="of the streamed view"):
         prefetcher.acquire(layers[0], 8)

@@ -18,7 +18,7 @@ from vllm_dwdp.layout import Layout
 from vllm_dwdp.placement import Placement
 from vllm_dwdp.prefetch import Prefetcher
 from vllm_dwdp.rendezvous import Group
-from vllm_dwdp.schedule import DIRECT, STREAMED, Schedule
+from vllm_dwdp.schedule import DIRECT, DISPATCHED, STREAMED, Schedule
 from vllm_dwdp.weights import FullTensor, LayerWeights, Slots, TensorSpec
 
 from harness import CONTEXT, free_port
@@ -234,7 +234,7 @@ def check_graphs(rank: int, size: int, port: int, kind: str, pieces: int, **shap
             if step % 3 == 0:
                 check(f"step {step}")
     counted = prefetcher.counters
-    assert counted.refills == 0 and counted.forwards == {DIRECT: 0, STREAMED: 41} and counted.replays == 32
+    assert counted.refills == 0 and counted.forwards == {DIRECT: 0, STREAMED: 41, DISPATCHED: 0} and counted.replays == 32
     torch.cuda.synchronize()
     shards.close()
 
