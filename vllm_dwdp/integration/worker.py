@@ -103,7 +103,7 @@ class DWDPWorker(PlatformWorker):
         if self.dwdp.dispatch is None:
             return None
         if helped := self.dwdp.dispatch.help():
-            self._metrics.update()
+            self._update_metrics()
         return helped
 
     def dwdp_stats(self) -> dict[str, Any]:
