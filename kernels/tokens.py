@@ -18,6 +18,8 @@ from collections.abc import Sequence
 
 import torch
 
+from vllm_dwdp.errors import DWDPError
+
 FLAG_BYTES = 128  # a flag has a cache line of its own
 WAIT_S = 20.0  # how long a rank waits inside a round, before it names whom it waited for
 
@@ -78,7 +80,11 @@ class RoundLayout:
 
     @property
     def starts(self) -> tuple[int, ...]:
-        places = [self.padded or count for count in self.tokens]
+        return self.starts_of(self.padded)
+
+    def starts_of(self, padded: int) -> tuple[int, ...]:
+        """Where each rank's rows begin if every rank has `padded` places, 0 for as many as it has rows."""
+        places = [padded or count for count in self.tokens]
         return tuple(sum(places[:rank]) for rank in range(len(places)))
 
     @property
@@ -104,6 +110,14 @@ def owners_of(owned: Sequence[range], num_experts: int) -> list[list[int]]:
             row.append(owners[-(expert % 2)] if owners else -1)
         table.append(row)
     return table
+
+
+def did_not_come(rank: int) -> DWDPError:
+    """Why a step that waited for `rank` has failed."""
+    return DWDPError(
+        f"rank {rank} did not come to a round that it had agreed to: it has ended, or hung for {WAIT_S:.0f} s; see its "
+        f"log, and restart the group"
+    )
 
 
 class TokenExchange(abc.ABC):

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.kernels.tokens import FLAG_BYTES, WAIT_S, InboxMap, RoundLayout, TokenExchange
+from vllm_dwdp.kernels.tokens import FLAG_BYTES, WAIT_S, InboxMap, RoundLayout, TokenExchange, did_not_come
 
 RING = 16  # steps whose control words may be under way at once
 FEW_ROWS, FEW_PROGRAMS, MAX_PROGRAMS = 1024, 48, 256  # all programs must run at once: they wait for their peers'
@@ -205,10 +204,7 @@ class CudaTokens(TokenExchange):
 
     def check(self) -> None:
         if whom := int(self._error[0]):
-            raise DWDPError(
-                f"rank {whom - 1} did not come to a round that it had agreed to within {WAIT_S:.0f} s: it has ended or "
-                f"hangs; see its log, and restart the group"
-            )
+            raise did_not_come(whom - 1)
 
     def close(self) -> None:
         torch.cuda.synchronize(self._control.device)

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.kernels.tokens import WAIT_S, InboxMap, RoundLayout, TokenExchange
+from vllm_dwdp.kernels.tokens import WAIT_S, InboxMap, RoundLayout, TokenExchange, did_not_come
 
 POLL_S = 20e-6
 
@@ -52,10 +51,7 @@ class HostTokens(TokenExchange):
         for peer in self._peers:
             while self._flags[self._rank][phase][peer].value != epoch:
                 if not self._is_alive(peer) or time.monotonic() > deadline:
-                    raise DWDPError(
-                        f"rank {peer} did not come to a round that it had agreed to: it has ended, or hung for "
-                        f"{WAIT_S:.0f} s; see its log, and restart the group"
-                    )
+                    raise did_not_come(peer)
                 time.sleep(POLL_S)
 
     def dispatch(
@@ -68,15 +64,14 @@ class HostTokens(TokenExchange):
             self._area(peer, at.ids, me, (mine, top_k), torch.int32).copy_(ids[:mine])
             self._area(peer, at.weights, me, (mine, top_k), torch.float32).copy_(weights[:mine])
         self._meet(0, layer)
-        total = padded * at.size or layout.num_rows
+        total, start = padded * at.size or layout.num_rows, layout.starts_of(padded)
         owners = self._owners[layer][layout.mask]
         spare = int((owners == me).nonzero()[0])
         rows, new_weights = hidden.new_zeros(total, width), weights.new_zeros(total, top_k)
         new_ids = ids.new_full((total, top_k), spare)
         for sender in layout.members:
             count = mine if sender == me else layout.tokens[sender]
-            start = padded * sender if padded else layout.starts[sender]
-            there = slice(start, start + count)
+            there = slice(start[sender], start[sender] + count)
             if sender == me:
                 rows[there], asked, given = hidden[:mine], ids[:mine], weights[:mine]
             else:
@@ -91,7 +86,7 @@ class HostTokens(TokenExchange):
 
     def combine(self, layer: int, partial: torch.Tensor, num_rows: int, padded: int) -> torch.Tensor:
         at, layout, me, width = self._at, self._layout, self._rank, partial.shape[1]
-        start = [padded * rank for rank in range(at.size)] if padded else layout.starts
+        start = layout.starts_of(padded)
         for peer in self._peers:
             count = layout.tokens[peer]
             self._area(peer, at.sums, me, (count, width), partial.dtype).copy_(partial[start[peer] : start[peer] + count])

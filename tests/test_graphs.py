@@ -119,6 +119,7 @@ def captured(llm) -> tuple[list[int], list[str]]:
     return llm.llm_engine.vllm_config.compilation_config.cudagraph_capture_sizes, told
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     ("options", "sizes"),
     [

@@ -71,10 +71,9 @@ class Dispatch:
                 self._launch(owed)
             return False
         self._end_large_step()
-        made = self._meeting.join(num_tokens, self.limits.patience_s(num_tokens))
-        while made is not None and not made.tokens[self._meeting.rank]:
+        patience_s, rank = self.limits.patience_s(num_tokens), self._meeting.rank
+        while (made := self._meeting.join(num_tokens, patience_s)) is not None and not made.tokens[rank]:
             self._launch(made)
-            made = self._meeting.join(num_tokens, self.limits.patience_s(num_tokens))
         if made is not None:
             self._begin(self._layout_of(made))
         elif self.limits.places(num_tokens):

@@ -21,7 +21,7 @@ from vllm_dwdp import config
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import checks, graphs, hooks, joining
 
-logger = init_logger("vllm.dwdp.engine")
+logger = init_logger("vllm.dwdp.launch")
 WORKER = "vllm_dwdp.integration.worker.DWDPWorker"
 # How often an idle rank looks whether a round asks for it: while rounds do, for some time after, and else.
 HOT_LOOK_S, HOT_S, LOOK_S = 50e-6, 0.05, 2e-3
