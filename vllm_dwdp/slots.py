@@ -18,7 +18,7 @@ class State(enum.Enum):
 
 _BEFORE = {  # what a slot may have been, its layer the same; to be lost or filled, anything
     State.JOINED: {State.FILLED},
-    State.READ: {State.FILLED, State.JOINED, State.READ, State.RELEASED},
+    State.READ: {State.FILLED, State.JOINED, State.READ},
     State.RELEASED: {State.READ},
 }
 
@@ -34,7 +34,8 @@ class Slot:
     state: State = State.LOST
 
     def holds(self, ordinal: int) -> bool:
-        return self.ordinal == ordinal and self.state is not State.LOST
+        """Whether it may be read as `ordinal`'s. A released slot is for the next layer: nobody vouches for its bytes."""
+        return self.ordinal == ordinal and self.state not in (State.LOST, State.RELEASED)
 
     def become(self, state: State, ordinal: int) -> None:
         """To be called before the wait that makes it true.
