@@ -134,9 +134,9 @@ def print_table(values: dict[str, dict[str, float]]) -> None:
         *((f"experts per layer: {kind}", f"dwdp_experts:{kind}", 1) for kind in ("owned", "resident", "streamed")),
         ("slots", "dwdp_slots", 1),
         *((f"MiB: {kind}", f"dwdp_memory_bytes:{kind}", 2**20)
-          for kind in ("shard", "resident", "slots", "replicated", "padding")),
+          for kind in ("shard", "resident", "slots", "inbox", "replicated", "padding")),
         ("MiB prefetched from the peer", "dwdp_prefetch_bytes_total", 2**20),
-        *((f"forward passes: {view}", f"dwdp_forwards_total:{view}", 1) for view in ("streamed", "direct")),
+        *((f"forward passes: {view}", f"dwdp_forwards_total:{view}", 1) for view in ("streamed", "direct", "dispatched")),
     ]
     print(f"  {'':32}{'rank 0':>10}{'rank 1':>10}")
     for title, name, unit in rows:

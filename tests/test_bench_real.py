@@ -30,7 +30,7 @@ def test_real_run_on_cpu_survives_expert_parallelism_that_cannot_run(tmp_path, w
         "--engine-args", json.dumps(engine),
     ]
     if workload == "decode":
-        command += ["--side-by-side", "--decode", "1,2", "--output-len", "8"]
+        command += ["--side-by-side", "--decode", "1,2", "--output-len", "8", "--dwdp", '{"dispatch": "off"}']
     done = subprocess.run(
         [sys.executable, "-m", "vllm_dwdp.entrypoints.cli", *command], cwd=tmp_path, env=os.environ | CPU,
         capture_output=True, text=True, timeout=500,

@@ -47,7 +47,7 @@ def test_a_stock_engine_decodes_what_the_group_prefilled(models, tmp_path: Path)
             rank.send(answer, PROMPTS[part::2], 1)
         for part, rank in enumerate(prefill.ranks):
             assert rank.answer() == ([tokens[:1] for tokens in expected[part::2]], [0] * (len(PROMPTS) // 2))
-        assert [s["forwards"] for s in prefill.run(stats)] == [{"direct": 0, "streamed": 1}] * 2
+        assert [s["forwards"] for s in prefill.run(stats)] == [{"direct": 0, "streamed": 1, "dispatched": 0}] * 2
         files = list(tmp_path.glob("*/*.safetensors"))
         assert len(files) == LAYERS * len(PROMPTS)
 

@@ -87,7 +87,7 @@ class Fakes:
 
 def make(fakes: Fakes, graph_sizes: tuple[int, ...] = (4, 8)) -> Dispatch:
     limits = Limits(max_tokens=MOST, graph_sizes=graph_sizes, patience_s=lambda tokens: tokens / 1000)
-    made = Dispatch(fakes, fakes, fakes, limits)
+    made = Dispatch(fakes, fakes, fakes, fakes, limits)
     made.help_out = lambda: fakes.note("help out", made.padded, made.places(1))
     return made
 

@@ -60,6 +60,7 @@ def measured(llm) -> dict:
     own = [block.fd for layer in model.weights for tensor in layer.tensors for _, block in tensor.held]
     own += [block.fd for block in model.slots._blocks.values()]
     own += [block.fd for block in model.hot._blocks] if model.hot else []
+    own += [model.dispatch.inbox.fd] if model.dispatch else []
     held = sum(os.fstat(fd).st_blocks * 512 for fd in own)
     return {"held": held, "peak": PEAK["bytes"], "read": sorted(READ)}
 
@@ -79,7 +80,7 @@ def test_memory_is_what_the_formula_says(models, options: dict) -> None:
         owned = s["experts"]["owned"]
         assert memory["shard"] == layers * owned * expert
         assert memory["padding"] <= 2 * 2 * layers * 4096
-        expected = sum(memory[kind] for kind in ("shard", "resident", "slots", "padding"))
+        expected = sum(memory[kind] for kind in ("shard", "resident", "slots", "inbox", "padding"))
         assert m["held"] == s["allocated_bytes"] == expected
         missing = 12 - owned - s["experts"]["resident"]
         assert memory["slots"] >= s["num_slots"] * missing * expert
@@ -101,8 +102,8 @@ def test_memory_is_what_the_formula_says(models, options: dict) -> None:
             "8 slots of 0.01 GiB do not fit beside the shard within kv_cache_memory_bytes=5242880: 0.03 GiB are "
             "missing; use more ranks, --dwdp-slots 2 or a lower --kv-cache-memory-bytes",
         ),
-        ({"cache_gib": 1}, "cache_gib=1.0 and 2 slots do not fit beside the shard"),
-        ({"cache_gib": 1, "cache_policy": "hot"}, "the largest cache_gib that does is 0.02"),
+        ({"cache_gib": 1}, "--dwdp-cache-gib 1.0 and 2 slots do not fit beside the shard"),
+        ({"cache_gib": 1, "cache_policy": "hot"}, "the largest cache that does is --dwdp-cache-gib 0.02"),
         ({"cache_gib": 0.0001, "cache_policy": "hot"}, "so small a cache: set --dwdp-cache-gib to "),
     ],
     ids=["slots", "cache", "hot", "small"],

@@ -144,7 +144,7 @@ def test_poisoned_slots_change_nothing(models, setup, kind: str) -> None:
     question = dict(lengths=LENGTHS[kind], tokens=12)
     expected = reference(model, engine, **question)
     setup = functools.partial(setup, kind)
-    with Group(model, 2, {"direct_max_tokens": 0}, engine=engine, setup=setup) as group:
+    with Group(model, 2, {"direct_max_tokens": 0, "dispatch": "off"}, engine=engine, setup=setup) as group:
         assert group.run(generate, **question) == [expected] * 2
         assert [s["refills"] for s in group.run(stats)] == [0, 0]
         assert [s["slot_tags"] for s in group.run(stats)] == [[0, 1]] * 2, "the next forward's first layers"
@@ -172,7 +172,7 @@ def test_poisoned_slots_change_nothing_in_graphs(models, setup, mode: str) -> No
     question = dict(lengths=LENGTHS["cuda"], tokens=12)
     expected = reference(model, engine, **question)
     setup = functools.partial(setup, "cuda")
-    with Group(model, 2, {"direct_max_tokens": 0}, engine=engine, setup=setup) as group:
+    with Group(model, 2, {"direct_max_tokens": 0, "dispatch": "off"}, engine=engine, setup=setup) as group:
         for _ in range(2):
             assert differences(group.run(generate, **question), expected) == []
         for s in group.run(stats):
@@ -197,7 +197,7 @@ def profiled(llm) -> set[str]:
 def test_mixed_batch_sizes_switch_views(models) -> None:
     """Batches around direct_max_tokens alternate between both views, one by one and together: answers stay."""
     model = models("qwen3_moe")
-    with Group(model, 2, {"direct_max_tokens": 4}, setup=functools.partial(slow_copies, "host")) as group:
+    with Group(model, 2, {"direct_max_tokens": 4, "dispatch": "off"}, setup=functools.partial(slow_copies, "host")) as group:
         for seed, lengths in enumerate([[1, 2], [64, 1, 1], [3], [30] * 6]):
             question = dict(lengths=lengths, tokens=6, seed=seed)
             assert group.run(generate, **question) == [reference(model, **question)] * 2

@@ -108,7 +108,10 @@ class StreamedModel:
 
     def memory_bytes(self) -> dict[str, int]:
         """Expert memory on this rank by kind. `padding` is what whole pages add to the bytes of owned experts."""
-        return memory_bytes(self.weights, self.replicas, self.rank, self.slots.nbytes, self.hot.nbytes if self.hot else 0)
+        return memory_bytes(
+            self.weights, self.replicas, self.rank, slots=self.slots.nbytes, hot=self.hot.nbytes if self.hot else 0,
+            inbox=self.dispatch.inbox.nbytes if self.dispatch else 0,
+        )
 
     def stats(self) -> dict[str, Any]:
         prefetcher, counters = self.prefetcher, self.prefetcher.counters
@@ -230,7 +233,10 @@ def start(composed: Composed, means: Means) -> StreamedModel:
         )
         placements = [layer.placement for layer in composed.layers]
         dispatch = Dispatch(*open_inboxes(means.group, means.device, means.undo, rows, placements), stream, means.steps)
-    mine = memory_bytes(layers, composed.replicas, rank, composed.slots.nbytes, hot.nbytes if hot else 0)
+    mine = memory_bytes(
+        layers, composed.replicas, rank, slots=composed.slots.nbytes, hot=hot.nbytes if hot else 0,
+        inbox=dispatch.inbox.nbytes if dispatch else 0,
+    )
     everyone = means.group.gather("pages complete", mine)
     if rank == 0:
         logger.info("DWDP expert memory\n%s", budget.table(everyone))
@@ -238,9 +244,10 @@ def start(composed: Composed, means: Means) -> StreamedModel:
 
 
 def memory_bytes(
-    layers: Sequence[LayerWeights], replicas: Sequence[dict[str, torch.Tensor]], rank: int, slots: int, hot: int
+    layers: Sequence[LayerWeights], replicas: Sequence[dict[str, torch.Tensor]], rank: int, *, slots: int, hot: int,
+    inbox: int,
 ) -> dict[str, int]:
-    """Bytes of expert memory by kind; `slots` and `hot` are those of the slots and of the hot cache."""
+    """Bytes of expert memory by kind; `slots`, `hot` and `inbox` are those of the slots, the hot cache and the inbox."""
     tensors = [tensor for layer in layers for tensor in layer.tensors]
     layouts = [tensor.spec.layout for tensor in tensors]
     shard = sum(len(layout.bytes_of(layout.placement.owned(rank))) for layout in layouts)
@@ -248,6 +255,7 @@ def memory_bytes(
         "shard": shard,
         "resident": hot + sum(block.nbytes for tensor in tensors for _, block in tensor.residents),
         "slots": slots,
+        "inbox": inbox,
         "replicated": sum(tensor.nbytes for named in replicas for tensor in named.values()),
         "padding": sum(block.nbytes for tensor in tensors for _, block in tensor.shard) - shard,
     }

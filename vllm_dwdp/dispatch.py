@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vllm_dwdp.convoy import Round
-from vllm_dwdp.kernels.device import CopyStream
+from vllm_dwdp.kernels.device import Block, CopyStream
 from vllm_dwdp.kernels.tokens import RoundLayout, TokenExchange
 from vllm_dwdp.meeting import Meeting
 
@@ -40,8 +40,8 @@ class Dispatch:
     `help_out`, which the worker sets, runs a forward of a dummy row, in which this rank computes its experts for the members of a round.
     """
 
-    def __init__(self, tokens: TokenExchange, meeting: Meeting, stream: CopyStream, limits: Limits):
-        self.limits = limits
+    def __init__(self, inbox: Block, tokens: TokenExchange, meeting: Meeting, stream: CopyStream, limits: Limits):
+        self.inbox, self.limits = inbox, limits
         self.help_out: Callable[[], None] = lambda: None
         self._meeting, self._tokens, self._stream = meeting, tokens, stream
         self._layout: RoundLayout | None = None  # of the step under way, if its layers dispatch

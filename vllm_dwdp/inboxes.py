@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 
 from vllm_dwdp.exchange import serving
-from vllm_dwdp.kernels.device import Device
+from vllm_dwdp.kernels.device import Block, Device
 from vllm_dwdp.kernels.tokens import InboxMap, TokenExchange, owners_of
 from vllm_dwdp.meeting import Meeting, create
 from vllm_dwdp.placement import Placement
@@ -17,10 +17,10 @@ from vllm_dwdp.rendezvous import Group
 
 def open_inboxes(
     group: Group, device: Device, undo: contextlib.ExitStack, at: InboxMap, placements: Sequence[Placement]
-) -> tuple[TokenExchange, Meeting]:
-    """This rank's exchange with its peers and its place in the convoy; rank 0 makes the page. `placements` are the layers'.
+) -> tuple[Block, TokenExchange, Meeting]:
+    """This rank's inbox, its exchange with its peers and its place in the convoy; rank 0 makes the page.
 
-    Everything made is closed by `undo`.
+    `placements` are the layers'. Everything made is closed by `undo`.
     """
     nbytes = -(-at.nbytes // device.page_bytes) * device.page_bytes
     block = device.allocate(nbytes)
@@ -52,4 +52,4 @@ def open_inboxes(
     owners = [owners_of([p.owned(rank) for rank in range(group.size)], p.num_experts) for p in placements]
     tokens = device.tokens(group.rank, at, [region.address for region in regions], owners, meeting.is_alive)
     undo.callback(tokens.close)
-    return tokens, meeting
+    return block, tokens, meeting

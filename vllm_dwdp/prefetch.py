@@ -137,7 +137,10 @@ class Prefetcher:
         is_last = self.schedule.is_last(layer.ordinal)
         if view == STREAMED:
             capturing = self._stream.is_capturing()
-            self._slot_of(layer, capturing).become(State.RELEASED, layer.ordinal)
+            slot = self._slot_of(layer, capturing)
+            slot.become(State.RELEASED, layer.ordinal)
+            if self.schedule.is_alone(layer.ordinal):  # no other layer comes: its only copy stays
+                slot.state = State.JOINED if capturing else State.FILLED
             if is_last:
                 self._follow(capturing)
         if is_last:
@@ -224,9 +227,7 @@ class Prefetcher:
         """Copy what follows into released slots."""
         for slot in self._overlay.slots if capturing else self._slots:
             if slot.state is State.RELEASED:
-                following = self.schedule.following(slot.ordinal)
-                if following != slot.ordinal:  # else the slot is this layer's alone
-                    self._fill(slot, following)
+                self._fill(slot, self.schedule.following(slot.ordinal))
 
     def _fill(self, slot: Slot, ordinal: int) -> None:
         """Copy a layer into its slot, behind everything that the computing stream has been given by now."""

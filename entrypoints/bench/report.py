@@ -112,7 +112,7 @@ def summarize(
                 ratio_to_ep=versus["ep"], ratio_to_single=versus["single"],
                 exposed_wait_ms_per_step=median([r.exposed_wait_ms_per_step for r in own]),
                 copy_gb_per_s=median([r.copy_gb_per_s for r in own]),
-                views={view: n for view in ("direct", "streamed") if (n := sum(r.spent.get(view, 0) for r in own)) > 0},
+                views={view: n for view in ("direct", "streamed", "dispatched") if (n := sum(r.spent.get(view, 0) for r in own)) > 0},
                 held_per_gpu=held.get((mode, point)), failed=failures.get((mode, point)),
             ))
     return rows
