@@ -16,6 +16,7 @@ import msgspec
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.engine import core
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from vllm_dwdp import config
 from vllm_dwdp.errors import DWDPError
@@ -24,7 +25,7 @@ from vllm_dwdp.integration import checks, graphs, hooks, joining
 logger = init_logger("vllm.dwdp.launch")
 WORKER = "vllm_dwdp.integration.worker.DWDPWorker"
 # How often an idle rank looks whether a round asks for it: while rounds do, for some time after, and else.
-HOT_LOOK_S, HOT_S, LOOK_S = 50e-6, 0.05, 2e-3
+HOT_LOOK_S, HOT_S, LOOK_S, REST_S = 50e-6, 0.05, 2e-3, 1.0
 _WAVES, _LOCKSTEP = "enable_wave_coordination", "coordinated_dp"
 
 
@@ -121,23 +122,34 @@ class IndependentEngineCore(core.EngineCoreProc):
         rank = vllm_config.parallel_config.data_parallel_index
         vllm_config.parallel_config.reconfigure_for_independent_dp_rank()
         super().__init__(*args, vllm_config=vllm_config, engine_index=rank, **kwargs)
-        self.process_input_queue_block = False  # an idle rank looks for requests between rounds that it helps with
-        self._busy_until_s = 0.0
+        self._active_s = 0.0  # when this engine last had work or helped
 
     def _process_input_queue(self) -> None:
-        """Without a request, help the peers' rounds until one comes."""
+        if self.has_work():
+            self._active_s = time.monotonic()
+        else:
+            self._help_until_work()
+        super()._process_input_queue()
+
+    def _help_until_work(self) -> None:
+        """Without a request, help the peers' rounds until one comes.
+
+        A worker in another process spins for seconds after every call, so it is called for `REST_S` only: then the rank rests, and peers go without it.
+        """
+        is_call_cheap = isinstance(self.model_executor, UniProcExecutor)
+        self.process_input_queue_block = False
         while not self.has_work() and self.is_running() and self.input_queue.empty() and not self._idle_state_callbacks:
             (helped,) = self.model_executor.collective_rpc("dwdp_help")
-            if helped is None:  # nobody will ask
-                self.process_input_queue_block = True
-                break
             if helped:
-                self._busy_until_s = time.monotonic() + HOT_S
-            look_s = HOT_LOOK_S if time.monotonic() < self._busy_until_s else LOOK_S
+                self._active_s = time.monotonic()
+            quiet_s = time.monotonic() - self._active_s
+            if helped is None or quiet_s > REST_S and not is_call_cheap:
+                self.model_executor.collective_rpc("dwdp_leave")
+                self.process_input_queue_block = True
+                return
             with self.input_queue.not_empty:
                 if not self.input_queue.queue:
-                    self.input_queue.not_empty.wait(look_s)
-        super()._process_input_queue()
+                    self.input_queue.not_empty.wait(HOT_LOOK_S if quiet_s < HOT_S else LOOK_S)
 
 
 _run_engine_core = core.EngineCoreProc.run_engine_core

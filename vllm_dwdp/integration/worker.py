@@ -106,6 +106,11 @@ class DWDPWorker(PlatformWorker):
             self._update_metrics()
         return helped
 
+    def dwdp_leave(self) -> None:
+        """No request, and no help from now on, until a request comes."""
+        if self.dwdp.dispatch is not None:
+            self.dwdp.dispatch.leave()
+
     def dwdp_stats(self) -> dict[str, Any]:
         """Memory by kind (bytes), bytes prefetched, forwards by view, exposed wait and copy time (ms), refills."""
         return self.dwdp.stats()
