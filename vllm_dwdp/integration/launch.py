@@ -134,7 +134,8 @@ class IndependentEngineCore(core.EngineCoreProc):
     def _help_until_work(self) -> None:
         """Without a request, help the peers' rounds until one comes.
 
-        A worker in another process spins for seconds after every call, so it is called for `REST_S` only: then the rank rests, and peers go without it.
+        A worker in another process spins for seconds after every call, so it is called for `REST_S` only: then the rank
+        rests, and peers go without it.
         """
         is_call_cheap = isinstance(self.model_executor, UniProcExecutor)
         self.process_input_queue_block = False
@@ -143,7 +144,7 @@ class IndependentEngineCore(core.EngineCoreProc):
             if helped:
                 self._active_s = time.monotonic()
             quiet_s = time.monotonic() - self._active_s
-            if helped is None or quiet_s > REST_S and not is_call_cheap:
+            if helped is None or (quiet_s > REST_S and not is_call_cheap):
                 self.model_executor.collective_rpc("dwdp_leave")
                 self.process_input_queue_block = True
                 return
