@@ -35,6 +35,13 @@ def processes_in(folder: Path) -> list[str]:
     return found
 
 
+def await_that(condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.1)
+
+
 def make_prompts(lengths: Sequence[int], seed: int = 0, vocab: int = 250) -> list[dict[str, list[int]]]:
     rng = random.Random(seed)
     return [{"prompt_token_ids": [rng.randrange(1, vocab) for _ in range(n)]} for n in lengths]

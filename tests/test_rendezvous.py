@@ -17,7 +17,7 @@ from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.exchange import PeerClient, PeerServer
 from vllm_dwdp.rendezvous import Group, Hello, PeerStopped, agree, agree_where_common
 
-from harness import free_port
+from harness import await_that, free_port
 
 HELLO = Hello(
     rank=0, size=3, plugin="1", vllm="2", model={"layers": 3}, options={"slots": 2, "deep": {"a": [1, 2]}}, device="cpu",
@@ -178,7 +178,7 @@ def test_handles() -> None:
         assert names == [f"/memfd:{layer}-{n} (deleted)" for n in range(300)]
     client.close()
     server.close()
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before, 5.0)  # the server's thread closes its own
+    await_that(lambda: len(os.listdir("/proc/self/fd")) <= before, "the serving thread to close its descriptors", 5)
 
 
 @pytest.mark.parametrize("kind", ["handles", "contents"])

@@ -18,6 +18,7 @@ from vllm_dwdp.entrypoints import server
 from vllm_dwdp.entrypoints.server import QUIT_S, free_port
 
 from conftest import ROOT
+from harness import await_that
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
 pytestmark = pytest.mark.engine
@@ -209,9 +210,6 @@ def test_killed_rank_ends_the_server_and_a_restart_works(models, folder: Path, s
     os.kill(server.engines()[1], signal.SIGKILL)
     assert server.process.wait(60) != 0
     assert "vllm-dwdp" not in Path("/proc/net/unix").read_text()
-    deadline = time.monotonic() + 30  # resource trackers end after those whose memory they free
-    while left := server.members():
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
+    await_that(lambda: not server.members(), "what the server started to end", 30)  # resource trackers free memory first
     with Server(models("qwen3_moe"), folder, "--data-parallel-size", "2", "--parallel", "dwdp") as again:
         assert len(again.complete("A mixture of experts", 8)) > 3

@@ -26,11 +26,13 @@ MIN_TOKEN = 10  # leaves out the special tokens that models keep at either end o
 class Ran(msgspec.Struct, frozen=True, kw_only=True):
     """One run. Seconds on the host's monotonic clock, which all ranks of a host share; `stats` accumulate.
 
-    `first_s` is when the last request had its first token: from then to `end_s` the rank only decodes.
+    `first_s` is when the last request had its first token: from then to `end_s` the rank only decodes. `steps_s` are the
+    times at which it had further tokens.
     """
 
     start_s: float
     first_s: float
+    steps_s: list[float]
     end_s: float
     prompt_tokens: int
     output_tokens: int
@@ -91,17 +93,20 @@ class Rank:
         sampling = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True, detokenize=False)
         engine = self.llm.llm_engine
         latest: dict[str, int] = {}  # tokens of each request that has any
-        first_s = None
+        first_s, steps_s = None, []
         start_s = time.monotonic()
         for number, ids in enumerate(prompts):
             engine.add_request(str(number), {"prompt_token_ids": ids}, sampling)
         while engine.has_unfinished_requests():
-            latest |= {output.request_id: len(output.outputs[0].token_ids) for output in engine.step()}
-            if first_s is None and len(latest) == len(prompts):
+            found = {output.request_id: len(output.outputs[0].token_ids) for output in engine.step()}
+            latest |= found
+            if first_s is not None and found:
+                steps_s.append(time.monotonic())
+            elif first_s is None and len(latest) == len(prompts):
                 first_s = time.monotonic()
         end_s = time.monotonic()
         return Ran(
-            start_s=start_s, first_s=first_s, end_s=end_s, stats=self.stats(),
+            start_s=start_s, first_s=first_s, steps_s=steps_s, end_s=end_s, stats=self.stats(),
             prompt_tokens=sum(map(len, prompts)), output_tokens=sum(latest.values()),
         )
 
@@ -111,7 +116,9 @@ class Rank:
             return {}
         found = self.llm.collective_rpc("dwdp_stats")[0]
         counted = ("exposed_wait_ms", "copy_ms", "prefetch_bytes", "replays")
-        return {name: found[name] for name in counted} | found["forwards"]
+        met = found["dispatch"] or {}
+        rounds = {name: met[name] for name in ("helper_rounds", "alone", "waited_s") if name in met}
+        return {name: found[name] for name in counted} | found["forwards"] | rounds
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()

@@ -55,14 +55,20 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def total(before: Sequence[Ran], after: Sequence[Ran]) -> Counter:
-    """What a run of all ranks took: seconds from the first start to the last end, the longest that a rank only decoded,
-    and sums of the rest.
+    """What a run of all ranks took: seconds from the first start to the last end, those in which all of them only
+    decoded, with the steps that a rank took in these, and sums of the rest.
 
-    `before` is the ranks' previous run: their statistics accumulate.
+    `before` is the ranks' previous run: their statistics accumulate. Where ranks did not decode at the same time, the
+    one that took longest counts.
     """
+    begin_s, end_s = max(ran.first_s for ran in after), min(ran.end_s for ran in after)
+    if begin_s >= end_s:
+        longest = max(after, key=lambda ran: ran.end_s - ran.first_s)
+        begin_s, end_s = longest.first_s, longest.end_s
+    steps = [sum(begin_s < step_s <= end_s for step_s in ran.steps_s) for ran in after]
     spent = Counter(
         elapsed_s=max(ran.end_s for ran in after) - min(ran.start_s for ran in after),
-        decode_s=max(ran.end_s - ran.first_s for ran in after),
+        decode_s=end_s - begin_s, decode_steps=statistics.mean(filter(None, steps)) if any(steps) else 0,
         prompt_tokens=sum(ran.prompt_tokens for ran in after), output_tokens=sum(ran.output_tokens for ran in after),
     )
     for ran in after:
@@ -72,17 +78,12 @@ def total(before: Sequence[Ran], after: Sequence[Ran]) -> Counter:
     return spent
 
 
-def reading(
-    *, mode: str, point: int, round: int, num_gpus: int, spent: Counter, decode_steps: int | None = None
-) -> Reading:
-    """One prefill run's figures; with `decode_steps`, those of that many steps in which `spent` was spent.
-
-    Copies and waits in CUDA graphs are not timed.
-    """
+def reading(*, mode: str, point: int, round: int, num_gpus: int, spent: Counter, decode: bool = False) -> Reading:
+    """One run's figures: of prefill, or of the steps that only decoded. Copies and waits in CUDA graphs are not timed."""
     steps = spent["streamed"] - spent["replays"]
     return Reading(
         mode=mode, point=point, round=round, spent=dict(spent),
-        value=1e3 * spent["decode_s"] / decode_steps if decode_steps else
+        value=1e3 * spent["decode_s"] / spent["decode_steps"] if decode else
         spent["prompt_tokens"] / spent["elapsed_s"] / num_gpus,
         exposed_wait_ms_per_step=spent["exposed_wait_ms"] / steps if steps > 0 else None,
         copy_gb_per_s=spent["prefetch_bytes"] * steps / spent["streamed"] / spent["copy_ms"] / 1e6

@@ -155,17 +155,15 @@ class Bench:
 
     def _read(self, point: int, round: int, mode: str, where: str) -> None:
         """Measure once. What decode steps move and wait for is what more output tokens do than the first."""
-        output_len, decode_steps = self.settings.output_len, None
+        output_len = self.settings.output_len
         if self.decode:
             first = self._run(mode, "prefill", point, 1)
             spent = self._run(mode, "decode", point, output_len)
             spent.subtract(first)
-            decode_steps = output_len - 1
         else:
             spent = self._run(mode, "prefill", self.settings.num_prompts, output_len)
         self.readings.append(read := reading(
-            mode=mode, point=point, round=round, num_gpus=self.settings.num_gpus(mode), spent=spent,
-            decode_steps=decode_steps,
+            mode=mode, point=point, round=round, num_gpus=self.settings.num_gpus(mode), spent=spent, decode=self.decode,
         ))
         batch = f", {point} requests per GPU" if self.decode else ""
         self.say(f"{where}{batch}: {read.value:{FORMATS[self.decode]}} {UNITS[self.decode]}")
