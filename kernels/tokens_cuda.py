@@ -15,6 +15,7 @@ from vllm_dwdp.kernels.tokens import FLAG_BYTES, WAIT_S, InboxMap, RoundLayout, 
 
 RING = 16  # steps whose control words may be under way at once
 FEW_ROWS, FEW_PROGRAMS, MAX_PROGRAMS = 1024, 48, 256  # all programs must run at once: they wait for their peers'
+TILE = 8192  # numbers that a program moves at once where rows are many: 16 KB in flight on every SM
 
 
 @triton.jit
@@ -55,15 +56,26 @@ def _meet(counter, programs, peers, phase, epoch, mask, failed, error, ME: tl.co
     tl.debug_barrier()
 
 
+@triton.jit
+def _rows(address, first, stride, BLOCK_H: tl.constexpr, R: tl.constexpr):
+    """Pointers to R rows from `first` on, [R, BLOCK_H]."""
+    return address + (first + tl.arange(0, R)[:, None]) * stride + tl.arange(0, BLOCK_H)[None, :]
+
+
+@triton.jit
+def _inside(first, rows, H: tl.constexpr, BLOCK_H: tl.constexpr, R: tl.constexpr):
+    """Which of R rows from `first` on are below `rows`, and which of their places are numbers."""
+    return ((first + tl.arange(0, R)) < rows)[:, None] & (tl.arange(0, BLOCK_H) < H)[None, :]
+
+
 @triton.jit(do_not_specialize=["layer", "num_rows", "padded"])
 def _dispatch(hidden, ids, weights, out_hidden, out_ids, out_weights, control, peers, owners, counter, failed, error,
               layer, num_rows, padded, stride_hidden, E: tl.constexpr, ME: tl.constexpr, N: tl.constexpr,
               ROWS: tl.constexpr, H: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-              AT_IDS: tl.constexpr, AT_WEIGHTS: tl.constexpr, AT_HIDDEN: tl.constexpr, FLAG: tl.constexpr,
-              LIMIT_NS: tl.constexpr):
-    program, programs = tl.program_id(0), tl.num_programs(0)
+              R: tl.constexpr, AT_IDS: tl.constexpr, AT_WEIGHTS: tl.constexpr, AT_HIDDEN: tl.constexpr,
+              FLAG: tl.constexpr, LIMIT_NS: tl.constexpr):
+    start, step = tl.program_id(0) * R, tl.num_programs(0) * R
     dtype: tl.constexpr = hidden.dtype.element_ty
-    h, k = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_K)
     epoch, mask = tl.load(control) + layer, tl.load(control + 1)
     mine = tl.minimum(tl.load(control + 2 + ME), num_rows)
     for peer in tl.static_range(N):
@@ -73,11 +85,15 @@ def _dispatch(hidden, ids, weights, out_hidden, out_ids, out_weights, control, p
                 to_hidden = _at(base, AT_HIDDEN, dtype) + ME * ROWS * H
                 to_ids = _at(base, AT_IDS, tl.int32) + ME * ROWS * K
                 to_weights = _at(base, AT_WEIGHTS, tl.float32) + ME * ROWS * K
-                for row in range(program, mine, programs):
-                    tl.store(to_hidden + row * H + h, tl.load(hidden + row * stride_hidden + h, mask=h < H), mask=h < H)
-                    tl.store(to_ids + row * K + k, tl.load(ids + row * K + k, mask=k < K).to(tl.int32), mask=k < K)
-                    tl.store(to_weights + row * K + k, tl.load(weights + row * K + k, mask=k < K).to(tl.float32), mask=k < K)
-    _meet(counter, programs, peers, 0, epoch, mask, failed, error, ME, N, FLAG, LIMIT_NS)
+                for row in range(start, mine, step):
+                    is_h, is_k = _inside(row, mine, H, BLOCK_H, R), _inside(row, mine, K, BLOCK_K, R)
+                    x = tl.load(_rows(hidden, row, stride_hidden, BLOCK_H, R), mask=is_h)
+                    e = tl.load(_rows(ids, row, K, BLOCK_K, R), mask=is_k).to(tl.int32)
+                    w = tl.load(_rows(weights, row, K, BLOCK_K, R), mask=is_k).to(tl.float32)
+                    tl.store(_rows(to_hidden, row, H, BLOCK_H, R), x, mask=is_h)
+                    tl.store(_rows(to_ids, row, K, BLOCK_K, R), e, mask=is_k)
+                    tl.store(_rows(to_weights, row, K, BLOCK_K, R), w, mask=is_k)
+    _meet(counter, tl.num_programs(0), peers, 0, epoch, mask, failed, error, ME, N, FLAG, LIMIT_NS)
     here = tl.load(peers + ME)
     for sender in tl.static_range(N):
         count = tl.load(control + 2 + sender)
@@ -85,66 +101,69 @@ def _dispatch(hidden, ids, weights, out_hidden, out_ids, out_weights, control, p
             count = mine
         if (mask >> sender) & 1 == 0:
             count = count * 0
-        places, start = count, tl.load(control + 2 + N + sender)
+        places, begin = count, tl.load(control + 2 + N + sender)
         if padded > 0:
-            places, start = padded.to(tl.int64), (padded * sender).to(tl.int64)
-        for row in range(program, places, programs):
-            arrived = row < count
-            at = start + row
+            places, begin = padded.to(tl.int64), (padded * sender).to(tl.int64)
+        for row in range(start, places, step):
+            is_h, is_k = _inside(row, places, H, BLOCK_H, R), _inside(row, places, K, BLOCK_K, R)
+            has_h, has_k = is_h & _inside(row, count, H, BLOCK_H, R), is_k & _inside(row, count, K, BLOCK_K, R)
             if sender == ME:
-                x = tl.load(hidden + row * stride_hidden + h, mask=(h < H) & arrived, other=0.0)
-                w = tl.load(weights + row * K + k, mask=(k < K) & arrived, other=0.0).to(tl.float32)
-                e = tl.load(ids + row * K + k, mask=(k < K) & arrived, other=-1).to(tl.int32)
+                e = tl.load(_rows(ids, row, K, BLOCK_K, R), mask=has_k, other=-1).to(tl.int32)
+                w = tl.load(_rows(weights, row, K, BLOCK_K, R), mask=has_k, other=0.0).to(tl.float32)
+                x = tl.load(_rows(hidden, row, stride_hidden, BLOCK_H, R), mask=has_h, other=0.0)
             else:
-                from_hidden = _at(here, AT_HIDDEN, dtype) + (sender * ROWS + row) * H
-                from_ids = _at(here, AT_IDS, tl.int32) + (sender * ROWS + row) * K
-                from_weights = _at(here, AT_WEIGHTS, tl.float32) + (sender * ROWS + row) * K
-                x = tl.load(from_hidden + h, mask=(h < H) & arrived, other=0.0, cache_modifier=".cg")
-                w = tl.load(from_weights + k, mask=(k < K) & arrived, other=0.0, cache_modifier=".cg")
-                e = tl.load(from_ids + k, mask=(k < K) & arrived, other=-1, cache_modifier=".cg")
-            owner = tl.load(owners + mask * E + e, mask=(k < K) & (e >= 0), other=-2)
+                from_ids = _rows(_at(here, AT_IDS, tl.int32) + sender * ROWS * K, row, K, BLOCK_K, R)
+                from_weights = _rows(_at(here, AT_WEIGHTS, tl.float32) + sender * ROWS * K, row, K, BLOCK_K, R)
+                from_hidden = _rows(_at(here, AT_HIDDEN, dtype) + sender * ROWS * H, row, H, BLOCK_H, R)
+                e = tl.load(from_ids, mask=has_k, other=-1, cache_modifier=".cg")
+                w = tl.load(from_weights, mask=has_k, other=0.0, cache_modifier=".cg")
+                x = tl.load(from_hidden, mask=has_h, other=0.0, cache_modifier=".cg")
+            owner = tl.load(owners + mask * E + e, mask=is_k & (e >= 0), other=-2)
             is_mine = owner == ME
             if sender == ME:
                 is_mine = is_mine | (owner == -1)
-            tl.store(out_hidden + at * H + h, x, mask=h < H)
-            tl.store(out_ids + at * K + k, tl.where(is_mine, e, -1).to(out_ids.dtype.element_ty), mask=k < K)
-            tl.store(out_weights + at * K + k, tl.where(is_mine, w, 0.0).to(out_weights.dtype.element_ty), mask=k < K)
+            e, w = tl.where(is_mine, e, -1), tl.where(is_mine, w, 0.0)
+            tl.store(_rows(out_hidden, begin + row, H, BLOCK_H, R), x, mask=is_h)
+            tl.store(_rows(out_ids, begin + row, K, BLOCK_K, R), e.to(out_ids.dtype.element_ty), mask=is_k)
+            tl.store(_rows(out_weights, begin + row, K, BLOCK_K, R), w.to(out_weights.dtype.element_ty), mask=is_k)
 
 
 @triton.jit(do_not_specialize=["layer", "num_rows", "padded"])
-def _combine(partial, out, control, peers, counter, failed, error, layer, num_rows, padded, stride_partial, ME: tl.constexpr,
-             N: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, AT_SUMS: tl.constexpr,
-             FLAG: tl.constexpr, LIMIT_NS: tl.constexpr):
-    program, programs = tl.program_id(0), tl.num_programs(0)
+def _combine(partial, out, control, peers, counter, failed, error, layer, num_rows, padded, stride_partial,
+             ME: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
+             R: tl.constexpr, AT_SUMS: tl.constexpr, FLAG: tl.constexpr, LIMIT_NS: tl.constexpr):
+    start, step = tl.program_id(0) * R, tl.num_programs(0) * R
     dtype: tl.constexpr = partial.dtype.element_ty
-    h = tl.arange(0, BLOCK_H)
     epoch, mask = tl.load(control) + layer, tl.load(control + 1)
     for peer in tl.static_range(N):
         if peer != ME:
             if (mask >> peer) & 1 != 0:
-                start = tl.load(control + 2 + N + peer)
+                begin, theirs = tl.load(control + 2 + N + peer), tl.load(control + 2 + peer)
                 if padded > 0:
-                    start = (padded * peer).to(tl.int64)
+                    begin = (padded * peer).to(tl.int64)
                 to = _at(tl.load(peers + peer), AT_SUMS, dtype) + ME * ROWS * H
-                for row in range(program, tl.load(control + 2 + peer), programs):
-                    tl.store(to + row * H + h, tl.load(partial + (start + row) * stride_partial + h, mask=h < H), mask=h < H)
-    _meet(counter, programs, peers, 1, epoch, mask, failed, error, ME, N, FLAG, LIMIT_NS)
+                for row in range(start, theirs, step):
+                    is_h = _inside(row, theirs, H, BLOCK_H, R)
+                    x = tl.load(_rows(partial, begin + row, stride_partial, BLOCK_H, R), mask=is_h)
+                    tl.store(_rows(to, row, H, BLOCK_H, R), x, mask=is_h)
+    _meet(counter, tl.num_programs(0), peers, 1, epoch, mask, failed, error, ME, N, FLAG, LIMIT_NS)
     begin = tl.load(control + 2 + N + ME)
     if padded > 0:
         begin = (padded * ME).to(tl.int64)
     mine = tl.load(control + 2 + ME)
     here = _at(tl.load(peers + ME), AT_SUMS, dtype)
-    for row in range(program, num_rows, programs):
-        total = tl.zeros([BLOCK_H], tl.float32)
+    for row in range(start, num_rows, step):
+        is_h = _inside(row, num_rows, H, BLOCK_H, R)
+        has_h = is_h & _inside(row, mine, H, BLOCK_H, R)
+        total = tl.zeros([R, BLOCK_H], tl.float32)
         for rank in tl.static_range(N):
             if rank == ME:
-                total += tl.load(partial + (begin + row) * stride_partial + h, mask=(h < H) & (row < mine), other=0.0).to(
-                    tl.float32)
+                total += tl.load(_rows(partial, begin + row, stride_partial, BLOCK_H, R), mask=has_h, other=0.0).to(tl.float32)
             else:
-                came = (((mask >> rank) & 1) != 0) & (row < mine)
-                total += tl.load(here + (rank * ROWS + row) * H + h, mask=(h < H) & came, other=0.0,
-                                 cache_modifier=".cg").to(tl.float32)
-        tl.store(out + row * H + h, total.to(dtype), mask=h < H)
+                came = has_h & (((mask >> rank) & 1) != 0)
+                sums = _rows(here + rank * ROWS * H, row, H, BLOCK_H, R)
+                total += tl.load(sums, mask=came, other=0.0, cache_modifier=".cg").to(tl.float32)
+        tl.store(_rows(out, row, H, BLOCK_H, R), total.to(dtype), mask=is_h)
 
 
 class CudaTokens(TokenExchange):
@@ -183,7 +202,7 @@ class CudaTokens(TokenExchange):
             hidden, ids, weights, rows, new_ids, new_weights, self._control, self._peers, self._owners[layer], self._counter,
             self._failed, self._error.data_ptr(), layer, num_rows, padded, hidden.stride(0), E=self._owners[layer].shape[1], ME=self._rank,
             N=at.size, ROWS=at.rows, H=width, K=top_k, BLOCK_H=triton.next_power_of_2(width),
-            BLOCK_K=triton.next_power_of_2(top_k), AT_IDS=at.ids, AT_WEIGHTS=at.weights, AT_HIDDEN=at.hiddens,
+            BLOCK_K=triton.next_power_of_2(top_k), R=self._tile(total, width), AT_IDS=at.ids, AT_WEIGHTS=at.weights, AT_HIDDEN=at.hiddens,
             FLAG=FLAG_BYTES, LIMIT_NS=int(WAIT_S * 1e9), num_warps=8,
         )
         return rows, new_weights, new_ids
@@ -194,13 +213,17 @@ class CudaTokens(TokenExchange):
         _combine[self._programs(partial.shape[0]),](
             partial, out, self._control, self._peers, self._counter, self._failed, self._error.data_ptr(), layer, num_rows, padded,
             partial.stride(0), ME=self._rank, N=at.size, ROWS=at.rows, H=width, BLOCK_H=triton.next_power_of_2(width),
-            AT_SUMS=at.sums, FLAG=FLAG_BYTES, LIMIT_NS=int(WAIT_S * 1e9), num_warps=8,
+            R=self._tile(partial.shape[0], width), AT_SUMS=at.sums, FLAG=FLAG_BYTES, LIMIT_NS=int(WAIT_S * 1e9), num_warps=8,
         )
         return out
 
     @staticmethod
     def _programs(num_rows: int) -> int:
         return max(min(num_rows // 2, FEW_PROGRAMS if num_rows <= FEW_ROWS else MAX_PROGRAMS), 1)
+
+    @staticmethod
+    def _tile(num_rows: int, width: int) -> int:
+        return max(TILE // triton.next_power_of_2(width), 1) if num_rows > FEW_ROWS else 1
 
     def check(self) -> None:
         if whom := int(self._error[0]):

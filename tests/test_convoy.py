@@ -46,17 +46,17 @@ def first(rules: types.ModuleType, size: int, deaths: int) -> World:
 
 
 def actions(world: World, sizes: tuple[int, ...]) -> Iterator[tuple]:
-    """Everything that may happen next: (rank, what, tokens)."""
+    """Everything that may happen next: (rank, what, tokens, and of joining whether large steps end soon)."""
     for rank, does in enumerate(world.does):
         if does == "dead":
             continue
         if isinstance(does, tuple):
             yield rank, *does[1]
         elif does == "wait":
-            yield rank, "join", world.tokens[rank]
+            yield from ((rank, "join", world.tokens[rank], soon) for soon in (False, True))
             yield rank, "give_up", 0
         else:
-            yield from ((rank, "join", tokens) for tokens in sizes)
+            yield from ((rank, "join", tokens, soon) for tokens in sizes for soon in (False, True))
             yield from ((rank, what, 0) for what in ("large", "idle", "away"))
         if world.loaded[rank] or does == "help":
             yield rank, "large_done", 0
@@ -65,11 +65,11 @@ def actions(world: World, sizes: tuple[int, ...]) -> Iterator[tuple]:
 
 
 def act(rules: types.ModuleType, world: World, action: tuple) -> World:
-    rank, what, tokens = action
+    rank, what, tokens, *soon = action
     if what == "die":
         return world._replace(does=put(world.does, rank, "dead"), owes=put(world.owes, rank, None), deaths=world.deaths - 1)
     again, alive = isinstance(world.does[rank], tuple), lambda r: world.does[r] != "dead"
-    before, give = world.record, {"join": (tokens, alive), "give_up": (), "large_done": ()}.get(what, (alive,))
+    before, give = world.record, {"join": (tokens, alive, lambda r: soon[0]), "give_up": (), "large_done": ()}.get(what, (alive,))
     record, answer = getattr(rules, what)(before, rank, *give)
     if what == "large_done" and not world.loaded[rank]:
         check(record == before, "a large step ends that never began")
@@ -103,7 +103,7 @@ def act(rules: types.ModuleType, world: World, action: tuple) -> World:
         check(not (again and answer.tokens[rank] == 0), "a second helper round before the rank's own step")
         owes, comes = put(owes, rank, None), put(comes, rank, True)
         own = answer.tokens[rank] > 0 or what == "idle"
-        does = put(does, rank, "run" if own else ("again", (what, tokens)))
+        does = put(does, rank, "run" if own else ("again", (what, tokens, *soon)))
         check(what in ("join", "give_up") or not answer.tokens[rank], "a rank's step is launched, and it came for something else")
     else:
         check(owes[rank] is None, "a rank goes on while it owes a round")
@@ -114,11 +114,13 @@ def act(rules: types.ModuleType, world: World, action: tuple) -> World:
             does = put(does, rank, "run" if loaded[rank] else "help")
         elif what == "join" and answer is rules.WAIT:
             check(any((comes[r] and not loaded[r] and does[r] in ("run", "wait")) or isinstance(does[r], tuple) or owes[r]
-                      for r in everyone if r != rank), "waits for nobody who comes")
+                      or (loaded[r] and soon[0]) for r in everyone if r != rank), "waits for nobody who comes")
             comes = put(comes, rank, True)
         else:
             company = [r for r in everyone if r != rank and does[r] in ("wait", "help") and not owes[r]]
             check(what != "join" or loaded[rank] or not company, "goes alone beside who would take part")
+            ending = [r for r in everyone if r != rank and loaded[r] and what == "join" and soon[0]]
+            check(loaded[rank] or not ending, "goes alone before a large step that ends soon")
             does = put(does, rank, "run" if what != "large_done" else world.does[rank])
             comes = put(comes, rank, what != "away")
         if what == "give_up":
@@ -206,7 +208,10 @@ LEAVES = "record = _depart(_enter(record, rank, State.IDLE), alive)"
         ("join", LOADED, "    if False:"),
         ("idle", LOADED, "    if False:"),
         ("away", LOADED, "    if False:"),
-        ("join", "    if _waited_for(record, alive):", "    if True:"),
+        ("join", "ending or _waited_for(record, alive)", "True"),
+        ("join", "ending or ", ""),
+        ("join", " and ends_soon(r)", ""),
+        ("join", "alive(r) and ", ""),
         ("join", "_depart(_enter(record, rank, State.WAITING), alive)", "_enter(record, rank, State.WAITING)"),
         ("join", "return _enter(record, rank, State.BUSY), GO", "return record, GO"),
         ("join", "_put(record.tokens, rank, tokens)", "record.tokens"),

@@ -15,11 +15,14 @@ from typing import Any
 
 import pytest
 from test_serve import Server
+from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from vllm_dwdp import dispatch as module
 from vllm_dwdp.convoy import Round
 from vllm_dwdp.dispatch import Dispatch, Limits
-from vllm_dwdp.kernels.tokens import RoundLayout
+from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.integration.dispatching import checked
+from vllm_dwdp.kernels.tokens import RoundLayout, did_not_come
 from vllm_dwdp.meeting import Stats
 
 from harness import Group, generate, reference, stats
@@ -51,8 +54,8 @@ class Fakes:
         self.note(*call)
         return self._owed.pop(0) if self._owed else otherwise
 
-    def large(self) -> Round | None:
-        return self._next("large")
+    def large(self, takes_s: float) -> Round | None:
+        return self._next("large", takes_s)
 
     def join(self, num_tokens: int, patience_s: float) -> Round | None:
         return self._next("join", num_tokens, patience_s, otherwise=self._joined)
@@ -86,7 +89,7 @@ class Fakes:
 
 
 def make(fakes: Fakes, graph_sizes: tuple[int, ...] = (4, 8)) -> Dispatch:
-    limits = Limits(max_tokens=MOST, graph_sizes=graph_sizes, patience_s=lambda tokens: tokens / 1000)
+    limits = Limits(max_tokens=MOST, graph_sizes=graph_sizes, patience_s=lambda tokens: tokens / 1000, large_s=lambda _: 7.0)
     made = Dispatch(fakes, fakes, fakes, fakes, limits)
     made.help_out = lambda: fakes.note("help out", made.padded, made.places(1))
     return made
@@ -101,7 +104,7 @@ HELPED = [  # padded to the largest step of the round, as its other members are
 def test_a_large_step_first_launches_what_it_owes_and_meets_nobody() -> None:
     fakes = Fakes(HELP)
     assert not make(fakes).begin_step(LARGE)
-    assert fakes.said() == [("check",), ("large",), *HELPED[0], ("large",), *HELPED[1], ("large",)]
+    assert fakes.said() == [("check",), ("large", 7.0), *HELPED[0], ("large", 7.0), *HELPED[1], ("large", 7.0)]
 
 
 def test_a_small_step_first_launches_what_it_owes_then_joins_again() -> None:
@@ -123,7 +126,7 @@ def test_after_a_large_step_peers_are_met_when_the_device_has_ended_it() -> None
     for _ in range(2):
         made.begin_step(LARGE)
         made.end_step(LARGE)
-    assert fakes.said() == [("check",), ("large",), ("record", "event 1")] * 2
+    assert fakes.said() == [("check",), ("large", 7.0), ("record", "event 1")] * 2
     made.begin_step(SMALL)
     assert [name for name, *_ in fakes.said()] == ["check", "look", "look", "look", "large done", "join", "begin"]
     made.end_step(SMALL)
@@ -224,6 +227,26 @@ def test_peers_that_stop_or_end_between_rounds(models) -> None:
         second.process.join()
         assert first.run(generate) == expected
         assert first.run(meetings)["steps"] == again["steps"]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_no_tokens_of_a_round_that_a_member_did_not_come_to(is_async: bool) -> None:
+    """An output that a GPU has yet to make is held against the round when the engine takes it."""
+    class Later(AsyncModelRunnerOutput):
+        def get_output(self) -> str:
+            wrong.append("known by now")
+            return "tokens"
+
+    class Rounds:
+        def check(self) -> None:
+            if wrong:
+                raise did_not_come(1)
+
+    wrong: list[str] = [] if is_async else ["known"]
+    with pytest.raises(DWDPError, match="rank 1 did not come"):
+        taken = checked(Later() if is_async else "tokens", Rounds())
+        assert is_async
+        taken.get_output()
 
 
 def end_inside_a_round(kind: str, rank: int) -> None:

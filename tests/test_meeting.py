@@ -1,9 +1,11 @@
 """Invariant: ranks in processes of their own meet on one page; whoever is killed or stopped leaves the others going, in bounded time."""
 
+import math
 import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 from collections import defaultdict
 
@@ -26,7 +28,7 @@ def wander(fd: int, rank: int, size: int, seed: int, steps: int, out) -> None:
             if what == "join":
                 made = meeting.join(tokens, patience)
             elif what == "large":
-                made, patience = meeting.large(), 0
+                made, patience = meeting.large(rng.choice([0.0, 0.01, math.inf])), 0
             else:
                 made, patience = meeting.help(0.002), 0.002
             late = max(late, time.monotonic() - began - patience)
@@ -134,6 +136,29 @@ def test_no_wait_for_who_does_not_come(pair, step: str) -> None:
     began = time.monotonic()
     assert a.join(1, 5) is None
     assert time.monotonic() - began < 0.05
+
+
+def test_the_end_of_a_large_step_is_met(pair) -> None:
+    """It is waited for where it is expected within the patience, for no longer, and by who has no other company."""
+    a, b = pair
+    assert b.large(0.2) is None
+    ended = threading.Timer(0.2, lambda: (b.large_done(), threads.append(b.join(5, 1))))
+    threads: list = []
+    ended.start()
+    began = time.monotonic()
+    made = a.join(4, 1)
+    assert made.tokens == (4, 5) and 0.15 < time.monotonic() - began < 0.5
+    ended.join()
+    assert threads == [made]
+    for takes_s, patience_s, waits_s in [(10, 0.3, 0.0), (0.1, 0.3, 0.3), (math.inf, 0.3, 0.0)]:
+        assert b.large(takes_s) is None
+        began = time.monotonic()
+        assert a.join(4, patience_s) is None, "b does not end its step"
+        assert waits_s <= time.monotonic() - began < waits_s + 0.05
+        b.large_done()
+    assert b.large(0.1) is None and b.large(10) is None, "one follows the other on the device"
+    began = time.monotonic()
+    assert a.join(4, 0.3) is None and time.monotonic() - began < 0.05
 
 
 def test_stopped_with_the_lock(pair, monkeypatch) -> None:

@@ -4,7 +4,8 @@ Ranks change one shared record, one at a time (`meeting` keeps it). Every functi
 `alive(rank)`; it returns the next record and an answer: a Round that the rank launches now, GO (do alone what it came for), or WAIT.
 
 Whatever a rank comes for, a round that it owes comes first; after that round it comes again. A convoy leaves with everyone who
-waits or is idle, as soon as someone waits and nobody is busy. Large steps and dead ranks are never waited for.
+waits or is idle, as soon as someone waits and nobody is busy. Dead ranks are never waited for, nor large steps but for
+their last part: a small step without company waits for one that is expected to end within its patience.
 """
 
 import enum
@@ -56,8 +57,11 @@ def start(size: int) -> Record:
     return Record(0, (State.AWAY,) * size, (0,) * size, (None,) * size)
 
 
-def join(record: Record, rank: int, tokens: int, alive: Alive) -> Outcome:
-    """A step that is worth a convoy. WAIT: join again whenever the record changes, or give up."""
+def join(record: Record, rank: int, tokens: int, alive: Alive, ends_soon: Callable[[int], bool]) -> Outcome:
+    """A step that is worth a convoy. WAIT: join again whenever the record changes, or give up.
+
+    `ends_soon(rank)`: that rank's large step is expected to end within this step's patience.
+    """
     if record.due[rank]:
         return _launch(record, rank)
     if record.states[rank] is State.LARGE:  # its kernels would meet the peers only after the large step
@@ -66,7 +70,8 @@ def join(record: Record, rank: int, tokens: int, alive: Alive) -> Outcome:
     record = _depart(_enter(record, rank, State.WAITING), alive)
     if record.due[rank]:
         return _launch(record, rank)
-    if _waited_for(record, alive):
+    ending = any(state is State.LARGE and alive(r) and ends_soon(r) for r, state in enumerate(record.states))
+    if ending or _waited_for(record, alive):
         return record, WAIT
     return _enter(record, rank, State.BUSY), GO
 

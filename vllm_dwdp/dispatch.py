@@ -23,11 +23,15 @@ LARGE_STEP_S = 60.0  # how long a small step waits for a large one on its own de
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Which steps meet, and for how long they wait for it. `graph_sizes` are the rows that vLLM captures, ascending."""
+    """Which steps meet, and for how long they wait for it. `graph_sizes` are the rows that vLLM captures, ascending.
+
+    `large_s` is how long a step that does not meet is expected to take on the device.
+    """
 
     max_tokens: int
     graph_sizes: Sequence[int]
     patience_s: Callable[[int], float]
+    large_s: Callable[[int], float]
 
     def places(self, num_tokens: int) -> int:
         """What every rank pads its rows to, so that all launch the same graph; 0 where none is so large."""
@@ -67,7 +71,7 @@ class Dispatch:
         self._tokens.check()
         self._in_step = True
         if num_tokens > self.limits.max_tokens:
-            while (owed := self._meeting.large()) is not None:
+            while (owed := self._meeting.large(self.limits.large_s(num_tokens))) is not None:
                 self._launch(owed)
             return False
         self._end_large_step()

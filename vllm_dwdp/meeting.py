@@ -10,6 +10,7 @@ round that is owed is launched, and all ranks go alone from then on.
 import contextlib
 import fcntl
 import logging
+import math
 import mmap
 import os
 import struct
@@ -27,7 +28,9 @@ logger = logging.getLogger("vllm.dwdp.meeting")
 LOCK_TIMEOUT_S = 1.0
 _LOOK_S, _REST_S, _CHECK_S = 20e-6, 2e-3, 2e-3  # between looks: at least, at most; between checks that peers live
 _SEAL = 0x0010  # F_SEAL_FUTURE_WRITE: every later write to the file fails
-_WORD, _HOLDER, _SIZE, _RECORDS = 0, 8, 16, 64  # offsets: changes so far, the lock's last holder, ranks, two records
+# offsets: changes so far, the lock's last holder, ranks, two records; then by rank the microsecond when its large steps end
+_WORD, _HOLDER, _SIZE, _RECORDS = 0, 8, 16, 64
+_NEVER_S = 1e12
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Meeting:
         self._words = memoryview(self._map).cast("q")
         self._final: Record | None = None  # once the page is sealed
         self._seen, self._last = -1, time.monotonic()
+        self._end_s = 0.0  # when this rank's large steps are expected to have ended
         if (found := self._words[_SIZE // 8]) != size:
             raise DWDPError(f"the convoy's page is for {found} ranks, data_parallel_size={size}: use one size on all ranks")
         if not self._lock(1 + rank):
@@ -72,14 +76,20 @@ class Meeting:
         With no tokens of its own in the round, the rank owed it as a helper: launch it, then join again.
         """
         began = time.monotonic()
-        looked, answer = began, self._change(lambda record: convoy.join(record, self.rank, num_tokens, self.is_alive))
+
+        def ends_soon(rank: int) -> bool:
+            return self._words[self._end_of(rank)] <= (began + patience_s) * 1e6
+
+        def join(record: Record) -> convoy.Outcome:
+            return convoy.join(record, self.rank, num_tokens, self.is_alive, ends_soon)
+
+        looked, answer = began, self._change(join)
         while answer is convoy.WAIT:
             now = time.monotonic()
             if now - began >= patience_s:
                 answer = self._change(lambda record: self._give_up(record, blame=patience_s > 0))
             elif self._words[0] != self._seen or now - looked > _CHECK_S:
-                looked = now
-                answer = self._change(lambda record: convoy.join(record, self.rank, num_tokens, self.is_alive))
+                looked, answer = now, self._change(join)
             else:
                 time.sleep(min(_LOOK_S, began + patience_s - now))
         self.stats.waited_s += time.monotonic() - began
@@ -92,12 +102,17 @@ class Meeting:
             return None
         return self._count(self._change(lambda r: convoy._launch(r, self.rank) if r.due[self.rank] else (r, convoy.GO)))
 
-    def large(self) -> Round | None:
-        """Before a large step: None, launch it; a Round is owed: launch that and call again."""
-        return self._count(self._change(lambda record: convoy.large(record, self.rank, self.is_alive)))
+    def large(self, takes_s: float = math.inf) -> Round | None:
+        """Before a large step, which is expected to take `takes_s`: None, launch it; a Round is owed: launch that and call again."""
+        made = self._count(self._change(lambda record: convoy.large(record, self.rank, self.is_alive)))
+        if made is None:
+            self._end_s = max(self._end_s, time.monotonic()) + takes_s
+            self._words[self._end_of(self.rank)] = int(min(self._end_s, _NEVER_S) * 1e6)
+        return made
 
     def large_done(self) -> None:
         """The device has finished all large steps: this rank takes part again."""
+        self._end_s = 0.0
         self._change(lambda record: convoy.large_done(record, self.rank))
 
     def idle(self) -> Round | None:
@@ -205,6 +220,9 @@ class Meeting:
     def _state(self) -> int:
         return self._words[self._offset(self._words[0]) // 8 + 1 + self.rank]
 
+    def _end_of(self, rank: int) -> int:
+        return (_RECORDS + 2 * self._format.size) // 8 + rank
+
     def _offset(self, word: int) -> int:
         return _RECORDS + word % 2 * self._format.size
 
@@ -228,7 +246,7 @@ class Meeting:
 def create(size: int) -> int:
     """The file descriptor of a page for `size` ranks, for the caller to hand round and to close."""
     fd = os.memfd_create("dwdp-convoy", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, _RECORDS + 2 * 8 * (1 + size * (4 + size)))  # zeros are a record: nobody has come
+    os.ftruncate(fd, _RECORDS + 2 * 8 * (1 + size * (4 + size)) + 8 * size)  # zeros are a record: nobody has come
     os.pwrite(fd, struct.pack("<q", size), _SIZE)
     return fd
 

@@ -1,12 +1,14 @@
 """Dispatching: which steps of this engine dispatch and why, and vLLM's padding told what a round has agreed on."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_dwdp.config import Options
 from vllm_dwdp.costs import Costs, rates_of
@@ -48,6 +50,7 @@ def limits(
     return Limits(
         max_tokens=most, graph_sizes=sorted(size for size in sizes if size <= most),
         patience_s=costs.patience_s if costs is not None else lambda _: HOST_PATIENCE_S,
+        large_s=costs.large_s if costs is not None else lambda _: math.inf,
     )
 
 
@@ -73,6 +76,27 @@ def why_not(vllm_config: VllmConfig, options: Options, device: Device, layers: S
     if has_graphs(vllm_config) and not vllm_config.use_v2_model_runner:
         return "vLLM's older model runner pads batches by itself; use its default one, or --enforce-eager"
     return None
+
+
+def checked(output: Any, dispatch: Dispatch) -> Any:
+    """`output`, once no member of its round has been waited for in vain: raises DWDPError else, when it is taken.
+
+    On a GPU that is known when the step has ended, which is when the engine takes what vLLM calls an asynchronous output.
+    """
+    if isinstance(output, AsyncModelRunnerOutput):
+        return CheckedOutput(output, dispatch.check)
+    dispatch.check()
+    return output
+
+
+class CheckedOutput(AsyncModelRunnerOutput):
+    def __init__(self, output: AsyncModelRunnerOutput, check: Callable[[], None]):
+        self._output, self._check = output, check
+
+    def get_output(self) -> ModelRunnerOutput:
+        output = self._output.get_output()
+        self._check()
+        return output
 
 
 def pad_to_round(vllm_config: VllmConfig, dispatch: Dispatch) -> None:

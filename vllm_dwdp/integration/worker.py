@@ -95,6 +95,10 @@ class DWDPWorker(PlatformWorker):
         self._update_metrics()
         return output
 
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output, dispatch = super().sample_tokens(grammar_output), self.dwdp.dispatch
+        return output if dispatch is None else dispatching.checked(output, dispatch)
+
     def dwdp_help(self) -> bool | None:
         """No request: take part in a round of the peers', if one asks for this rank.
 
