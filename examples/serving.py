@@ -17,6 +17,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def main() -> int:
                     with noting(failed, mode):
                         name = f"{mode}-{'-'.join(load)}-{repeat}"
                         figures = put_under_load(servers[mode].url, load, seed, name, args)
-                        measured.append({"mode": mode, "load": ":".join(load), "repeat": repeat} | figures)
+                        counts = {"dwdp": counted(servers[mode])} if mode == "dwdp" else {}
+                        measured.append({"mode": mode, "load": ":".join(load), "repeat": repeat} | figures | counts)
                         print(json.dumps(measured[-1]), flush=True)
                     write(measured, failed, args)
         write(measured, failed, args)
@@ -89,6 +91,15 @@ def put_under_load(
     if result["completed"] != int(count):
         raise SessionFailure(f"{result['completed']} of {count} requests were completed, see {log}")
     return {figure: result[figure] for figure in FIGURES.values()}
+
+
+def counted(server: Server) -> dict[str, float]:
+    """DWDP's counters so far, over all ranks."""
+    totals: Counter = Counter()
+    for name, labels, value in server.metrics():
+        if name.startswith("vllm:dwdp_") and name.endswith("_total"):
+            totals["_".join([name[10:-6], labels.get("view", "")]).strip("_")] += value
+    return dict(totals)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # All that is owed on two GPUs, in one visit. Run where vLLM is importable: tests/visit.sh MODEL OUT PART...
 #   MODEL: a folder with Qwen3-30B-A3B's config.json. OUT gets JSON, pictures and logs. Parts, with seconds on two H100s:
-#   decode (240)  prefill (200)  serve (420)  tests (300)  sanitize (200)
+#   layers (40)  decode (240)  prefill (200)  serve (420)  tests (300)  sanitize (200)
+# DECODE_MODES names the bench's modes for decode, LOADS the servers' loads.
 # VISIT_CPU=1 goes through the same steps with a tiny model on CPU.
 set -u
 model=$1 out=$2; shift 2
@@ -13,7 +14,7 @@ cut='{"num_hidden_layers": 24}'
 engine='{"kv_cache_memory_bytes": 3221225472}'
 serve='--load-format dummy --gpu-memory-utilization 0.45 --kv-cache-memory-bytes 8589934592 --hf-overrides {\"num_hidden_layers\":24}'
 batches=1,4,16,32,64,128 steps=16384,8192 prompts=16
-loads=2048:256:inf:256,8192:64:inf:128,512:256:8:100,8192:1:inf:160
+loads=${LOADS:-2048:256:inf:256,8192:64:inf:128,512:256:8:100,8192:1:inf:160}
 if [ -n "${VISIT_CPU:-}" ]; then
   layers='{}' cut='{}' engine='{"kv_cache_memory_bytes": 67108864, "max_num_seqs": 8}'
   serve='--load-format dummy --kv-cache-memory-bytes 67108864 --dtype float32 --enforce-eager --max-model-len 200'
@@ -21,8 +22,10 @@ if [ -n "${VISIT_CPU:-}" ]; then
 fi
 for part; do
   case $part in
+    layers)  # microseconds a layer, dispatched and local
+      timeout 100 python3 -P "$here/layer_times.py" 2 "$out/layers.json" ;;
     decode)  # milliseconds a step by requests per GPU
-      timeout 330 $bench --modes dwdp,ep,dwdp+dispatch=off --decode $batches --hf-overrides "$layers" \
+      timeout 330 $bench --modes ${DECODE_MODES:-dwdp,ep,dwdp+dispatch=off} --decode $batches --hf-overrides "$layers" \
         --engine-args "$engine" --side-by-side --rounds 2 --repeats 2 --max-num-batched-tokens 16384 --out "$out/decode" ;;
     prefill)  # tokens/s per GPU by tokens a step
       timeout 280 $bench --modes dwdp,ep,single --hf-overrides "$layers" --engine-args "$engine" --side-by-side \
