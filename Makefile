@@ -23,7 +23,7 @@ demo: setup ## serve a tiny model on two ranks and compare every answer with sto
 
 check: setup ## lint and run the tests that start no engine, within 90 s
 	@$(BIN)/ruff check .
-	@DWDP_NO_ENGINE=1 $(BIN)/pytest -q -m "not engine and not gpu" $(ARGS)
+	@DWDP_NO_ENGINE=1 $(BIN)/pytest -q -n 2 --dist worksteal -m "not engine and not gpu" $(ARGS)
 
 types: setup ## check types: not yet clean, so not part of check
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)  # the package as it is installed

@@ -117,7 +117,9 @@ def test_help_tells_defaults_and_choices(serve_parser, capsys) -> None:
     assert "--dwdp-cache-policy {even,hot}" in shown and "(default: 2)" in shown
 
 
-@pytest.mark.parametrize("additional_config", [None, {}, {"mine": 1}, [1], 7, object(), "dwdp", frozenset({"dwdp"})], ids=str)
+@pytest.mark.parametrize(
+    "additional_config", [None, {}, {"mine": 1}, [1], 7, object(), "dwdp", frozenset({"dwdp"})], ids=lambda value: type(value).__name__
+)
 def test_switched_off_by_anything_but_its_key(additional_config: object) -> None:
     """vLLM lets `additional_config` be any object that it can hash: only a dict with the key is ours."""
     assert not is_on(additional_config) and parse(additional_config) is None
@@ -131,6 +133,7 @@ def test_version(capsys) -> None:
     assert re.fullmatch(r"vllm-dwdp \d+\.\d+\.\d+, vLLM \d+\.\d+\S*\n", capsys.readouterr().out)
 
 
+@pytest.mark.engine
 def test_refusal_is_one_line(models) -> None:
     """What is refused after parsing ends the process with one line instead of a stack, status 1."""
     code = (

@@ -91,6 +91,7 @@ for kind in ("counter", "gauge_mostrecent"):
 """
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("kind", ["absent", "a file", "of another program", "empty", "not named"])
 def test_metrics_never_stop_a_rank(tmp_path: Path, kind: str) -> None:
     """A folder that cannot take metrics is named in one line, as is that none is given; one that can gets them."""

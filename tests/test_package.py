@@ -46,6 +46,7 @@ def test_contents(wheel: Path) -> None:
     assert zipfile.ZipFile(wheel).read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
 
 
+@pytest.mark.engine
 def test_installed(wheel: Path, tmp_path: Path) -> None:
     """Unpacked in another folder, the package and both entry points come from there, with the version of the wheel."""
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")

@@ -24,6 +24,7 @@ def fresh(code: str, **values: object) -> str:
     return ended.stdout + ended.stderr
 
 
+@pytest.mark.engine
 def test_idempotent_and_fast() -> None:
     """A second call changes nothing, and a call costs at most 50 ms."""
     fresh(ARGUMENTS + """
@@ -88,6 +89,7 @@ def configure(additional):
 """
 
 
+@pytest.mark.engine
 def test_switch_off(models) -> None:
     """A config without the switch keeps vLLM's worker, options, engine, launcher and excepthook."""
     fresh(WATCHED + """
@@ -122,6 +124,7 @@ def test_switch_off_on_the_command_line(value: str) -> None:
         parser.parse_args(["--additional-config", value, "--parallel", "dwdp"])
 
 
+@pytest.mark.engine
 def test_launch_hook_not_taken(models) -> None:
     """A launch hook that is not in place stops the launch and is named: vLLM would run coordinated ranks."""
     fresh(WATCHED + """
