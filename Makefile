@@ -34,7 +34,7 @@ test: check ## check, then run the tests that start engines; ARGS="-k placement"
 	@$(BIN)/pytest -m "engine and not gpu" $(ARGS)
 
 gpu-test: ## run what needs CUDA, on one or two GPUs, with the vLLM of PYTHON; writes RECORD
-	DWDP_RECORD=$(RECORD) $(PYTHON) -m pytest -m gpu $(ARGS)
+	DWDP_RECORD=$(RECORD) $(PYTHON) -m pytest -n 3 --dist loadfile -m gpu $(ARGS)
 
 contract: export VLLM_TARGET_DEVICE := cpu
 contract: setup ## check that this package finds all that it touches in another vLLM: make contract WITH=0.33.0

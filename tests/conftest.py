@@ -32,17 +32,21 @@ RECORD: dict[str, dict] = {}
 @pytest.fixture
 def figures(request: pytest.FixtureRequest) -> dict:
     """A test's own figures, by name with their unit; $DWDP_RECORD names the JSON file that they go to."""
-    return RECORD.setdefault(request.node.nodeid, {}).setdefault("figures", {})
+    found: dict = {}
+    request.node.user_properties.append(("figures", found))
+    return found
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or not report.passed:
-        RECORD.setdefault(report.nodeid, {}).update(outcome=report.outcome, seconds=round(report.duration, 2))
+        seconds = round(report.duration, 2)
+        RECORD.setdefault(report.nodeid, {}).update(outcome=report.outcome, seconds=seconds, **dict(report.user_properties))
 
 
-def pytest_sessionfinish() -> None:
-    """Write what was run, on what and from which commit."""
-    if path := os.environ.get("DWDP_RECORD"):
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write what was run, on what and from which commit; of several workers, their leader does."""
+    path = os.environ.get("DWDP_RECORD")
+    if path and not hasattr(session.config, "workerinput"):
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         versions = {name: importlib.metadata.version(name) for name in ("vllm-dwdp", "vllm", "torch")}

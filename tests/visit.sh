@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # All that is owed on two GPUs, in one visit. Run where vLLM is importable: tests/visit.sh MODEL OUT PART...
 #   MODEL: a folder with Qwen3-30B-A3B's config.json. OUT gets JSON, pictures and logs. Parts, with seconds on two H100s:
-#   layers (40)  decode (240)  prefill (200)  serve (420)  tests (300)  sanitize (200)
+#   before (120)  layers (40)  decode (240)  prefill (200)  serve (420)  tests (300)  sanitize (200)
 # DECODE_MODES names the bench's modes for decode, LOADS the servers' loads.
 # VISIT_CPU=1 goes through the same steps with a tiny model on CPU.
 set -u
 model=$1 out=$2; shift 2
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$out"
+export PYTHONPATH="${PYTHONPATH:-}:$here"
 bench="python3 -P -m vllm_dwdp.entrypoints.cli bench --model $model --load-format dummy"
 layers='{"num_hidden_layers": 12}'
 cut='{"num_hidden_layers": 24}'
@@ -34,8 +35,10 @@ for part; do
       timeout 520 python3 "$here/../examples/serving.py" "$model" --modes dwdp,ep --side-by-side --loads "$loads" \
         --serve-args "$serve" --timeout 240 --out "$out/serve" ;;
     tests)
-      DWDP_RECORD="$out/tests.json" timeout 480 python3 -P -m pytest -q -m gpu "$here" > "$out/tests.log" 2>&1
+      DWDP_RECORD="$out/tests.json" timeout 480 python3 -P -m pytest -q -n 3 --dist loadfile -m gpu "$here" > "$out/tests.log" 2>&1
       tail -15 "$out/tests.log" ;;
+    before)  # prefill beside another install of this package, in $BEFORE
+      timeout 200 python3 -P "$here/compare_versions.py" "$model" "$out/before.json" "$BEFORE" "${PYTHONPATH%%:*}" ;;
     sanitize)
       timeout 280 compute-sanitizer --tool memcheck --target-processes all --error-exitcode 3 \
         python3 -P -m pytest -q -m gpu "$here/test_transport.py" "$here/test_tokens.py" -k "views or sums" > "$out/sanitize.log" 2>&1

@@ -1,0 +1,100 @@
+"""Prefill of two installs of this package side by side on the same GPUs, in turns: A B A B.
+
+    python tests/compare_versions.py MODEL OUT.json FOLDER_A FOLDER_B [TURNS]
+
+A folder is one that `pip install --target` has filled. Every turn gives each of the two ranks the same prompts at once;
+tokens/s per GPU, medians, and their ratio.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from vllm_dwdp.entrypoints.server import free_port
+
+SIZE, PROMPTS, LENGTH, LAYERS, STEP = 2, 16, 8192, 12, 16384
+RANK = """
+import json, os, random, sys
+from vllm import LLM, SamplingParams
+answers = os.fdopen(int(sys.argv[1]), "w")
+llm = LLM(**json.loads(sys.argv[2]))
+rng = random.Random(0)
+prompts = [{"prompt_token_ids": rng.choices(range(10, 100_000), k=rng.randint(6554, 8192))} for _ in range(int(sys.argv[3]))]
+sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
+print(sum(len(p["prompt_token_ids"]) for p in prompts), file=answers, flush=True)
+for _ in sys.stdin:
+    llm.generate(prompts, sampling, use_tqdm=False)
+    print("done", file=answers, flush=True)
+"""
+
+
+class Ranks:
+    """Both ranks of one version, ready to prefill."""
+
+    def __init__(self, folder: str, model: str, log: Path):
+        port, self._ranks = free_port(), []
+        for rank in range(SIZE):
+            engine = {
+                "model": model, "load_format": "dummy", "hf_overrides": {"num_hidden_layers": LAYERS},
+                "max_num_batched_tokens": STEP, "max_model_len": LENGTH + 1, "kv_cache_memory_bytes": 3 << 30,
+                "gpu_memory_utilization": 0.4, "enable_prefix_caching": False, "skip_tokenizer_init": True,
+                "additional_config": {"dwdp": {"size": SIZE, "rank": rank, "rendezvous": f"127.0.0.1:{port}"}},
+            }
+            visible = ",".join(str((rank + n) % SIZE) for n in range(SIZE))
+            environment = os.environ | {
+                "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}", "CUDA_VISIBLE_DEVICES": visible,
+            }
+            answers, end = os.pipe()
+            with log.open("ab") as output:
+                process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", RANK, str(end), json.dumps(engine), str(PROMPTS)], env=environment,
+                    stdin=subprocess.PIPE, stdout=output, stderr=output, pass_fds=[end], text=True,
+                )
+            os.close(end)
+            self._ranks.append((process, os.fdopen(answers)))
+
+    def wait(self) -> list[str]:
+        found = [answers.readline() for _, answers in self._ranks]
+        assert all(found), "a rank has ended: see its log"
+        return found
+
+    def tokens_per_s(self, tokens: int) -> float:
+        began_s = time.monotonic()
+        for process, _ in self._ranks:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        self.wait()
+        return tokens / (time.monotonic() - began_s)
+
+    def close(self) -> None:
+        for process, _ in self._ranks:
+            process.stdin.close()
+        for process, _ in self._ranks:
+            process.wait(60)
+
+
+def main() -> None:
+    model, out, *folders = sys.argv[1:5]
+    turns = int(sys.argv[5]) if len(sys.argv) > 5 else 6
+    versions = [Ranks(folder, model, Path(f"{out}.{name}.log")) for name, folder in zip("ab", folders, strict=True)]
+    tokens = [int(version.wait()[0]) for version in versions]
+    for version, count in zip(versions, tokens, strict=True):
+        version.tokens_per_s(count)
+    found = {name: [] for name in "ab"}
+    for _ in range(turns):
+        for name, version, count in zip("ab", versions, tokens, strict=True):
+            found[name].append(round(version.tokens_per_s(count)))
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    result = {"tokens/s per GPU": found, "medians": medians, "b / a": round(medians["b"] / medians["a"], 4)}
+    print(json.dumps(result))
+    Path(out).write_text(json.dumps({"command": sys.argv, "folders": folders} | result, indent=1))
+    for version in versions:
+        version.close()
+
+
+if __name__ == "__main__":
+    main()
