@@ -88,7 +88,7 @@ def test_speculative_decoding(models) -> None:
     model = models("qwen3_moe")
     engine = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3,
                                      "prompt_lookup_min": 1}, "disable_log_stats": False}
-    with Group(model, 2, {"dispatch_max_tokens": 12}, engine=engine) as group:
+    with Group(model, 2, {"dispatch_max_tokens": 16}, engine=engine) as group:  # four requests, four tokens each
         assert group.run(generate) == [reference(model)] * 2
         assert all(count > 0 for count in group.run(drafted))
         for s in group.run(stats):
