@@ -179,17 +179,18 @@ class CudaTokens(TokenExchange):
         self._failed = torch.zeros_like(self._counter)
         self._staged = torch.zeros(RING, 2 + 2 * at.size, dtype=torch.int64, pin_memory=True)
         self._error = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        self._rows = list(zip(self._staged, self._staged.numpy(), strict=True))  # numpy's views cost the host least
+        self._error_word = self._error.numpy()
         self._turn = 0
         self._layout = RoundLayout(number=0, members=(rank,), tokens=(at.rows,) * at.size)
         self.begin(self._layout)
 
     def begin(self, layout: RoundLayout) -> None:
         self._layout = layout
-        words = self._staged[self._turn % RING]
+        staged, words = self._rows[self._turn % RING]
         self._turn += 1
-        epoch = layout.number * len(self._owners) + 1
-        words.copy_(torch.tensor([epoch, layout.mask, *layout.tokens, *layout.starts]))
-        self._control.copy_(words, non_blocking=True)
+        words[:] = (layout.number * len(self._owners) + 1, layout.mask, *layout.tokens, *layout.starts)
+        self._control.copy_(staged, non_blocking=True)
 
     def dispatch(
         self, layer: int, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, padded: int
@@ -226,8 +227,8 @@ class CudaTokens(TokenExchange):
         return max(TILE // triton.next_power_of_2(width), 1) if num_rows > FEW_ROWS else 1
 
     def check(self) -> None:
-        if whom := int(self._error[0]):
-            raise did_not_come(whom - 1)
+        if whom := self._error_word[0]:
+            raise did_not_come(int(whom) - 1)
 
     def close(self) -> None:
         torch.cuda.synchronize(self._control.device)

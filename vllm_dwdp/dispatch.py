@@ -91,12 +91,12 @@ class Dispatch:
             self._stream.compute_record(self._large_done)
         self._layout, self._in_step = None, False
 
-    def help(self) -> bool:
-        """No request: launch the round that asks for this rank, if there is one. Does not wait."""
+    def help(self, timeout_s: float = 0.0, wake: Callable[[], bool] = lambda: False) -> bool:
+        """No request: launch the round that asks for this rank, once one does within `timeout_s` and before `wake()`."""
         self._tokens.check()
         if self._large_done is not None and self._stream.is_done(self._large_done):
             self._end_large_step()
-        made = self._meeting.help(0.0)
+        made = self._meeting.help(timeout_s, wake)
         if made is not None:
             self._launch(made)
         return made is not None
@@ -122,11 +122,6 @@ class Dispatch:
     def check(self) -> None:
         """Raises DWDPError naming a member of a round that did not come."""
         self._tokens.check()
-
-    def leave(self) -> None:
-        """This rank will not come for a while, and does not help."""
-        while (owed := self._meeting.away()) is not None:
-            self._launch(owed)
 
     def _launch(self, owed: Round) -> None:
         """Help the members of a round."""

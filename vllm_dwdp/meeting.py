@@ -27,6 +27,7 @@ logger = logging.getLogger("vllm.dwdp.meeting")
 
 LOCK_TIMEOUT_S = 1.0
 _LOOK_S, _REST_S, _CHECK_S = 20e-6, 2e-3, 2e-3  # between looks: at least, at most; between checks that peers live
+_SPIN_S = 200e-6  # a holder's change takes less, unless it has lost its core
 _SEAL = 0x0010  # F_SEAL_FUTURE_WRITE: every later write to the file fails
 # offsets: changes so far, the lock's last holder, ranks, two records; then by rank the microsecond when its large steps end
 _WORD, _HOLDER, _SIZE, _RECORDS = 0, 8, 16, 64
@@ -119,10 +120,6 @@ class Meeting:
         """No request: ready to help. Only for a rank that goes on to call `help`."""
         return self._count(self._change(lambda record: convoy.idle(record, self.rank, self.is_alive)))
 
-    def away(self) -> Round | None:
-        """Will not come for a while, nor help. A Round is owed: launch that and call again."""
-        return self._count(self._change(lambda record: convoy.away(record, self.rank, self.is_alive)))
-
     def help(self, timeout_s: float, wake: Callable[[], bool] = lambda: False) -> Round | None:
         """Idle: the next round that asks for this rank; None after `timeout_s` or once `wake()` is true.
 
@@ -184,11 +181,13 @@ class Meeting:
 
     def _acquire(self) -> bool:
         """Take the record's lock; False: the page is sealed, by this rank if it must."""
-        end = time.monotonic() + LOCK_TIMEOUT_S
+        began = time.monotonic()
         while not self._lock(0):
+            if (waited_s := time.monotonic() - began) < _SPIN_S:
+                continue
             if fcntl.fcntl(self._fd, fcntl.F_GET_SEALS) & _SEAL:
                 return False
-            if time.monotonic() > end:
+            if waited_s > LOCK_TIMEOUT_S:
                 with contextlib.suppress(PermissionError):
                     fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEAL)
                 return False

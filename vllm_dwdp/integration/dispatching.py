@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
@@ -76,6 +77,28 @@ def why_not(vllm_config: VllmConfig, options: Options, device: Device, layers: S
     if has_graphs(vllm_config) and not vllm_config.use_v2_model_runner:
         return "vLLM's older model runner pads batches by itself; use its default one, or --enforce-eager"
     return None
+
+
+def help_between_calls() -> None:
+    """Let a worker process whose engine has no request take part in rounds until the engine calls."""
+
+    def wrapper(_: Callable) -> Callable:
+        def worker_busy_loop(self: Any) -> None:
+            calls = self.rpc_broadcast_mq
+            while True:
+                self.worker.dwdp_help_until(lambda: _has_message(calls))
+                self._execute_worker_rpc(calls.dequeue(indefinite=True))
+
+        return worker_busy_loop
+
+    hooks.WORKER_LOOP.install(wrapper)
+    hooks.WORKER_LOOP.verify()
+
+
+def _has_message(queue: MessageQueue) -> bool:
+    """Whether the queue's reader, in this process, would read at once."""
+    with queue.buffer.get_metadata(queue.current_idx) as flags:
+        return queue.shutting_down or bool(flags[0] and not flags[queue.local_reader_rank + 1])
 
 
 def checked(output: Any, dispatch: Dispatch) -> Any:

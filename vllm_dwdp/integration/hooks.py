@@ -92,6 +92,7 @@ WAIT_FOR_STARTUP = Hook(_UTILS, "wait_for_engine_startup", ("parallel_config", "
 SLEEP = Hook(_CORE, "EngineCore.sleep", ("self", "level"))
 RELEASE_CACHE = Hook(_CORE, "EngineCore.release_kv_cache_memory", ("self",))
 SYNC_CLIENT = Hook("vllm.v1.engine.core_client", "SyncMPClient.__init__", ("vllm_config",))
+WORKER_LOOP = Hook("vllm.v1.executor.multiproc_executor", "WorkerProc.worker_busy_loop", ("self",))
 PAD_BATCH = Hook("vllm.v1.worker.gpu.model_runner", "dispatch_cg_and_sync_dp", ("num_reqs", "num_tokens"))
 BUILD_EXPERTS = Hook(
     "vllm.model_executor.layers.fused_moe.routed_experts", "RoutedExperts.__init__", ("moe_config", "expert_map_manager")

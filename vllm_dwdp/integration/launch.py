@@ -24,8 +24,8 @@ from vllm_dwdp.integration import checks, graphs, hooks, joining
 
 logger = init_logger("vllm.dwdp.launch")
 WORKER = "vllm_dwdp.integration.worker.DWDPWorker"
-# How often an idle rank looks whether a round asks for it: while rounds do, for some time after, and else.
-HOT_LOOK_S, HOT_S, LOOK_S, REST_S = 50e-6, 0.05, 2e-3, 1.0
+# How often an idle rank looks whether a round asks for it: while rounds do and for some time after, and else.
+HOT_LOOK_S, HOT_S, LOOK_S = 50e-6, 0.05, 2e-3
 _WAVES, _LOCKSTEP = "enable_wave_coordination", "coordinated_dp"
 
 
@@ -132,22 +132,19 @@ class IndependentEngineCore(core.EngineCoreProc):
         super()._process_input_queue()
 
     def _help_until_work(self) -> None:
-        """Without a request, help the peers' rounds until one comes.
-
-        A worker in another process spins for seconds after every call, so it is called for `REST_S` only: then the rank
-        rests, and peers go without it.
-        """
-        is_call_cheap = isinstance(self.model_executor, UniProcExecutor)
+        """Without a request, help the peers' rounds until one comes. A worker in another process does by itself."""
+        if not isinstance(self.model_executor, UniProcExecutor):
+            self.model_executor.collective_rpc("dwdp_help")
+            return
         self.process_input_queue_block = False
         while not self.has_work() and self.is_running() and self.input_queue.empty() and not self._idle_state_callbacks:
             (helped,) = self.model_executor.collective_rpc("dwdp_help")
+            if helped is None:
+                self.process_input_queue_block = True
+                return
             if helped:
                 self._active_s = time.monotonic()
             quiet_s = time.monotonic() - self._active_s
-            if helped is None or (quiet_s > REST_S and not is_call_cheap):
-                self.model_executor.collective_rpc("dwdp_leave")
-                self.process_input_queue_block = True
-                return
             with self.input_queue.not_empty:
                 if not self.input_queue.queue:
                     self.input_queue.not_empty.wait(HOT_LOOK_S if quiet_s < HOT_S else LOOK_S)

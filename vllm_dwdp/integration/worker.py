@@ -3,6 +3,7 @@
 vLLM resolves `DWDPWorker` by name in each engine; nothing else in an engine process is touched once a model is loaded.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
 logger = init_logger("vllm.dwdp.worker")
+HELP_S = 0.01  # between looks whether a large step has ended on the device
 
 
 class DWDPWorker(PlatformWorker):
@@ -32,6 +34,7 @@ class DWDPWorker(PlatformWorker):
 
     dwdp: assembly.StreamedModel
     _group: Group
+    _is_idle = False  # the engine has no request
 
     def load_model(self, **kwargs: Any) -> None:
         """Meet the peers, load this rank's shard, share it, and fill the first slots.
@@ -76,6 +79,7 @@ class DWDPWorker(PlatformWorker):
         if self.dwdp.dispatch is not None:
             self.dwdp.dispatch.help_out = self.execute_dummy_batch
             dispatching.pad_to_round(self.vllm_config, self.dwdp.dispatch)
+            dispatching.help_between_calls()
         self._update_metrics = metrics.export(self.dwdp)
 
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -84,6 +88,7 @@ class DWDPWorker(PlatformWorker):
         num_tokens, dispatch = scheduler_output.total_num_scheduled_tokens, self.dwdp.dispatch
         if not num_tokens:
             return super().execute_model(scheduler_output)
+        self._is_idle = False
         dispatched = dispatch is not None and dispatch.begin_step(num_tokens)
         # Where a request decodes several tokens, vLLM may pad a batch to a graph larger than the next captured size.
         exact = self.vllm_config.speculative_config is None
@@ -106,14 +111,18 @@ class DWDPWorker(PlatformWorker):
         """
         if self.dwdp.dispatch is None:
             return None
-        if helped := self.dwdp.dispatch.help():
+        self._is_idle = True
+        return self._help(0.0, lambda: False)
+
+    def dwdp_help_until(self, wake: Callable[[], bool]) -> None:
+        """While the engine has no request, take part in the peers' rounds, until `wake()`."""
+        while self._is_idle and not wake():
+            self._help(HELP_S, wake)
+
+    def _help(self, timeout_s: float, wake: Callable[[], bool]) -> bool:
+        if helped := self.dwdp.dispatch.help(timeout_s, wake):
             self._update_metrics()
         return helped
-
-    def dwdp_leave(self) -> None:
-        """No request, and no help from now on, until a request comes."""
-        if self.dwdp.dispatch is not None:
-            self.dwdp.dispatch.leave()
 
     def dwdp_stats(self) -> dict[str, Any]:
         """Memory by kind (bytes), bytes prefetched, forwards by view, exposed wait and copy time (ms), refills."""
