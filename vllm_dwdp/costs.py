@@ -8,6 +8,7 @@ import dataclasses
 import math
 
 LEAST_PATIENCE_S, MOST_PATIENCE_S = 2e-3, 0.1
+WORTH = 0.1  # the part of a step that dispatching must save: costs leave out meeting, and peers that come late
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Rates:
 
 
 H100 = Rates(
-    link=370e3, direct=296e3, memory=2.9e6, compute=408e6, exchange=115e3, rest=22e3,
+    link=370e3, direct=296e3, memory=2.9e6, compute=408e6, exchange=265e3, rest=22e3,
     experts_us=8, dispatch_us=15, exchange_us=16, rest_us=90, drag=0.16,
 )
 RATES = {"h100": H100}  # by a word of the device's name
@@ -81,12 +82,14 @@ class Costs:
 
     def saved_us(self, own: int) -> float:
         """What a step of `own` rows gains a layer by going with one peer that has as many; negative if it loses."""
-        alone = min(self.streamed_us(own), self.direct_us(own))
-        return alone - self.dispatched_us(own, 2 * own, 2)
+        return self.alone_us(own) - self.dispatched_us(own, 2 * own, 2)
+
+    def alone_us(self, own: int) -> float:
+        return min(self.streamed_us(own), self.direct_us(own))
 
     def max_tokens(self, bound: int) -> int:
-        """The largest step of at most `bound` tokens that gains by going with an alike peer; 0 if none does."""
-        return next((own for own in range(bound, 0, -1) if self.saved_us(own) > 0), 0)
+        """The largest step of at most `bound` tokens that gains enough by going with an alike peer; 0 if none does."""
+        return next((own for own in range(bound, 0, -1) if self.saved_us(own) > WORTH * self.alone_us(own)), 0)
 
     def patience_s(self, num_tokens: int) -> float:
         """Seconds that a step may wait for its peers: what it gains over all layers, within bounds."""
