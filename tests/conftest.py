@@ -39,14 +39,15 @@ def figures(request: pytest.FixtureRequest) -> dict:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or not report.passed:
-        seconds = round(report.duration, 2)
-        RECORD.setdefault(report.nodeid, {}).update(outcome=report.outcome, seconds=seconds, **dict(report.user_properties))
+        seconds, why = round(report.duration, 2), {"why": report.longreprtext[-4000:]} if report.failed else {}
+        RECORD.setdefault(report.nodeid, {}).update(outcome=report.outcome, seconds=seconds, **why, **dict(report.user_properties))
+        write_record()
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write what was run, on what and from which commit; of several workers, their leader does."""
+def write_record() -> None:
+    """What was run so far, on what and from which commit, even if the run is cut short; of several workers, their leader does."""
     path = os.environ.get("DWDP_RECORD")
-    if path and not hasattr(session.config, "workerinput"):
+    if path and "PYTEST_XDIST_WORKER" not in os.environ:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         versions = {name: importlib.metadata.version(name) for name in ("vllm-dwdp", "vllm", "torch")}
