@@ -209,11 +209,11 @@ class CudaStream(CopyStream):
 
     @property
     def exposed_wait_ms(self) -> float | None:
-        return self._waits and self._waits.total_ms
+        return None if self._waits is None else self._waits.total_ms
 
     @property
     def copy_ms(self) -> float | None:
-        return self._copies and self._copies.total_ms
+        return None if self._copies is None else self._copies.total_ms
 
     def _compute(self) -> int:
         return torch._C._cuda_getCurrentRawStream(self._device.index)

@@ -59,8 +59,13 @@ class CopyStream(abc.ABC):
     `exposed_wait_ms` and `copy_ms` accumulate when made with timing, else stay None.
     """
 
-    exposed_wait_ms: float | None = None
-    copy_ms: float | None = None
+    @property
+    def exposed_wait_ms(self) -> float | None:
+        return None
+
+    @property
+    def copy_ms(self) -> float | None:
+        return None
 
     @abc.abstractmethod
     def event(self) -> Any: ...

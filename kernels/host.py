@@ -137,9 +137,8 @@ class HostEvent:
 
 class HostStream(CopyStream):
     def __init__(self, *, timing: bool):
-        if timing:
-            self.exposed_wait_ms = self.copy_ms = 0.0
         self._timing = timing
+        self._waited_ms = self._copied_ms = 0.0
         self._error: BaseException | None = None
         self._work: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="dwdp-copy", daemon=True)
@@ -152,6 +151,14 @@ class HostStream(CopyStream):
                     work()
             except BaseException as error:
                 self._error = error
+
+    @property
+    def exposed_wait_ms(self) -> float | None:
+        return self._waited_ms if self._timing else None
+
+    @property
+    def copy_ms(self) -> float | None:
+        return self._copied_ms if self._timing else None
 
     def event(self) -> HostEvent:
         return HostEvent()
@@ -167,7 +174,7 @@ class HostStream(CopyStream):
         for target, source, nbytes in copies:
             ctypes.memmove(target, source, nbytes)
         if self._timing:
-            self.copy_ms += 1e3 * (time.perf_counter() - start)
+            self._copied_ms += 1e3 * (time.perf_counter() - start)
 
     def record(self, event: HostEvent) -> None:
         flag = event.flag = threading.Event()
@@ -185,7 +192,7 @@ class HostStream(CopyStream):
         start = time.perf_counter()
         self._block(event.flag, "the copy thread to fill a slot")
         if self._timing:
-            self.exposed_wait_ms += 1e3 * (time.perf_counter() - start)
+            self._waited_ms += 1e3 * (time.perf_counter() - start)
 
     def _block(self, flag: threading.Event, whom: str) -> None:
         deadline = time.monotonic() + _WAIT_TIMEOUT_S

@@ -10,6 +10,7 @@ import itertools
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ _GIVEN, _FAILED = b"+", b"-"  # how an answer begins
 def exchange(group: Group, device: Device, layers: Sequence[LayerWeights]) -> None:
     """Import every peer's shard of every layer. Returns on all ranks or raises DWDPError on all that can tell."""
 
-    def export(ordinal: int) -> list[int | bytes]:
+    def export(ordinal: int) -> list[Any]:
         return [device.export(block) for tensor in layers[ordinal].tensors for _, block in tensor.shard]
 
     def adopt(peer: int, layer: LayerWeights, handles: Sequence[int | bytes]) -> None:
@@ -123,7 +124,7 @@ class PeerServer:
             try:
                 if self._handles is not None:
                     fds = self._handles(layer)
-                else:
+                elif self._contents is not None:
                     answer += self._contents(layer)
             except Exception as error:
                 answer = _FAILED + f"rank {self._rank} stopped: {' '.join(str(error).split())}".encode()

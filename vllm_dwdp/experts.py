@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -23,7 +24,7 @@ class ExpertLayer:
     """
 
     name: str
-    module: torch.nn.Module
+    module: Any  # vLLM's, a torch.nn.Module
     placement: Placement
     streamed: tuple[str, ...]
     replicated: tuple[str, ...]

@@ -143,7 +143,7 @@ class HotCache:
         self._outgoing = [number for number in ranked[~fits].tolist() if number in self._resident]
 
     def _stage(self) -> None:
-        copies = []
+        copies: list[tuple[int, int, int]] = []
         while self._incoming and self._pages[self._incoming[0]] <= min(len(self._free), self._spare - len(copies)):
             number = self._incoming.pop(0)
             mine = self._staged[number] = [self._free.pop() for _ in range(self._pages[number])]

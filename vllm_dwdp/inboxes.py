@@ -6,6 +6,7 @@ An inbox holds activations of requests, never weights; it is the one memory that
 import contextlib
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from vllm_dwdp.exchange import serving
 from vllm_dwdp.kernels.device import Block, Device
@@ -28,7 +29,7 @@ def open_inboxes(
     device.zero(block)
     page = create(group.size) if group.rank == 0 else -1
 
-    def handles(_: int) -> list[int]:
+    def handles(_: int) -> list[Any]:
         return [device.export(block, writable=True), *([os.dup(page)] if page >= 0 else [])]
 
     regions = []

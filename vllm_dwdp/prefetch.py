@@ -35,8 +35,12 @@ class Layer(Protocol):
 
     ordinal: int
     name: str
-    copies: Sequence[tuple[int, int, int]]
-    copied_bytes: int
+
+    @property
+    def copies(self) -> Sequence[tuple[int, int, int]]: ...
+
+    @property
+    def copied_bytes(self) -> int: ...
 
     def bind(self, view: View) -> None: ...
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from vllm_dwdp.errors import DWDPError
 
+NOBODY = -1
+
 
 class State(enum.Enum):
     LOST = "lost"  # nobody can say whose bytes it holds
@@ -30,7 +32,7 @@ class Slot:
     is_captured: bool
     copy_done: Any  # recorded by the copy stream after the copy, waited for by the computing stream
     slot_free: Any  # recorded by the computing stream some time after the last reader, waited for by the copy stream
-    ordinal: int | None = None
+    ordinal: int = NOBODY  # its layer
     state: State = State.LOST
 
     def holds(self, ordinal: int) -> bool:

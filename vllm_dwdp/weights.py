@@ -112,9 +112,9 @@ class FullTensor:
         for pages, block in self.held:
             streamed.map(before + pages.start * page, block, writable=False)
             direct.map(pages.start * page, block, writable=False)
-        for part, block, at in ((below, slot[0], 0), (above, slot[1], before + above.start * page)):
-            if part and block:
-                streamed.map(at, block, writable=True)
+        for part, slot_block, at in ((below, slot[0], 0), (above, slot[1], before + above.start * page)):
+            if part and slot_block:
+                streamed.map(at, slot_block, writable=True)
             self._missing += layout.sources(self._rank, part)
         for owner, pages in self._missing:
             direct.map(pages.start * page, self._block_of(owner, pages), writable=False)

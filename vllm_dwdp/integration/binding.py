@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from vllm_dwdp.assembly import StreamedModel
@@ -67,10 +66,17 @@ def keep_opaque(model: torch.nn.Module) -> None:
 class _Bound(dict):
     """A layer's parameters by name, which stay the tensors that are streamed."""
 
-    def _refuse(self, *args: Any, **kwargs: Any) -> None:
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         _refuse()
 
-    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+    __setitem__: Any = _refuse
+    __delitem__: Any = _refuse
+    __ior__: Any = _refuse
+    clear: Any = _refuse
+    pop: Any = _refuse
+    popitem: Any = _refuse
+    setdefault: Any = _refuse
+    update: Any = _refuse
 
 
 def _refuse(*args: Any, **kwargs: Any) -> None:
@@ -80,7 +86,7 @@ def _refuse(*args: Any, **kwargs: Any) -> None:
     )
 
 
-def _refuse_loading(layer: RoutedExperts) -> None:
+def _refuse_loading(layer: Any) -> None:
     """Whatever vLLM would load this layer with raises DWDPError: its rows are peers', or bytes of a slot."""
     for parameter in layer.parameters():
         for name in [name for name in vars(parameter) if name.endswith("weight_loader")]:

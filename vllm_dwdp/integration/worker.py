@@ -120,7 +120,9 @@ class DWDPWorker(PlatformWorker):
             self._help(HELP_S, wake)
 
     def _help(self, timeout_s: float, wake: Callable[[], bool]) -> bool:
-        if helped := self.dwdp.dispatch.help(timeout_s, wake):
+        dispatch = self.dwdp.dispatch
+        helped = dispatch is not None and dispatch.help(timeout_s, wake)
+        if helped:
             self._update_metrics()
         return helped
 
