@@ -35,7 +35,7 @@ def commands() -> list[list[str]]:
                     value = variables.get(name) if word.startswith("$") else None
                     words += [word] if value is None else [value] if value.startswith("{") else value.split()
                 found.append(words)
-    (pod,) = [each for each in yaml.safe_load_all(snippet("Kubernetes"))]
+    pod = yaml.safe_load(snippet("Kubernetes"))
     inside = pod["spec"]["template"]["spec"]
     return [*found, *(each["command"] for each in inside["initContainers"] + inside["containers"])]
 
