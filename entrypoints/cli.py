@@ -13,6 +13,7 @@ import vllm_dwdp
 from vllm_dwdp import config
 from vllm_dwdp.entrypoints.bench import run as bench
 from vllm_dwdp.entrypoints.bench.modes import Settings
+from vllm_dwdp.entrypoints.doctor import run as doctor
 from vllm_dwdp.entrypoints.plan import run as plan
 from vllm_dwdp.errors import DWDPError
 
@@ -50,6 +51,15 @@ def parser() -> argparse.ArgumentParser:
     for field in msgspec.structs.fields(plan.Settings)[1:]:
         command.add_argument(f"--{field.name.replace('_', '-')}", **argument(field))
     command.set_defaults(run=lambda given: plan.run(plan.Settings.of(given)))
+    command = commands.add_parser(
+        "doctor", help="check this machine, and a model on it", argument_default=argparse.SUPPRESS,
+        description="Checks versions, hooks, GPUs and their links, limits and memory: a line each, ok, warn or fail, "
+        "with what to do. The exit status is 1 where anything fails.",
+    )
+    command.add_argument("model", metavar="MODEL", nargs="?", help="a folder with config.json, or a name on the hub")
+    for field in msgspec.structs.fields(doctor.Settings)[1:]:
+        command.add_argument(f"--{field.name}", **argument(field))
+    command.set_defaults(run=lambda given: doctor.run(doctor.Settings.of(given)))
     return root
 
 

@@ -5,6 +5,7 @@ every rank can export one (multi-node NVLink).
 """
 
 import contextlib
+import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -86,7 +87,7 @@ class CudaDevice(Device):
         self._properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         self._properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         self._properties.location.id = index
-        self.use_handles("fabric" if self._can_export(_FABRIC) else "fd")
+        self.use_handles("fabric" if self.can_export("fabric") else "fd")
 
     def use_handles(self, kind: str) -> None:
         """Allocate with "fabric" or "fd" handles from now on: the kind that every rank of the group can export."""
@@ -96,12 +97,15 @@ class CudaDevice(Device):
         granularity = driver.cuMemGetAllocationGranularity(self._properties, flag)
         self.page_bytes = int(check("cuMemGetAllocationGranularity", granularity))
 
-    def _can_export(self, kind: Any) -> bool:
-        self._properties.requestedHandleTypes = kind
+    def can_export(self, kind: str) -> bool:
+        """Whether the driver gives "fabric" or "fd" handles here. Call `use_handles` afterwards."""
+        wanted = self._properties.requestedHandleTypes = _FABRIC if kind == "fabric" else _FD
         with contextlib.suppress(CudaError):
             handle = check("cuMemCreate", driver.cuMemCreate(2 * 2**20, self._properties, 0))
-            exported, _ = driver.cuMemExportToShareableHandle(handle, kind, 0)
+            exported, found = driver.cuMemExportToShareableHandle(handle, wanted, 0)
             driver.cuMemRelease(handle)
+            if exported == driver.CUresult.CUDA_SUCCESS and kind == "fd":
+                os.close(int(found))
             return exported == driver.CUresult.CUDA_SUCCESS
         return False
 

@@ -189,7 +189,7 @@ class Meeting:
                 return False
             if waited_s > LOCK_TIMEOUT_S:
                 with contextlib.suppress(PermissionError):
-                    fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEAL)
+                    seal(self._fd)
                 return False
             time.sleep(_LOOK_S)
         self._words[_HOLDER // 8] = self.rank
@@ -248,6 +248,10 @@ def create(size: int) -> int:
     os.ftruncate(fd, _RECORDS + 2 * 8 * (1 + size * (4 + size)) + 8 * size)  # zeros are a record: nobody has come
     os.pwrite(fd, struct.pack("<q", size), _SIZE)
     return fd
+
+
+def seal(fd: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEAL)
 
 
 def _newcomer(record: Record, rank: int) -> Record:

@@ -1,0 +1,65 @@
+"""Invariant: the commands of docs/deploy.md are ones that vLLM's and this package's parsers take; its snippets parse."""
+
+import re
+import shlex
+import subprocess
+
+import pytest
+import yaml
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from vllm_dwdp.entrypoints import cli, plugin
+
+from conftest import ROOT
+
+PAGE = (ROOT / "docs/deploy.md").read_text()
+
+
+def snippet(heading: str) -> str:
+    """The indented text under a heading."""
+    section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return "\n".join(line[4:] for line in section.splitlines() if line.startswith("    ") or not line)
+
+
+def commands() -> list[list[str]]:
+    """Every command that starts a server or doctor, as a shell would split it, with what the page's variables hold."""
+    found = []
+    for heading in re.findall(r"^## (.+)$", PAGE, re.M):
+        text = snippet(heading).replace("\\\n", " ")
+        variables = {name: value for name, _, value in re.findall(r"""^(?:export )?(\w+)=(["'])(.*?)\2$""", text, re.M | re.S)}
+        for line in text.splitlines():
+            if match := re.search(r"(?:vllm serve|vllm-dwdp doctor) .*", line):
+                words = []
+                for word in shlex.split(match[0].split(" || ")[0], comments=True):
+                    name = word.removeprefix("$")
+                    value = variables.get(name) if word.startswith("$") else None
+                    words += [word] if value is None else [value] if value.startswith("{") else value.split()
+                found.append(words)
+    pod = yaml.safe_load(snippet("Kubernetes"))
+    inside = pod["spec"]["template"]["spec"]
+    return [*found, *(each["command"] for each in inside["initContainers"] + inside["containers"])]
+
+
+@pytest.fixture(scope="module")
+def serve_parser() -> FlexibleArgumentParser:
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    plugin.register()
+    parser = FlexibleArgumentParser(prog="vllm")
+    ServeSubcommand().subparser_init(parser.add_subparsers())
+    return parser
+
+
+def test_commands_are_taken(serve_parser) -> None:
+    found = commands()
+    assert len([words for words in found if words[:2] == ["vllm", "serve"]]) == 8 and len(found) == 10
+    for words in found:
+        if words[0] == "vllm":
+            serve_parser.parse_args(words[1:])
+        else:
+            cli.parser().parse_args(words[1:])
+
+
+def test_bash_reads_the_slurm_script() -> None:
+    subprocess.run(["bash", "-n"], input=snippet("Slurm"), text=True, check=True)
+    assert all(line.startswith("#SBATCH --") for line in snippet("Slurm").splitlines() if "SBATCH" in line)
