@@ -28,7 +28,7 @@ _RETRY_S = 0.2
 class Hello(msgspec.Struct, frozen=True, kw_only=True):
     """What a rank says of itself before it loads. All of it must be alike but `OWN`."""
 
-    OWN: ClassVar = ("rank", "host", "device_name", "handles")
+    OWN: ClassVar = ("rank", "host", "boot", "network", "device_name", "handles")
 
     rank: int
     size: int
@@ -38,6 +38,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     options: dict[str, Any]
     device: str
     host: str
+    boot: str  # id of the running kernel: containers have host names of their own
+    network: int  # namespace
     device_name: str
     handles: str
 
@@ -102,12 +104,12 @@ class Group:
             try:
                 client = StoreClient(Channel.connect(address, secret, timeout_s), rank)
                 return cls(client, server, rank=rank, size=size, timeout_s=timeout_s)
-            except OSError:
+            except OSError as error:
                 now = time.monotonic()
                 if now - start > timeout_s:
                     raise DWDPError(
                         f"rank {rank} found no rendezvous at {where} within {timeout_s:.0f} s: rank 0 opens it; check "
-                        f"that rank 0 runs and that its host is reachable"
+                        f"that rank 0 runs and that its host is reachable ({_one_line(error)})"
                     ) from None
                 if now - reported > _REPORT_S:
                     reported = now
