@@ -5,14 +5,18 @@ apart meet at a TCP address and have the secret that the user gives, if any.
 """
 
 import json
+import math
 import os
 import secrets
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import vllm
-from vllm.config import VllmConfig
+from vllm import envs
+from vllm.config import ParallelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -50,8 +54,20 @@ def connect(vllm_config: VllmConfig, options: config.Options, rank: int) -> Grou
             "the start and pose as a rank; give all ranks the same random one", rank, TOKEN, name(address),
         )
     return Group.connect(
-        rank=rank, size=options.size, address=address, secret=secret, timeout_s=options.startup_timeout_s
+        rank=rank, size=options.size, address=address, secret=secret, timeout_s=options.startup_timeout_s,
+        until_s=vllm_gives_up_at(parallel),
     )
+
+
+def vllm_gives_up_at(parallel: ParallelConfig) -> float:
+    """When several API servers stop waiting for engines, less a margin, on the monotonic clock; a single one does not.
+
+    They start beside the engines and name nobody.
+    """
+    if parallel._api_process_count < 2:
+        return math.inf
+    age_s, timeout_s = time.time() - psutil.Process().create_time(), envs.VLLM_ENGINE_READY_TIMEOUT_S
+    return time.monotonic() + timeout_s - age_s - min(10, timeout_s / 4)
 
 
 def meet(group: Group, vllm_config: VllmConfig, options: config.Options, device: Device) -> None:
