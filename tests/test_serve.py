@@ -215,7 +215,6 @@ def test_killed_rank_ends_the_server_and_a_restart_works(models, folder: Path, s
     """
     os.kill(server.engines()[1], signal.SIGKILL)
     assert server.process.wait(60) != 0
-    assert "vllm-dwdp" not in Path("/proc/net/unix").read_text()
     await_that(lambda: not server.members(), "what the server started to end", 30)  # resource trackers free memory first
     with Server(models("qwen3_moe"), folder, "--data-parallel-size", "2", "--parallel", "dwdp") as again:
         assert len(again.complete("A mixture of experts", 8)) > 3
