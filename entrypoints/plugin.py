@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_dwdp import config
+from vllm_dwdp import config, launcher
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import hooks
 
@@ -36,10 +36,18 @@ def _create_engine_config(original: Callable) -> Callable:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         vllm_config = original(self, *args, **kwargs)
         if config.is_on(vllm_config.additional_config):
-            from vllm_dwdp.integration import launch  # imports the engine, which a process without DWDP may not need
+            # They import the engine, which a process without DWDP may not need.
+            from vllm_dwdp.integration import commands, launch
 
-            _print_refusals_in_one_line()
-            launch.prepare(vllm_config)
+            if not launcher.is_child():
+                commands.lead()
+                launch.prepare(vllm_config)
+                return vllm_config
+            launcher.follow_parent()
+            try:
+                launch.prepare(vllm_config)
+            except DWDPError as error:
+                commands.refuse_in_child(error)
         return vllm_config
 
     return create_engine_config
@@ -95,11 +103,21 @@ def _merge_after_parsing(parser: argparse.ArgumentParser) -> None:
                 namespace.additional_config = _merge(namespace.additional_config, given)
             elif given:
                 raise DWDPError(f"{config.as_flag(next(iter(given)))} needs --parallel dwdp")
+            if config.is_on(getattr(namespace, "additional_config", None)):
+                _fail_as_ranks_do()
         except DWDPError as error:
             parser.exit(2, f"vllm-dwdp: error: {error}\n")
         return namespace, rest
 
     parser.parse_known_args = parse  # type: ignore[method-assign]
+
+
+def _fail_as_ranks_do() -> None:
+    """Of `vllm serve` alone, which has imported its commands by now."""
+    if hooks.RUN_HEADLESS.module in sys.modules:
+        from vllm_dwdp.integration import commands
+
+        commands.install()
 
 
 def _refuse_misspelt(rest: list[str]) -> None:
@@ -120,18 +138,3 @@ def _merge(additional_config: Any, given: dict[str, Any]) -> dict[str, Any]:
         merged[config.KEY] = (merged[config.KEY] or {}) | given
     config.parse(merged, lambda option: (config.as_flag if option in given else config.as_json)(option))
     return merged
-
-
-def _print_refusals_in_one_line() -> None:
-    """A person who made a wrong setting reads one line, not our stack."""
-    previous = sys.excepthook
-    if getattr(previous, "__name__", "") == "print_refusal":
-        return
-
-    def print_refusal(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if issubclass(kind, DWDPError):
-            print(f"vllm-dwdp: error: {error}", file=sys.stderr)
-        else:
-            previous(kind, error, trace)
-
-    sys.excepthook = print_refusal

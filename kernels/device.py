@@ -116,6 +116,7 @@ class Device(abc.ABC):
     page_bytes: int
     allocated_bytes: int = 0
     handle_kind: str
+    keeps_descriptors = False  # whether a block holds a file descriptor for as long as it lives
     name: str  # tells the devices of a host apart
     visible: frozenset[str]  # the names of all devices that this process sees
 

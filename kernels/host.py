@@ -73,6 +73,7 @@ class HostRegion(Region):
 class HostDevice(Device):
     page_bytes = mmap.PAGESIZE
     handle_kind = "fd"
+    keeps_descriptors = True
     name = "host"
     visible = frozenset({name})
 

@@ -4,8 +4,10 @@ import errno
 import itertools
 import os
 import re
+import resource
 import shutil
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -141,6 +143,38 @@ def test_memory_runs_out_while_migrating(models) -> None:
         outcomes = group.outcomes(120)
     assert re.fullmatch(r"DWDPError: cannot allocate \d+ bytes of shared memory: No space left on device", outcomes[1])
     assert outcomes[0] == outcomes[1].replace("DWDPError: ", "PeerStopped: rank 1 stopped: ")
+
+
+def few_files(rank: int) -> None:
+    """And no tensor can be read."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    DefaultModelLoader.get_all_weights = lambda *_: pytest.fail("weights were read")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+
+
+def container(rank: int) -> None:
+    """A name of its own, and fewer open files than 24 layers need, at first."""
+    socket.gethostname = lambda: f"container-{rank}"
+    resource.setrlimit(resource.RLIMIT_NOFILE, (160, 4096))
+
+
+def test_too_few_descriptors(models) -> None:
+    """What memory handles need is known, with its number, before weights are read."""
+    model = models("qwen3_moe", num_hidden_layers=24)
+    with ranks([model] * 2, [{"rank": 0}, {"rank": 1}], few_files) as group:
+        outcomes = group.outcomes(120)
+    for outcome in outcomes:
+        assert re.search(r"rank \d needs \d{3} open files .*, and may have 128: .* ulimit -n \d{3},", outcome), outcomes
+        assert "Errno" not in outcome and "\n" not in outcome
+
+
+def test_a_limit_that_may_be_raised_and_names_of_one_host(models) -> None:
+    """Is raised; and containers with names of their own, over one shared memory, are one host."""
+    with ranks([models("qwen3_moe", num_hidden_layers=24)] * 2, [{"rank": 0}, {"rank": 1}], container) as group:
+        assert group.outcomes(120) == ["ready"] * 2
+        for rank in group.ranks:
+            rank.close()
 
 
 def test_rank_1_is_killed(models) -> None:

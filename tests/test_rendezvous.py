@@ -12,16 +12,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from vllm_dwdp.channel import Channel, Listener, name
+from vllm_dwdp.channel import Channel, Listener, name, parse
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.exchange import PeerClient, PeerServer
+from vllm_dwdp.kernels.host import HostDevice
 from vllm_dwdp.rendezvous import Group, Hello, PeerStopped, agree, agree_where_common
 
 from harness import await_that, free_port
 
 HELLO = Hello(
     rank=0, size=3, plugin="1", vllm="2", model={"layers": 3}, options={"slots": 2, "deep": {"a": [1, 2]}}, device="cpu",
-    host="here", device_name="gpu0", handles="fd",
+    host="here", boot="here", network=1, device_name="gpu0", handles="fd",
 )
 
 
@@ -295,6 +296,48 @@ def test_what_is_common_must_be_alike() -> None:
         assert "ranks disagree in more: w[2] is 'c' and 'd' on rank 1 and rank 2; " in said
 
 
+def test_who_shares_a_host() -> None:
+    """Containers with names of their own do, if they share a network; two machines do not."""
+    from vllm_dwdp.integration import joining
+
+    device, other = HostDevice(), msgspec.structs.replace(HELLO, rank=1, host="container")
+    joining.choose_handles(device, [HELLO, other])
+    with pytest.raises(DWDPError, match="containers container, here of one host have a network each: "):
+        joining.choose_handles(device, [HELLO, msgspec.structs.replace(other, network=2)])
+    with pytest.raises(DWDPError, match="ranks on container, here cannot share memory: "):
+        joining.choose_handles(device, [HELLO, msgspec.structs.replace(other, boot="there")])
+
+
+@pytest.mark.parametrize("host", ["localhost", "[::1]", "127.0.0.1"])
+def test_a_name_or_an_address_of_any_family(host: str) -> None:
+    """Rank 0 listens there and its peer finds it; what a rank says of the address is how it was written."""
+    from vllm_dwdp import config
+
+    written = f"{host}:{free_port()}"
+    address = parse(config.parse({"dwdp": {"rendezvous": written}}).rendezvous)
+    assert name(address) == written
+    try:
+        heard: list[bytes] = []
+        listener = Listener(address, b"s", lambda channel: heard.append(channel.recv()))
+    except OSError as error:  # of a machine without the family
+        pytest.skip(str(error))
+    channel = Channel.connect(address, b"s", 5)
+    channel.send(b"here")
+    await_that(lambda: heard == [b"here"], "the listener to hear")
+    channel.close()
+    listener.close()
+
+
+def test_a_name_whose_first_family_is_absent(monkeypatch) -> None:
+    """A name may stand for an address that this machine does not have, beside one that it has."""
+    port = free_port()
+    absent, found = (socket.AF_INET, ("192.0.2.1", port)), (socket.AF_INET, ("127.0.0.1", port))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [
+        (family, socket.SOCK_STREAM, 0, "", address) for family, address in (absent, found)
+    ])
+    Listener(("both", port), b"s", lambda _: None).close()
+
+
 def test_a_peer_whose_gpu_is_not_visible_is_named(monkeypatch) -> None:
     """Of this host only: another host's GPUs are reached by FABRIC handles."""
     from vllm_dwdp.integration import joining
@@ -302,7 +345,7 @@ def test_a_peer_whose_gpu_is_not_visible_is_named(monkeypatch) -> None:
     said = []
     monkeypatch.setattr(joining.logger, "warning", lambda text, *values: said.append(text % values))
     group = [
-        msgspec.structs.replace(HELLO, rank=rank, host=host, device_name=name)
+        msgspec.structs.replace(HELLO, rank=rank, boot=host, device_name=name)
         for rank, (host, name) in enumerate([("here", "gpu0"), ("here", "gpu1"), ("there", "gpu2"), ("here", "gpu3")])
     ]
     joining.warn_of_hidden_peers(SimpleNamespace(visible={"gpu0", "gpu1", "gpu3"}), group[0], group)

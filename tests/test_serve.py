@@ -4,9 +4,9 @@ import http.client
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,6 @@ from vllm_dwdp.entrypoints.server import QUIT_S, free_port
 from conftest import ROOT
 from harness import await_that
 
-VLLM = str(Path(sys.executable).with_name("vllm"))
 pytestmark = pytest.mark.engine
 
 ARGUMENTS = [
@@ -68,6 +67,10 @@ class Server(server.Server):
         """Process ids of the engines, rank 0 first."""
         found = re.findall(r"\(EngineCore_DP(\d) pid=(\d+)\)", self.log.read_text())
         return [int(pid) for _, pid in sorted(set(found))]
+
+
+MULTI_PORT = ["--parallel", "dwdp", "--data-parallel-size-local", "2", "--data-parallel-multi-port-external-lb",
+              "--data-parallel-supervisor-port"]
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +189,7 @@ def test_ranks_started_apart(models, folder: Path, server: Server) -> None:
 
 def test_help_shows_the_switch() -> None:
     """`vllm serve --help=parallel` finds the option."""
-    shown = subprocess.run([VLLM, "serve", "--help=parallel"], capture_output=True, text=True, timeout=120).stdout
+    shown = subprocess.run([*server.VLLM, "serve", "--help=parallel"], capture_output=True, text=True, timeout=120).stdout
     assert "--parallel {dwdp}" in shown and "Stream MoE experts" in shown
 
 
@@ -198,7 +201,7 @@ def test_help_shows_the_switch() -> None:
 )
 def test_refusals_are_the_last_line(models, arguments: list[str], word: str) -> None:
     """A wrong setting ends `vllm serve` with one line of ours, before anything is loaded."""
-    command = [VLLM, "serve", models("qwen3_moe"), *ARGUMENTS, "--parallel", "dwdp", *arguments]
+    command = [*server.VLLM, "serve", models("qwen3_moe"), *ARGUMENTS, "--parallel", "dwdp", *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     last = ended.stderr.strip().splitlines()[-1]
     assert ended.returncode != 0 and last.startswith("vllm-dwdp: error: ") and word in last
@@ -206,10 +209,65 @@ def test_refusals_are_the_last_line(models, arguments: list[str], word: str) -> 
 
 
 def test_killed_rank_ends_the_server_and_a_restart_works(models, folder: Path, server: Server) -> None:
-    """Kill -9 of one engine: vLLM's front end stops the whole server, as for any engine. Nothing is left behind."""
+    """Kill -9 of one engine: vLLM's front end stops the whole server, as for any engine. Nothing is left behind.
+
+    Nor is it where the launcher itself is killed: all that it started notices and ends.
+    """
     os.kill(server.engines()[1], signal.SIGKILL)
     assert server.process.wait(60) != 0
-    assert "vllm-dwdp" not in Path("/proc/net/unix").read_text()
     await_that(lambda: not server.members(), "what the server started to end", 30)  # resource trackers free memory first
     with Server(models("qwen3_moe"), folder, "--data-parallel-size", "2", "--parallel", "dwdp") as again:
         assert len(again.complete("A mixture of experts", 8)) > 3
+        assert_all_end_with_launcher(again)
+
+
+def assert_all_end_with_launcher(session: server.Session) -> None:
+    started = session.members()
+    assert len(started) > 3
+    os.kill(session.process.pid, signal.SIGKILL)
+    session.process.wait(10)
+    await_that(lambda: not session.members(), f"the {len(started)} processes of a killed launcher to end", 10)
+
+
+def test_one_launcher_for_a_server_a_rank(models, folder: Path) -> None:
+    """Its ranks find each other without an option, answer alike, and end with it when it is killed."""
+    supervisor = free_port()
+    arguments = [*ARGUMENTS, *MULTI_PORT, str(supervisor), "--data-parallel-size", "2"]
+    with server.Server(models("qwen3_moe"), arguments, folder / "supervised.log") as session:
+        first = int(session.url.rsplit(":", 1)[1])
+        session.url = f"http://127.0.0.1:{supervisor}"
+        session.wait_until_ready(300)
+        body = {"prompt": "A mixture of experts", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+        texts = set()
+        for port in (first, first + 1):
+            session.url = f"http://127.0.0.1:{port}"
+            texts.add(json.load(session.post("v1/completions", body))["choices"][0]["text"])
+        assert len(texts) == 1 and len(texts.pop()) > 3
+        assert_all_end_with_launcher(session)
+
+
+def test_what_fails_after_launch_is_the_last_line(models) -> None:
+    """The sentence for which a rank, or a server that a supervisor started, has ended; the status is not 0."""
+    rank_1 = ["--data-parallel-size", "2", "--data-parallel-rank", "1", "--dwdp-startup-timeout-s", "5",
+              "--dwdp-rendezvous", f"127.0.0.1:{free_port()}", "--data-parallel-rpc-port", str(free_port())]
+    ways = {
+        "rank 1 waits for the server of rank 0 at 127.0.0.1:": ["--parallel", "dwdp", *rank_1],
+        "ranks started by separate commands need a meeting point": [*MULTI_PORT, str(free_port()),
+                                                                     "--data-parallel-size", "4"],
+        "open files for the memory that ranks hand over, and may have 400": [
+            "--parallel", "dwdp", "--data-parallel-size", "2", "--api-server-count", "1"],
+    }
+
+    def end(said: str) -> tuple[int, str]:
+        few = "ulimit -n 400; " if "400" in said else ""
+        model = models("qwen3_moe", num_hidden_layers=48) if few else models("qwen3_moe")
+        command = [*server.VLLM, "serve", model, "--port", str(free_port()), *ARGUMENTS, "--data-parallel-address",
+                   "127.0.0.1", *ways[said]]
+        ended = subprocess.run(["bash", "-c", f"{few}exec {shlex.join(command)}"], capture_output=True, text=True,
+                               timeout=200, cwd=ROOT)
+        return ended.returncode, ended.stderr
+
+    with ThreadPoolExecutor(3) as pool:
+        for said, (status, error) in zip(ways, pool.map(end, ways), strict=True):
+            last = error.strip().splitlines()[-1]
+            assert status != 0 and last.startswith("vllm-dwdp: error: ") and said in last, error[-3000:]

@@ -4,6 +4,7 @@ An address is (host, port), or the name of an abstract Unix socket, which answer
 """
 
 import contextlib
+import errno
 import hashlib
 import hmac
 import os
@@ -115,8 +116,7 @@ class Listener:
             self._socket.bind(address)
             self._socket.listen(_MAX_STRANGERS)
         else:
-            family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
-            self._socket = socket.create_server(address, family=family, backlog=_MAX_STRANGERS)
+            self._socket = _listen(*address)
         threading.Thread(target=self._accept, name="dwdp-listener", daemon=True).start()
 
     def retire(self, reason: str) -> None:
@@ -161,8 +161,33 @@ class Listener:
             self._serve(channel)
 
 
+def _listen(host: str, port: int) -> socket.socket:
+    """At the first address of `host` that this machine has: a name may stand for one of a family that it lacks."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for number, (family, *_, address) in enumerate(found, 1):
+        try:
+            return socket.create_server(address, family=family, backlog=_MAX_STRANGERS)
+        except OSError as error:
+            if number == len(found) or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
+    raise AssertionError("getaddrinfo returns an address or raises")
+
+
+def private(secret: bytes, purpose: bytes) -> str:
+    """The abstract Unix socket that those who know `secret` use for `purpose`."""
+    return "\0vllm-dwdp-" + hmac.new(secret, purpose, hashlib.sha256).hexdigest()
+
+
+def parse(text: str) -> Address:
+    """HOST:PORT, where HOST is a name, an IPv4 address or an IPv6 address in brackets."""
+    host, port = text.rsplit(":", 1)
+    return host.strip("[]"), int(port)
+
+
 def name(address: Address) -> str:
-    return address.strip("\0") if isinstance(address, str) else "{}:{}".format(*address)
+    if isinstance(address, str):
+        return address.strip("\0")
+    return "[{}]:{}".format(*address) if ":" in address[0] else "{}:{}".format(*address)
 
 
 def _is_same_user(connection: socket.socket) -> bool:

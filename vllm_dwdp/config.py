@@ -27,7 +27,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Annotated[int, Meta(ge=0)] | None, Meta(description="this rank", extra={"unset": "vLLM's data-parallel rank"})
     ] = None
     rendezvous: Annotated[
-        Annotated[str, Meta(pattern=r"^[^:]+:\d+$", title="HOST:PORT")] | None,
+        Annotated[str, Meta(pattern=r"^([^:]+|\[.+\]):\d+$", title="HOST:PORT, or [IPV6]:PORT")] | None,
         Meta(description="where rank 0 listens for its peers", extra={"unset": "vLLM's own store"}),
     ] = None
     slots: Annotated[int, Meta(ge=2, le=8, description="buffers into which layers are streamed")] = 2

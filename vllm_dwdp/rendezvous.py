@@ -7,6 +7,7 @@ early when a peer reports why it stopped or is gone.
 import contextlib
 import errno
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -20,7 +21,8 @@ from vllm_dwdp.store import STOPPED, StoreClient, StoreServer
 logger = logging.getLogger("vllm.dwdp.rendezvous")
 T = TypeVar("T")
 _POLL_S = 0.05
-_REPORT_S = 15.0
+REPORT_S = 15.0
+READY_TIMEOUT = "VLLM_ENGINE_READY_TIMEOUT_S"
 _FAREWELL_S = 5.0
 _RETRY_S = 0.2
 
@@ -28,7 +30,7 @@ _RETRY_S = 0.2
 class Hello(msgspec.Struct, frozen=True, kw_only=True):
     """What a rank says of itself before it loads. All of it must be alike but `OWN`."""
 
-    OWN: ClassVar = ("rank", "host", "device_name", "handles")
+    OWN: ClassVar = ("rank", "host", "boot", "network", "device_name", "handles")
 
     rank: int
     size: int
@@ -38,6 +40,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     options: dict[str, Any]
     device: str
     host: str
+    boot: str  # id of the running kernel: containers have host names of their own
+    network: int  # namespace
     device_name: str
     handles: str
 
@@ -73,18 +77,23 @@ class PeerStopped(DWDPError):
 class Group:
     """This rank's connection to its peers while the group starts. Rank 0 keeps what they say."""
 
-    def __init__(self, client: StoreClient, server: StoreServer | None, *, rank: int, size: int, timeout_s: float):
-        self.rank, self.size, self.timeout_s = rank, size, timeout_s
+    def __init__(
+        self, client: StoreClient, server: StoreServer | None, *, rank: int, size: int, timeout_s: float, until_s: float
+    ):
+        self.rank, self.size, self.timeout_s, self._until_s = rank, size, timeout_s, until_s
         self.peers = [(rank + step) % size for step in range(1, size)]
         self._client, self._server = client, server
         self._gathered: set[str] = set()
 
     @classmethod
-    def connect(cls, *, rank: int, size: int, address: Address, secret: bytes, timeout_s: float) -> "Group":
+    def connect(
+        cls, *, rank: int, size: int, address: Address, secret: bytes, timeout_s: float, until_s: float = math.inf
+    ) -> "Group":
         """Join at `address`, which rank 0 opens to those who know `secret`.
 
+        Every wait ends after `timeout_s`, and at `until_s` of the monotonic clock, when vLLM itself would give up.
         Raises DWDPError at once when the group runs already, this rank has joined it before or another secret rules
-        there, and after `timeout_s` without an answer.
+        there, and after such a wait without an answer.
         """
         server, where = None, name(address)
         if rank == 0:
@@ -101,15 +110,15 @@ class Group:
         while True:
             try:
                 client = StoreClient(Channel.connect(address, secret, timeout_s), rank)
-                return cls(client, server, rank=rank, size=size, timeout_s=timeout_s)
-            except OSError:
+                return cls(client, server, rank=rank, size=size, timeout_s=timeout_s, until_s=until_s)
+            except OSError as error:
                 now = time.monotonic()
-                if now - start > timeout_s:
+                if now > min(start + timeout_s, until_s):
                     raise DWDPError(
-                        f"rank {rank} found no rendezvous at {where} within {timeout_s:.0f} s: rank 0 opens it; check "
-                        f"that rank 0 runs and that its host is reachable"
+                        f"rank {rank} found no rendezvous at {where} within {now - start:.0f} s: rank 0 opens it; check "
+                        f"that rank 0 runs and that its host is reachable ({_one_line(error)})"
                     ) from None
-                if now - reported > _REPORT_S:
+                if now - reported > REPORT_S:
                     reported = now
                     logger.info("DWDP rank %d waits for rank 0 at %s", rank, where)
                 time.sleep(_RETRY_S)
@@ -138,13 +147,15 @@ class Group:
             self.raise_reported()
             now = time.monotonic()
             waited = f"rank {self.rank} waits for {_ranks(missing)} to say '{what}'"
-            if now - start > self.timeout_s:
+            if now > min(start + self.timeout_s, self._until_s):
+                limit, raised = f"startup_timeout_s={self.timeout_s:.0f} s", "--dwdp-startup-timeout-s"
+                if now > self._until_s:
+                    limit, raised = f"{now - start:.0f} s, when vLLM gives up too", READY_TIMEOUT
                 raise DWDPError(
-                    f"{waited}: nothing within startup_timeout_s={self.timeout_s:.0f} s; see the log of "
-                    f"{_ranks(missing)}, or raise --dwdp-startup-timeout-s; a rank that runs since an earlier start "
-                    f"does not come: restart all ranks of the group"
+                    f"{waited}: nothing within {limit}; see the log of {_ranks(missing)}, or raise {raised}; a rank "
+                    f"that runs since an earlier start does not come: restart all ranks of the group"
                 )
-            if now - reported > _REPORT_S:
+            if now - reported > REPORT_S:
                 reported = now
                 logger.info(
                     "DWDP %s (%.0f s so far); one that runs since an earlier start must be restarted too", waited,

@@ -4,23 +4,25 @@ Ranks that vLLM's launcher starts meet at a Unix socket of this host and have a 
 apart meet at a TCP address and have the secret that the user gives, if any.
 """
 
-import hashlib
-import hmac
 import json
+import math
 import os
 import secrets
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import vllm
-from vllm.config import VllmConfig
+from vllm import envs
+from vllm.config import ParallelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 import vllm_dwdp
 from vllm_dwdp import checkpoint, config
-from vllm_dwdp.channel import name
+from vllm_dwdp.channel import Address, name, parse, private
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.rendezvous import Group, Hello, agree, demand_alike
@@ -37,13 +39,13 @@ def give_token() -> None:
 def connect(vllm_config: VllmConfig, options: config.Options, rank: int) -> Group:
     """Join the group: at `rendezvous` if given, else where the launcher's secret says, else at vLLM's DP master."""
     parallel, secret = vllm_config.parallel_config, os.environ.get(TOKEN, "").encode()
+    address: Address
     if options.rendezvous is not None:
-        host, port = options.rendezvous.rsplit(":", 1)
-        address = (host, int(port))
+        address = parse(options.rendezvous)
     elif parallel._coord_store_port:  # one launcher has started every rank
         if not secret:
             raise DWDPError(f"{TOKEN} did not reach this engine from the launcher: let engines inherit its environment")
-        address = "\0vllm-dwdp-" + hmac.new(secret, b"rendezvous", hashlib.sha256).hexdigest()
+        address = private(secret, b"rendezvous")
     else:
         address = (parallel.data_parallel_master_ip, parallel.data_parallel_master_port)
     if not secret:
@@ -52,8 +54,20 @@ def connect(vllm_config: VllmConfig, options: config.Options, rank: int) -> Grou
             "the start and pose as a rank; give all ranks the same random one", rank, TOKEN, name(address),
         )
     return Group.connect(
-        rank=rank, size=options.size, address=address, secret=secret, timeout_s=options.startup_timeout_s
+        rank=rank, size=options.size, address=address, secret=secret, timeout_s=options.startup_timeout_s,
+        until_s=vllm_gives_up_at(parallel),
     )
+
+
+def vllm_gives_up_at(parallel: ParallelConfig) -> float:
+    """When several API servers stop waiting for engines, less a margin, on the monotonic clock; a single one does not.
+
+    They start beside the engines and name nobody.
+    """
+    if parallel._api_process_count < 2:
+        return math.inf
+    age_s, timeout_s = time.time() - psutil.Process().create_time(), envs.VLLM_ENGINE_READY_TIMEOUT_S
+    return time.monotonic() + timeout_s - age_s - min(10, timeout_s / 4)
 
 
 def meet(group: Group, vllm_config: VllmConfig, options: config.Options, device: Device) -> None:
@@ -83,6 +97,8 @@ def introduce(vllm_config: VllmConfig, options: config.Options, rank: int, devic
         options=options.shared(),
         device=current_platform.device_type,
         host=socket.gethostname(),
+        boot=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        network=os.stat("/proc/self/ns/net").st_ino,
         device_name=device.name,
         handles=device.handle_kind,
     )
@@ -112,18 +128,23 @@ def choose_handles(device: Device, group: list[Hello]) -> None:
     """FABRIC handles where every rank can export them, else file descriptors, which stay within one host."""
     if all(said.handles == "fabric" for said in group):
         return
-    hosts = sorted({said.host for said in group})
-    if len(hosts) > 1:
+    hosts = ", ".join(sorted({said.host for said in group}))
+    if len({said.boot for said in group}) > 1:
         raise DWDPError(
-            f"ranks on {', '.join(hosts)} cannot share memory: across hosts every GPU must export FABRIC handles "
+            f"ranks on {hosts} cannot share memory: across hosts every GPU must export FABRIC handles "
             f"(multi-node NVLink with IMEX); keep a DWDP group within one host"
+        )
+    if len({said.network for said in group}) > 1:
+        raise DWDPError(
+            f"containers {hosts} of one host have a network each: ranks hand memory over by Unix sockets of one "
+            f"network; start them with the host's (--network host) or one that they share (one pod)"
         )
     device.use_handles("fd")
 
 
 def warn_of_hidden_peers(device: Device, mine: Hello, group: list[Hello]) -> None:
     """The driver takes memory of a GPU that the process cannot see for its own, and copies it on the SMs."""
-    hidden = [str(s.rank) for s in group if s.host == mine.host and s.device_name not in device.visible]
+    hidden = [str(s.rank) for s in group if s.boot == mine.boot and s.device_name not in device.visible]
     if hidden:
         logger.warning(
             "DWDP rank %d does not see the GPU of rank %s: copies from there take the SMs, not a copy engine, and slow "

@@ -15,12 +15,13 @@ from typing import Any
 import msgspec
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.v1.engine import core
+from vllm.v1.engine import coordinator, core
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from vllm_dwdp import config
+from vllm_dwdp import config, launcher
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import checks, graphs, hooks, joining
+from vllm_dwdp.rendezvous import REPORT_S
 
 logger = init_logger("vllm.dwdp.launch")
 WORKER = "vllm_dwdp.integration.worker.DWDPWorker"
@@ -57,6 +58,7 @@ def install() -> None:
     """Put the launch hooks in place and make sure that they are."""
     for hook, wrapper in (
         (hooks.RUN_ENGINE_CORE, lambda _: run_engine_core),
+        (hooks.RUN_COORDINATOR, lambda _: run_coordinator),
         (hooks.COORDINATOR, _without(_WAVES)),
         (hooks.WAIT_FOR_STARTUP, _without(_LOCKSTEP)),
         (hooks.SYNC_CLIENT, _without_waves),
@@ -150,13 +152,65 @@ class IndependentEngineCore(core.EngineCoreProc):
                     self.input_queue.not_empty.wait(HOT_LOOK_S if quiet_s < HOT_S else LOOK_S)
 
 
+class _Awaited:
+    """A socket whose wait for an answer is bounded by `timeout_s` and says whom it waits for."""
+
+    def __init__(self, socket: Any, whom: str, timeout_s: float):
+        self._socket, self._whom, self._timeout_s = socket, whom, timeout_s
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+    def poll(self, timeout: float) -> int:
+        """`timeout` is vLLM's, in milliseconds: the smaller counts. Raises DWDPError when it has passed."""
+        start, end_s = time.monotonic(), min(self._timeout_s, timeout / 1e3)
+        while (left_s := start + end_s - time.monotonic()) > 0:
+            if answers := self._socket.poll(1e3 * min(left_s, REPORT_S)):
+                return answers
+            logger.info("DWDP %s (%.0f s so far)", self._whom, time.monotonic() - start)
+        raise DWDPError(
+            f"{self._whom}: no answer within {end_s:.0f} s; start that server, check --data-parallel-address and "
+            f"--data-parallel-rpc-port, or raise --dwdp-startup-timeout-s"
+        )
+
+
+def _bounded(options: config.Options, rank: int) -> Callable[[Callable], Callable]:
+    """A wrapper that lets an engine wait for another node's front end no longer than for a peer."""
+
+    def wrapper(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def call(socket: Any, local_client: bool, headless: bool, parallel_config: Any = None) -> Any:
+            if not local_client and parallel_config is not None:
+                at = f"{parallel_config.data_parallel_master_ip}:{parallel_config.data_parallel_rpc_port}"
+                whom = f"rank {rank} waits for the server of rank 0 at {at}"
+                socket = _Awaited(socket, whom, options.startup_timeout_s)
+            return original(socket, local_client, headless, parallel_config)
+
+        return call
+
+    return wrapper
+
+
 _run_engine_core = core.EngineCoreProc.run_engine_core
+_run_coordinator = coordinator.DPCoordinatorProc.run_coordinator
+
+
+def run_coordinator(*args: Any, **kwargs: Any) -> None:
+    """The coordinator process's entry point: a launcher that is killed leaves none behind."""
+    launcher.follow_parent()
+    _run_coordinator(*args, **kwargs)
 
 
 def run_engine_core(*args: Any, **kwargs: Any) -> None:
     """The engine process's entry point. A spawned child unpickles it by this module's name: it imports DWDP first."""
-    if config.parse(kwargs["vllm_config"].additional_config) is None:
+    if (options := config.parse(kwargs["vllm_config"].additional_config)) is None:
         return _run_engine_core(*args, **kwargs)
+    launcher.follow_parent()
     _refuse_first()  # a spawned child has not been through `install`
-    with hooks.LOCKSTEP_ENGINE.during(lambda _: IndependentEngineCore):
-        _run_engine_core(*args, **kwargs)
+    bounded = _bounded(options, kwargs["dp_rank"])
+    try:
+        with hooks.LOCKSTEP_ENGINE.during(lambda _: IndependentEngineCore), hooks.START_HANDSHAKE.during(bounded):
+            _run_engine_core(*args, **kwargs)
+    except DWDPError as error:
+        launcher.tell(error)
+        raise

@@ -12,13 +12,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExpertsBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-from vllm_dwdp import budget, checkpoint
+from vllm_dwdp import budget, checkpoint, descriptors
 from vllm_dwdp.config import Options
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.experts import ExpertLayer
 from vllm_dwdp.integration import hooks
 from vllm_dwdp.kernels.device import Device
-from vllm_dwdp.placement import Placement
+from vllm_dwdp.placement import Placement, spread_residents
 
 Shards = dict[RoutedExperts, Placement]  # a model's expert layers, in the order in which they were built
 
@@ -179,7 +179,8 @@ def describe(layer: RoutedExperts, placement: Placement, rank: int) -> ExpertLay
 
 
 def refuse_oversize(shards: Shards, rank: int, device: Device, options: Options, limit: budget.Limit) -> None:
-    """Raises DWDPError when slots or cache will not fit beside the shards, whose memory the layers have taken already.
+    """Raises DWDPError when slots or cache will not fit beside the shards, whose memory the layers have taken already,
+    or when memory needs more descriptors than this process may have.
 
     Layers that are quantized while they load have no memory yet; assembly checks them.
     """
@@ -191,7 +192,9 @@ def refuse_oversize(shards: Shards, rank: int, device: Device, options: Options,
             ).size
             for layer, placement in shards.items()
         ]
-        budget.cache_bytes(sizes, device, options, limit)
+        cache = budget.cache_bytes(sizes, device, options, limit)
+        residents = spread_residents(cache // max(sum(size.expert_bytes) for size in sizes), len(sizes))
+        descriptors.provide(sizes, rank, residents, page_bytes=device.page_bytes, kept=device.keeps_descriptors)
 
 
 def samples(model: torch.nn.Module, shards: Shards, rank: int) -> dict[str, str]:

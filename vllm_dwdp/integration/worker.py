@@ -3,6 +3,8 @@
 vLLM resolves `DWDPWorker` by name in each engine; nothing else in an engine process is touched once a model is loaded.
 """
 
+import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.offloader import set_offloader
 from vllm.platforms import current_platform
 
-from vllm_dwdp import assembly, config
+from vllm_dwdp import assembly, config, descriptors, launcher
 from vllm_dwdp.budget import Limit
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import binding, checks, dispatching, joining, loading, metrics
@@ -29,6 +31,20 @@ logger = init_logger("vllm.dwdp.worker")
 HELP_S = 0.01  # between looks whether a large step has ended on the device
 
 
+def _telling(method: Callable) -> Callable:
+    """An error of ours is told to the launcher: an executor in another process passes on less."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except DWDPError as error:
+            launcher.tell(error)
+            raise
+
+    return call
+
+
 class DWDPWorker(PlatformWorker):
     """One rank. `dwdp` is set once the model is loaded."""
 
@@ -36,15 +52,18 @@ class DWDPWorker(PlatformWorker):
     _group: Group
     _is_idle = False  # the engine has no request
 
+    @_telling
     def load_model(self, **kwargs: Any) -> None:
         """Meet the peers, load this rank's shard, share it, and fill the first slots.
 
         Raises DWDPError when a peer differs, fails or does not come, or when memory does not suffice.
         """
+        if launcher.launcher() != os.getpid():  # else this is a person's own process, with the engine inside
+            launcher.follow_parent()
         options, rank = membership(self.vllm_config)
         device = make_device(self.device)
         self._group = group = joining.connect(self.vllm_config, options, rank)
-        with group.reporting():
+        with group.reporting(), descriptors.named():
             joining.meet(group, self.vllm_config, options, device)
             cache = self.vllm_config.cache_config
             limit = Limit(
@@ -82,6 +101,7 @@ class DWDPWorker(PlatformWorker):
             dispatching.help_between_calls()
         self._update_metrics = metrics.export(self.dwdp)
 
+    @_telling
     def execute_model(self, scheduler_output: Any) -> Any:
         if self.dwdp.hot is not None:
             self.dwdp.hot.advance()
@@ -100,10 +120,12 @@ class DWDPWorker(PlatformWorker):
         self._update_metrics()
         return output
 
+    @_telling
     def sample_tokens(self, grammar_output: Any) -> Any:
         output, dispatch = super().sample_tokens(grammar_output), self.dwdp.dispatch
         return output if dispatch is None else dispatching.checked(output, dispatch)
 
+    @_telling
     def dwdp_help(self) -> bool | None:
         """No request: take part in a round of the peers', if one asks for this rank.
 

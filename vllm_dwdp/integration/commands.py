@@ -1,0 +1,82 @@
+"""Commands: whatever way a command of vLLM's ends, its last line is the sentence for which, and its status is not 0."""
+
+import functools
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from vllm_dwdp import config, launcher
+from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.integration import hooks, joining
+from vllm_dwdp.launcher import Reasons
+
+
+def lead() -> Reasons:
+    """Hear from the processes that this one starts, and let its last line be ours if it ends for their reasons."""
+    if not isinstance(reasons := getattr(sys.excepthook, "reasons", None), Reasons):
+        previous, reasons = sys.excepthook, Reasons()
+
+        def print_refusal(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+            if not issubclass(kind, DWDPError):
+                previous(kind, error, trace)
+                if not reasons.heard:
+                    return
+                error = DWDPError(reasons.heard[0])
+            print(f"vllm-dwdp: error: {error}", file=sys.stderr)
+
+        print_refusal.reasons = reasons  # type: ignore[attr-defined]
+        sys.excepthook = print_refusal
+    return reasons
+
+
+def refuse_in_child(error: DWDPError) -> None:
+    """End a server that another process of vLLM's has started in one line. Its parent gets the sentence."""
+    launcher.tell(error)
+    raise SystemExit(f"vllm-dwdp: error: {error}") from None
+
+
+def install() -> None:
+    """Make the commands that watch over children fail when those have."""
+    for hook, wrapper in ((hooks.RUN_HEADLESS, _headless), (hooks.SUPERVISE, _supervise)):
+        hook.install(wrapper)
+
+
+def _headless(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def run_headless(args: Any) -> None:
+        original(args)
+        _raise_first(lead())
+
+    return run_headless
+
+
+def _supervise(original: Callable) -> Callable:
+    """One server a rank, all started here: where no other node has ranks, they meet without an option."""
+
+    @functools.wraps(original)
+    async def run(self: Any) -> None:
+        args = self.args
+        if not config.is_on(args.additional_config):
+            return await original(self)
+        reasons = lead()
+        options = config.parse(args.additional_config)
+        if options.rendezvous is None and args.data_parallel_size_local == args.data_parallel_size:
+            joining.give_token()
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                there = {"rendezvous": f"127.0.0.1:{probe.getsockname()[1]}"}
+            args.additional_config = args.additional_config | {config.KEY: args.additional_config[config.KEY] | there}
+        await original(self)
+        _raise_first(reasons)
+        for server in self._processes:
+            if server.exitcode not in (None, 0, -signal.SIGTERM, -signal.SIGINT):
+                raise DWDPError(f"{server.name} ended with status {server.exitcode}: its log above says why")
+
+    return run
+
+
+def _raise_first(reasons: Reasons) -> None:
+    if reasons.heard:
+        raise DWDPError(reasons.heard[0])
