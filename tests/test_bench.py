@@ -135,9 +135,19 @@ def test_modes_start_the_ranks_that_they_are_made_of():
 
 def test_decode_has_defaults_of_its_own():
     prefill, decode = settings(), settings("--decode", "1,64")
-    assert (prefill.input_len, prefill.output_len, prefill.eager) == (8192, 1, True)
-    assert (decode.input_len, decode.output_len, decode.eager, decode.decode) == (128, 64, False, (1, 64))
-    assert settings("--decode", "2", "--eager", "--input-len", "9").input_len == 9
+    assert (prefill.input_len, prefill.output_len) == (8192, 1)
+    assert (decode.input_len, decode.output_len, decode.decode) == (128, 64, (1, 64))
+    assert settings("--decode", "2", "--input-len", "9").input_len == 9
+
+
+def test_engines_are_those_of_vllm_serve_unless_told():
+    """Compiled, and a worker process for each rank of dwdp, as expert parallelism has by itself."""
+    load = load_arguments(settings(), "dwdp", 256, 1)[1]["engine"]
+    assert (load["enforce_eager"], load["distributed_executor_backend"]) == (False, "mp")
+    told = settings("--eager", "--engine-args", '{"distributed_executor_backend": "uni"}')
+    load = load_arguments(told, "dwdp", 256, 1)[1]["engine"]
+    assert (load["enforce_eager"], load["distributed_executor_backend"]) == (True, "uni")
+    assert "distributed_executor_backend" not in load_arguments(settings(), "ep", 256, 1)[0]["engine"]
 
 
 @pytest.mark.parametrize(

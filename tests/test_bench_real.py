@@ -20,8 +20,7 @@ def test_real_run_on_cpu_survives_expert_parallelism_that_cannot_run(tmp_path, w
     model = tmp_path / "tiny-moe"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(CONFIG))
-    engine = {"kv_cache_memory_bytes": 2**26, "max_model_len": 256, "distributed_executor_backend": "uni",
-              "dtype": "float32"}
+    engine = {"kv_cache_memory_bytes": 2**26, "max_model_len": 256, "dtype": "float32"}
     modes = ["dwdp", "single"] if workload == "decode" else ["dwdp", "ep", "single"]
     points = [1, 2] if workload == "decode" else [256]
     command = [

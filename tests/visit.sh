@@ -30,7 +30,7 @@ for part; do
         --engine-args "$engine" --side-by-side --rounds 2 --repeats 2 --max-num-batched-tokens 16384 --out "$out/decode" ;;
     prefill)  # tokens/s per GPU by tokens a step
       timeout 280 $bench --modes dwdp,ep,single --hf-overrides "$layers" --engine-args "$engine" --side-by-side \
-        --max-num-batched-tokens $steps --num-prompts $prompts --rounds 2 --repeats 2 --no-eager --out "$out/prefill" ;;
+        --max-num-batched-tokens $steps --num-prompts $prompts --rounds 2 --repeats 2 --out "$out/prefill" ;;
     serve)  # real servers, vLLM's defaults
       timeout 520 python3 "$here/../examples/serving.py" "$model" --modes dwdp,ep --side-by-side --loads "$loads" \
         --serve-args "$serve" --timeout 240 --out "$out/serve" ;;

@@ -16,7 +16,7 @@ OWN_ARGUMENTS = frozenset({
     "model", "tensor_parallel_size", "data_parallel_size", "enable_expert_parallel", "max_num_batched_tokens",
     "additional_config", "worker_extension_cls",
 })
-DECODE_DEFAULTS = {"input_len": 128, "output_len": 64, "eager": False}
+DECODE_DEFAULTS = {"input_len": 128, "output_len": 64}
 
 Positive = Annotated[int, Meta(gt=0)]
 MODE = re.compile(r"dwdp(\+\w+=[^+]+)*|ep|tp|single")
@@ -35,7 +35,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     decode: Annotated[
         tuple[Positive, ...],
         Meta(description="measure decode steps instead of prefill, at these batch sizes per GPU, such as 1,4,16,64; "
-                         "then --input-len is 128, --output-len 64, and CUDA graphs are on, if not given"),
+                         "then --input-len is 128 and --output-len 64, if not given"),
     ] = ()
     input_len: Annotated[Positive, Meta(description="longest prompt, in tokens")] = 8192
     ratio: Annotated[
@@ -59,7 +59,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 0.9
     hf_overrides: Annotated[dict[str, Any], Meta(description="""JSON, such as {"num_hidden_layers": 12}""")] = {}
     load_format: Annotated[str, Meta(description="as vLLM's")] = "auto"
-    eager: Annotated[bool, Meta(description="without CUDA graphs")] = True
+    eager: Annotated[bool, Meta(description="engines without torch.compile and CUDA graphs, not as vLLM starts them")] = False
     engine_args: Annotated[dict[str, Any], Meta(description="JSON, merged into every engine's arguments")] = {}
     dwdp: Annotated[dict[str, Any], Meta(description="""JSON of DWDP options, such as {"slots": 3}""")] = {}
     timeout: Annotated[
@@ -130,7 +130,11 @@ def visible_devices(mode: str, devices: Sequence[str] | None, size: int) -> list
 
 
 def load_arguments(settings: Settings, mode: str, tokens: int, port: int) -> list[dict[str, Any]]:
-    """What each rank of a mode loads (see bench_rank). `port` is where its ranks meet, free on this host."""
+    """What each rank of a mode loads (see rank.py). `port` is where its ranks meet, free on this host.
+
+    Offline, vLLM gives a worker process beside the engine core to ranks of expert parallelism (VLLM_DP_SIZE) alone;
+    `vllm serve --data-parallel-size N` gives one to DWDP's ranks too, so they have it here.
+    """
     ranks = range(settings.size)
     common = {
         "load_format": settings.load_format,
@@ -165,4 +169,5 @@ def load_arguments(settings: Settings, mode: str, tokens: int, port: int) -> lis
             return [load(stock, [0], {})]
         case _:
             options = [settings.dwdp_options(mode, rank, port) for rank in ranks]
-            return [load({"additional_config": {config.KEY: options[rank]}}, [rank], {}) for rank in ranks]
+            process = {"distributed_executor_backend": "mp"} | settings.engine_args
+            return [load(process | {"additional_config": {config.KEY: options[rank]}}, [rank], {}) for rank in ranks]

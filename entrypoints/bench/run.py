@@ -1,17 +1,11 @@
 """`vllm-dwdp bench`: DWDP against stock vLLM on the same GPUs, model and prompts, in turns."""
 
 import contextlib
-import importlib.metadata
 import math
-import os
-import platform
-import shlex
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +13,10 @@ import msgspec
 
 from vllm_dwdp.entrypoints.bench.engines import EngineFailure, Engines
 from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, visible_devices
+from vllm_dwdp.entrypoints.bench.origin import cuda_devices, origin, query_gpus
 from vllm_dwdp.entrypoints.bench.rank import Held
 from vllm_dwdp.entrypoints.bench.report import FORMATS, POINTS, UNITS, Reading, chart, reading, summarize, table, total
 from vllm_dwdp.entrypoints.server import free_port
-from vllm_dwdp.errors import DWDPError
 
 WARMUP_STEPS = 2
 RELEASE_S = 20.0
@@ -189,11 +183,8 @@ class Bench:
         """bench.json: everything read so far. Returns the table's rows."""
         points = self.settings.decode or self.settings.max_num_batched_tokens
         rows = summarize(self.settings.modes, points, self.decode, self.readings, self.held, self.failures)
-        content = msgspec.json.encode({
-            "command": shlex.join(["vllm-dwdp", *sys.argv[1:]]),
+        content = msgspec.json.encode(origin(self.devices) | {
             "settings": self.settings,
-            "versions": {name: importlib.metadata.version(name) for name in ("vllm-dwdp", "vllm", "torch")},
-            "devices": query_gpus("name,driver_version", self.devices) if self.devices else [platform.machine()],
             "point": POINTS[self.decode],
             "unit": UNITS[self.decode],
             "rows": rows,
@@ -210,7 +201,8 @@ class Bench:
             f"decode of {settings.output_len} tokens after {lengths}" if self.decode else
             f"{settings.num_prompts} prompts of {lengths} per GPU, {settings.output_len} out"
         )
-        title = f"{Path(settings.model).name}, size {settings.size}: {what}"
+        how = ", eager" if settings.eager else ""
+        title = f"{Path(settings.model).name}, size {settings.size}{how}: {what}"
         print(f"\n{title}; medians, ratios of speeds\n\n{table(rows, self.decode)}\n")
         written = [self.out / "bench.json"]
         if self.readings:
@@ -220,24 +212,3 @@ class Bench:
             except ImportError:
                 print("no chart: matplotlib is not installed (pip install 'vllm-dwdp[bench]')")
         print(f"{' and '.join(map(str, written))} written; {time.monotonic() - self.start_s:.0f} s in all")
-
-
-def query_gpus(fields: str, devices: Sequence[str] | None = None) -> list[str]:
-    """nvidia-smi's line of `fields` for each of the devices, or for all; empty where there is no nvidia-smi."""
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        chosen = ["-i", ",".join(devices)] if devices else []
-        done = subprocess.run([*command, *chosen], capture_output=True, text=True, check=True, timeout=60)
-        return done.stdout.splitlines()
-    return []
-
-
-def cuda_devices(size: int) -> list[str] | None:
-    """The first `size` CUDA devices, or None where vLLM's CPU build runs. Raises DWDPError when there are fewer."""
-    if "cpu" in importlib.metadata.version("vllm"):
-        return None
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = query_gpus("index") if given is None else [name.strip() for name in given.split(",") if name.strip()]
-    if len(visible) < size:
-        raise DWDPError(f"--size is {size} but {len(visible)} GPUs are visible: lower --size")
-    return visible[:size]
