@@ -100,6 +100,7 @@ def pretenders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(engines, "RANK_COMMAND", (sys.executable, str(script)))
     monkeypatch.setattr(bench, "cuda_devices", lambda size: None)
+    monkeypatch.setattr(bench, "refuse_impossible", lambda *_: None)  # a model of this name is nowhere
     yield tmp_path
     assert processes_in(tmp_path) == []
 
@@ -232,7 +233,7 @@ def test_the_reason_is_the_root_cause_in_the_log():
 
 def test_modes_that_fail_do_not_end_the_bench(pretenders, capsys):
     asked = ["--input-len", "100", "--num-prompts", "4", "--timeout", "4", "--out", "out", "--repeats", "2"]
-    assert cli.main(["bench", "--model", "m", *asked]) == 0
+    assert cli.main(["bench", "--model", "m", *asked]) == 1
     said = capsys.readouterr().out
     assert said.count("tp: load\n") == said.count("ep: load\n") == 1, "a mode that failed is not tried again"
     result = json.loads((pretenders / "out" / "bench.json").read_text())
@@ -249,7 +250,7 @@ def test_modes_that_fail_do_not_end_the_bench(pretenders, capsys):
 
 def test_side_by_side_loads_once_and_alternates(pretenders, capsys):
     asked = ["--modes", "dwdp,ep,single", "--decode", "2", "--output-len", "5", "--out", "out", "--repeats", "1"]
-    assert cli.main(["bench", "--model", "m", "--side-by-side", *asked]) == 0
+    assert cli.main(["bench", "--model", "m", "--side-by-side", *asked]) == 1
     assert capsys.readouterr().out.count(": load\n") == 3
     result = json.loads((pretenders / "out" / "bench.json").read_text())
     assert [(r["mode"], r["round"], r["value"]) for r in result["readings"]] == [
@@ -281,7 +282,8 @@ def test_a_rank_that_dies_or_hangs_is_named(pretenders, model, reason):
 def test_a_signal_ends_everything_that_was_started(tmp_path, number, status):
     """SIGKILL leaves the parent no say: its ranks notice by themselves."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    command = ["bench", "--model", str(tmp_path), "--modes", "dwdp,single", "--load-format", "dummy"]
+    command = ["bench", "--model", str(tmp_path), "--modes", "dwdp,single", "--load-format", "dummy",
+               "--input-len", "100"]
     process = subprocess.Popen(
         [sys.executable, "-m", "vllm_dwdp.entrypoints.cli", *command], cwd=tmp_path, env=os.environ | CPU,
         stdout=subprocess.DEVNULL,

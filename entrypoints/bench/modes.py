@@ -14,12 +14,13 @@ from vllm_dwdp.errors import DWDPError
 
 OWN_ARGUMENTS = frozenset({
     "model", "tensor_parallel_size", "data_parallel_size", "enable_expert_parallel", "max_num_batched_tokens",
-    "additional_config", "worker_extension_cls",
+    "all2all_backend", "additional_config", "worker_extension_cls",
 })
 DECODE_DEFAULTS = {"input_len": 128, "output_len": 64}
 
 Positive = Annotated[int, Meta(gt=0)]
-MODE = re.compile(r"dwdp(\+\w+=[^+]+)*|ep|tp|single")
+MODE = re.compile(r"dwdp(\+\w+=[^+]+)*|ep(\+all2all_backend=\w+)?|tp|single")
+SPELLINGS = {"dwdp": "dwdp, dwdp+OPTION=VALUE", "ep": "ep, ep+all2all_backend=NAME"}
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,8 +30,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     size: Annotated[Positive, Meta(description="GPUs, and ranks of dwdp and ep")] = 2
     modes: Annotated[
         tuple[str, ...],
-        Meta(min_length=1, description="which modes, in which order; dwdp may carry options of its own, as in "
-                                       "dwdp,dwdp+cache_gib=4+cache_policy=hot"),
+        Meta(min_length=1, description="which modes, in which order; dwdp may carry options of its own and ep "
+                                       "all2all_backend, as in dwdp+cache_gib=4+cache_policy=hot"),
     ] = ("dwdp", "ep", "tp", "single")
     decode: Annotated[
         tuple[Positive, ...],
@@ -72,9 +73,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """From option values, numbers as text or not. Raises DWDPError for what cannot be."""
         given = (DECODE_DEFAULTS if given.get("decode") else {}) | given
         self = config.read(cls, given, lambda name: f"--{name.replace('_', '-')}", strict=False)
-        for mode in self.modes:
-            if not MODE.fullmatch(mode):
-                raise DWDPError(f"--modes has {mode}, which is none of dwdp, dwdp+OPTION=VALUE, ep, tp and single")
+        refuse_misspelt(self.modes, ("dwdp", "ep", "tp", "single"))
         if self.size < 2 and set(self.modes) != {"single"}:
             raise DWDPError(f"--size is {self.size}: every mode but single needs at least 2")
         if taken := OWN_ARGUMENTS.intersection(self.engine_args):
@@ -87,7 +86,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 f"together: raise --max-num-batched-tokens or lower --input-len"
             )
         for mode in self.modes:
-            own = [option.split("=")[0] for option in mode.split("+")[1:]]
+            own = own_options(mode) if is_dwdp(mode) else {}
             config.parse(
                 {config.KEY: self.dwdp_options(mode, rank=0, port=1)},
                 lambda name, own=own: f"{name} in {'--modes' if name in own or name not in self.dwdp else '--dwdp'}",
@@ -100,8 +99,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return self.side_by_side and "kv_cache_memory_bytes" in self.engine_args
 
     def dwdp_options(self, mode: str, rank: int, port: int) -> dict[str, Any]:
-        own = dict(option.split("=", 1) for option in mode.split("+")[1:])
-        return self.dwdp | {name: scalar(value) for name, value in own.items()} | {
+        return self.dwdp | (own_options(mode) if is_dwdp(mode) else {}) | {
             "timing": True, "size": max(self.size, 2), "rank": rank, "rendezvous": f"127.0.0.1:{port}"
         }
 
@@ -115,12 +113,31 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def is_dwdp(mode: str) -> bool:
-    return mode.split("+")[0] == "dwdp"
+    return kind(mode) == "dwdp"
+
+
+def kind(mode: str) -> str:
+    """dwdp, ep, tp or single."""
+    return mode.split("+")[0]
+
+
+def own_options(mode: str) -> dict[str, Any]:
+    """The options that a mode carries after its kind."""
+    given = (option.split("=", 1) for option in mode.split("+")[1:])
+    return {name: scalar(value) for name, value in given}
+
+
+def refuse_misspelt(modes: Sequence[str], kinds: Sequence[str]) -> None:
+    """Raises DWDPError for a mode that is none of these kinds."""
+    for mode in modes:
+        if not MODE.fullmatch(mode) or kind(mode) not in kinds:
+            known = ", ".join(SPELLINGS.get(each, each) for each in kinds)
+            raise DWDPError(f"--modes has {mode}, which is none of {known}")
 
 
 def visible_devices(mode: str, devices: Sequence[str] | None, size: int) -> list[str | None]:
     """CUDA_VISIBLE_DEVICES of each rank, None on CPU: all but single see all GPUs, DWDP's ranks their own first."""
-    num_ranks = size if mode == "ep" or is_dwdp(mode) else 1
+    num_ranks = size if kind(mode) in ("ep", "dwdp") else 1
     if devices is None:
         return [None] * num_ranks
     if mode == "single":
@@ -156,13 +173,14 @@ def load_arguments(settings: Settings, mode: str, tokens: int, port: int) -> lis
         }
 
     stock = {"worker_extension_cls": PROBE}
-    match mode:
+    match kind(mode):
         case "ep":
+            stock |= {"enable_expert_parallel": True} | own_options(mode)
             group = {
                 "VLLM_DP_SIZE": str(settings.size), "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": str(port)
             }
             own = [group | {"VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)} for rank in ranks]
-            return [load(stock | {"enable_expert_parallel": True}, [rank], own[rank]) for rank in ranks]
+            return [load(stock, [rank], own[rank]) for rank in ranks]
         case "tp":
             return [load(stock | {"tensor_parallel_size": settings.size}, ranks, {})]
         case "single":

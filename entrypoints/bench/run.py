@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from typing import Any
 
 import msgspec
 
+from vllm_dwdp.entrypoints.bench.checks import refuse_impossible
+from vllm_dwdp.entrypoints.bench.comparison import Comparison
 from vllm_dwdp.entrypoints.bench.engines import EngineFailure, Engines
 from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, visible_devices
 from vllm_dwdp.entrypoints.bench.origin import cuda_devices, origin, query_gpus
@@ -21,47 +22,24 @@ from vllm_dwdp.entrypoints.server import free_port
 WARMUP_STEPS = 2
 RELEASE_S = 20.0
 RELEASE_SLACK_MIB = 256
-INTERRUPTED = 130
 
 
-def run(settings: Settings) -> int:
-    """Measure, print the table, write bench.json and bench.png; returns the command's exit status.
-
-    Ctrl-C and SIGTERM end everything that was started and report what was measured until then.
-    """
-    bench = Bench(settings)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    status = None
-    try:
-        bench.measure()
-    except KeyboardInterrupt:
-        status = INTERRUPTED
-        bench.say("interrupted")
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    bench.report()
-    return status or int(not bench.readings)
-
-
-class Bench:
-    """A benchmark under way: what runs, what was read, and what failed."""
+class Bench(Comparison):
+    """Offline engines: what runs, what was read, and what failed. Writes bench.json and bench.png."""
 
     def __init__(self, settings: Settings):
+        """Raises DWDPError for what cannot run here."""
+        tokens = settings.input_len + settings.output_len
+        refuse_impossible(settings.modes, settings.model, tokens, settings.hf_overrides, "--input-len and --output-len")
+        self.devices = cuda_devices(settings.size)
+        super().__init__(settings.out)
         self.settings = settings
         self.decode = bool(settings.decode)
-        self.devices = cuda_devices(settings.size)
-        self.out = Path(settings.out)
-        (self.out / "logs").mkdir(parents=True, exist_ok=True)
-        self.start_s = time.monotonic()
         self.used_mib = self._used_mib()
         self.running: dict[str, Engines] = {}
-        self.readings: list[Reading] = []
+        self.measured: list[Reading] = []
         self.held: dict[tuple[str, int], Held] = {}  # per GPU
         self.failures: dict[tuple[str, int], str] = {}
-
-    def say(self, text: str) -> None:
-        """One line of progress."""
-        print(f"[{time.monotonic() - self.start_s:6.1f} s] {text}", flush=True)
 
     def measure(self) -> None:
         """Give each mode its turns, A B A B. Nothing that was started outlives this."""
@@ -120,7 +98,7 @@ class Bench:
         """Start the ranks of a mode, which all load at once."""
         settings = self.settings
         engines = self.running[mode] = Engines(
-            name=f"{mode}-{tokens}-{len(self.readings)}", logs=self.out / "logs", timeout_s=settings.timeout,
+            name=f"{mode}-{tokens}-{len(self.measured)}", logs=self.logs, timeout_s=settings.timeout,
             visible_devices=visible_devices(mode, self.devices, settings.size),
         )
         engines.tell("load", *load_arguments(settings, mode, tokens, free_port()))
@@ -156,7 +134,7 @@ class Bench:
             spent.subtract(first)
         else:
             spent = self._run(mode, "prefill", self.settings.num_prompts, output_len)
-        self.readings.append(read := reading(
+        self.measured.append(read := reading(
             mode=mode, point=point, round=round, num_gpus=self.settings.num_gpus(mode), spent=spent, decode=self.decode,
         ))
         batch = f", {point} requests per GPU" if self.decode else ""
@@ -182,13 +160,13 @@ class Bench:
     def write(self) -> list[Any]:
         """bench.json: everything read so far. Returns the table's rows."""
         points = self.settings.decode or self.settings.max_num_batched_tokens
-        rows = summarize(self.settings.modes, points, self.decode, self.readings, self.held, self.failures)
+        rows = summarize(self.settings.modes, points, self.decode, self.measured, self.held, self.failures)
         content = msgspec.json.encode(origin(self.devices) | {
             "settings": self.settings,
             "point": POINTS[self.decode],
             "unit": UNITS[self.decode],
             "rows": rows,
-            "readings": self.readings,
+            "readings": self.measured,
         })
         (self.out / "bench.json").write_bytes(msgspec.json.format(content, indent=2))
         return rows
@@ -205,7 +183,7 @@ class Bench:
         title = f"{Path(settings.model).name}, size {settings.size}{how}: {what}"
         print(f"\n{title}; medians, ratios of speeds\n\n{table(rows, self.decode)}\n")
         written = [self.out / "bench.json"]
-        if self.readings:
+        if self.measured:
             try:
                 chart(rows, self.decode, title, self.out / "bench.png")
                 written.append(self.out / "bench.png")
