@@ -35,8 +35,8 @@ def test_side_by_side(models, tmp_path: Path) -> None:
     """One load on real servers, a tokenizer made for them. A server that does not start is named, and the rest goes on."""
     command = [
         sys.executable, "-m", "vllm_dwdp.entrypoints.cli", "bench", "--serve", "--model",
-        bare(models("qwen3_moe"), tmp_path), "--modes", "dwdp,dwdp+size=3", "--side-by-side", "--loads", "64:8:inf:16",
-        "--serve-args", SERVE_ARGS, "--timeout", "240", "--out", "out",
+        bare(models("qwen3_moe"), tmp_path), "--modes", "dwdp,dwdp+experts_per_rank=99", "--side-by-side", "--loads", "64:8:inf:16",
+        "--serve-args", SERVE_ARGS, "--timeout", "120", "--out", "out",
     ]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=tmp_path)
     assert ended.returncode == 1, ended.stdout + ended.stderr
@@ -45,9 +45,9 @@ def test_side_by_side(models, tmp_path: Path) -> None:
     assert (measured["mode"], measured["load"]) == ("dwdp", "64:8:inf:16")
     assert measured["median_ttft_ms"] > 0 < measured["request_throughput"] and measured["dwdp"]["prefetch_bytes"] > 0
     assert written["versions"]["vllm"] and written["devices"] and "--serve" in written["command"]
-    assert list(written["failed"]) == ["dwdp+size=3"] and "serve-dwdp+size=3.log" in written["failed"]["dwdp+size=3"]
+    assert list(written["failed"]) == ["dwdp+experts_per_rank=99"] and "serve-dwdp+experts_per_rank=99.log" in written["failed"]["dwdp+experts_per_rank=99"]
     assert any(line.split()[:2] == ["64:8:inf:16", "dwdp"] for line in ended.stdout.splitlines())
-    assert "dwdp+size=3 failed: " in ended.stdout
+    assert "dwdp+experts_per_rank=99 failed: " in ended.stdout
     assert (tmp_path / "out" / "serving.png").read_bytes().startswith(b"\x89PNG")
     assert processes_in(tmp_path) == []
 
