@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 
 from vllm_dwdp.entrypoints import cli
-from vllm_dwdp.entrypoints.bench import engines
+from vllm_dwdp.entrypoints.bench import checks, engines
 from vllm_dwdp.entrypoints.bench import run as bench
 from vllm_dwdp.entrypoints.bench.engines import EngineFailure, Engines, last_exception
 from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, visible_devices
@@ -172,6 +172,32 @@ def test_wrong_settings_are_refused_in_one_line(options, complaint, capsys):
         settings(*options)
     assert cli.main(["bench", "--model", "m", *options]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("modes", "on_cpu", "named"),
+    [
+        ("dwdp,ep", True, "--modes has ep: vLLM's CPU build has no expert parallelism"),
+        ("dwdp,ep+all2all_backend=pigeon", False, "all2all_backend=pigeon: this vLLM has deepep_high_throughput, "),
+        ("dwdp,ep+all2all_backend=nixl_ep", False, "ask for 8193 tokens in a sequence, "),
+    ],
+    ids=str,
+)
+def test_what_cannot_run_is_refused_before_loading(tmp_path, monkeypatch, capsys, modes, on_cpu, named):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    monkeypatch.setattr(checks, "on_cpu", lambda: on_cpu)
+    assert cli.main(["bench", "--model", str(tmp_path), "--modes", modes]) == 2
+    said = capsys.readouterr()
+    assert named in said.err and len(said.err.splitlines()) == 1 and not said.out
+
+
+def test_expert_parallelism_with_a_backend_is_the_base_where_it_is_faster():
+    mode = "ep+all2all_backend=nixl_ep"
+    loads = load_arguments(settings("--modes", mode), mode, 256, 1)
+    assert len(loads) == 2 and loads[1]["engine"]["all2all_backend"] == "nixl_ep"
+    readings = [reading_of("dwdp", 1), reading_of("ep", 4), reading_of(mode, 2)]
+    rows = summarize(["dwdp", "ep", mode], [256], False, readings, {}, {})
+    assert [row.ratio_to_ep for row in rows] == [2, 0.5, 1]
 
 
 def test_reading_spans_the_slowest_rank_and_takes_differences_of_statistics():
