@@ -165,6 +165,8 @@ def test_engines_are_those_of_vllm_serve_unless_told():
         (["--decode", "1,0"], "--decode"),
         (["--decode", "4", "--output-len", "1"], "--output-len above 1"),
         (["--decode", "64", "--input-len", "1000"], "do not fit one step"),
+        (["--decode", "4", "--uneven", "2"], "--uneven is for prefill"),
+        (["--uneven", "0.5"], "--uneven is '0.5'"),
     ],
 )
 def test_wrong_settings_are_refused_in_one_line(options, complaint, capsys):

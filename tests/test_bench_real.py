@@ -32,6 +32,8 @@ def test_real_run_on_cpu_survives_a_mode_that_fails(tmp_path, workload):
     ]
     if workload == "decode":
         command += ["--side-by-side", "--decode", "1,2", "--output-len", "8", "--dwdp", '{"dispatch": "off"}']
+    else:
+        command += ["--ratio", "1", "--uneven", "2"]
     done = subprocess.run(
         [sys.executable, "-m", "vllm_dwdp.entrypoints.cli", *command], cwd=tmp_path, env=os.environ | CPU,
         capture_output=True, text=True, timeout=500,
@@ -52,6 +54,6 @@ def test_real_run_on_cpu_survives_a_mode_that_fails(tmp_path, workload):
             assert broken["num_readings"] == 0 and "99" in broken["failed"] and broken["failed"][:80] in done.stdout
             assert list(dwdp["views"]) == ["streamed"] and dwdp["copy_gb_per_s"] > 0
     spent = result["readings"][0]["spent"]
-    assert spent["prompt_tokens"] == (0 if workload == "decode" else 2 * 540)
-    assert "single  " in done.stdout
+    assert spent["prompt_tokens"] == (0 if workload == "decode" else (12 + 6) * 100)
+    assert "single  " in done.stdout and ("rank 0 2 times as many" in done.stdout) == (workload == "prefill")
     assert processes_in(tmp_path) == []

@@ -43,6 +43,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float, Meta(gt=0, le=1, description="prompt lengths are uniform in [RATIO * INPUT_LEN, INPUT_LEN]")
     ] = 0.8
     num_prompts: Annotated[Positive, Meta(description="prompts per GPU, for prefill")] = 24
+    uneven: Annotated[
+        float, Meta(ge=1, description="rank 0 gets UNEVEN times the prompts of the others, for prefill")
+    ] = 1.0
     max_num_batched_tokens: Annotated[
         tuple[Positive, ...], Meta(min_length=1, description="tokens a step; a list measures each")
     ] = (16384,)
@@ -80,6 +83,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise DWDPError(f"--engine-args sets {', '.join(sorted(taken))}, which the modes set themselves")
         if self.decode and (self.output_len < 2 or len(self.max_num_batched_tokens) > 1):
             raise DWDPError("--decode needs an --output-len above 1 and one --max-num-batched-tokens")
+        if self.decode and self.uneven != 1:
+            raise DWDPError("--uneven is for prefill: leave out --decode")
         if max(self.decode, default=0) * self.input_len > self.max_num_batched_tokens[0]:
             raise DWDPError(
                 f"{max(self.decode)} prompts of {self.input_len} tokens do not fit one step, so they would not decode "
@@ -169,7 +174,7 @@ def load_arguments(settings: Settings, mode: str, tokens: int, port: int) -> lis
         engine = common | settings.engine_args | {"model": settings.model, "max_num_batched_tokens": tokens} | own
         return {
             "environment": environment, "engine": engine, "ranks": list(ranks), "input_len": settings.input_len,
-            "ratio": settings.ratio, "num_prompts": max(settings.decode, default=settings.num_prompts),
+            "ratio": settings.ratio, "uneven": settings.uneven, "num_prompts": max(settings.decode, default=settings.num_prompts),
         }
 
     stock = {"worker_extension_cls": PROBE}

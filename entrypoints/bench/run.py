@@ -178,6 +178,7 @@ class Bench(Comparison):
         what = (
             f"decode of {settings.output_len} tokens after {lengths}" if self.decode else
             f"{settings.num_prompts} prompts of {lengths} per GPU, {settings.output_len} out"
+            + (f", rank 0 {settings.uneven:g} times as many" if settings.uneven != 1 else "")
         )
         how = ", eager" if settings.eager else ""
         title = f"{Path(settings.model).name}, size {settings.size}{how}: {what}"
