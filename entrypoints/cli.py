@@ -11,8 +11,9 @@ import msgspec
 
 import vllm_dwdp
 from vllm_dwdp import config
-from vllm_dwdp.entrypoints.bench import run as bench
 from vllm_dwdp.entrypoints.bench.modes import Settings
+from vllm_dwdp.entrypoints.bench.run import Bench
+from vllm_dwdp.entrypoints.bench.serve import ServeSettings, Serving
 from vllm_dwdp.entrypoints.doctor import run as doctor
 from vllm_dwdp.entrypoints.plan import run as plan
 from vllm_dwdp.errors import DWDPError
@@ -37,11 +38,14 @@ def parser() -> argparse.ArgumentParser:
         "bench", help="compare DWDP with stock vLLM on this machine", argument_default=argparse.SUPPRESS,
         description="Runs the modes in turn, A B A B, on the same prompts, and prints one table. dwdp: this plugin; "
         "ep: stock data parallel with expert parallel; tp: stock tensor parallel; single: one GPU that holds "
-        "everything, the ceiling without communication.",
+        "everything, the ceiling without communication. With --serve the modes are whole servers under load, as "
+        "`vllm serve` starts them and `vllm bench serve` asks them.",
     )
-    for field in msgspec.structs.fields(Settings):
-        command.add_argument(f"--{field.name.replace('_', '-')}", **argument(field))
-    command.set_defaults(run=lambda given: bench.run(Settings.of(given)))
+    command.add_argument("--serve", action="store_true", help="compare servers: --loads or --sweep, --serve-args")
+    fields = {field.name: field for kind in (ServeSettings, Settings) for field in msgspec.structs.fields(kind)}
+    for name, field in fields.items():
+        command.add_argument(f"--{name.replace('_', '-')}", **argument(field))
+    command.set_defaults(run=bench)
     command = commands.add_parser(
         "plan", help="forecast DWDP's memory and speed from a model's config", argument_default=argparse.SUPPRESS,
         description="Forecasts prefill from config.json alone, without GPU and weights: bytes, memory by part, KV "
@@ -61,6 +65,16 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(f"--{field.name}", **argument(field))
     command.set_defaults(run=lambda given: doctor.run(doctor.Settings.of(given)))
     return root
+
+
+def bench(given: dict[str, Any]) -> int:
+    """Offline engines, or with --serve whole servers. Raises DWDPError for an option of the other."""
+    serve = given.pop("serve", False)
+    kind = ServeSettings if serve else Settings
+    for name in given:
+        if name not in kind.__struct_fields__:
+            raise DWDPError(f"--{name.replace('_', '-')} {'does not go with' if serve else 'needs'} --serve")
+    return Serving(ServeSettings.of(given)).run() if serve else Bench(Settings.of(given)).run()
 
 
 def argument(field: msgspec.structs.FieldInfo) -> dict[str, Any]:

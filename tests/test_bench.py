@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 
 from vllm_dwdp.entrypoints import cli
-from vllm_dwdp.entrypoints.bench import engines
+from vllm_dwdp.entrypoints.bench import checks, engines
 from vllm_dwdp.entrypoints.bench import run as bench
 from vllm_dwdp.entrypoints.bench.engines import EngineFailure, Engines, last_exception
 from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, visible_devices
@@ -100,6 +100,7 @@ def pretenders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(engines, "RANK_COMMAND", (sys.executable, str(script)))
     monkeypatch.setattr(bench, "cuda_devices", lambda size: None)
+    monkeypatch.setattr(bench, "refuse_impossible", lambda *_: None)  # a model of this name is nowhere
     yield tmp_path
     assert processes_in(tmp_path) == []
 
@@ -135,9 +136,19 @@ def test_modes_start_the_ranks_that_they_are_made_of():
 
 def test_decode_has_defaults_of_its_own():
     prefill, decode = settings(), settings("--decode", "1,64")
-    assert (prefill.input_len, prefill.output_len, prefill.eager) == (8192, 1, True)
-    assert (decode.input_len, decode.output_len, decode.eager, decode.decode) == (128, 64, False, (1, 64))
-    assert settings("--decode", "2", "--eager", "--input-len", "9").input_len == 9
+    assert (prefill.input_len, prefill.output_len) == (8192, 1)
+    assert (decode.input_len, decode.output_len, decode.decode) == (128, 64, (1, 64))
+    assert settings("--decode", "2", "--input-len", "9").input_len == 9
+
+
+def test_engines_are_those_of_vllm_serve_unless_told():
+    """Compiled, and a worker process for each rank of dwdp, as expert parallelism has by itself."""
+    load = load_arguments(settings(), "dwdp", 256, 1)[1]["engine"]
+    assert (load["enforce_eager"], load["distributed_executor_backend"]) == (False, "mp")
+    told = settings("--eager", "--engine-args", '{"distributed_executor_backend": "uni"}')
+    load = load_arguments(told, "dwdp", 256, 1)[1]["engine"]
+    assert (load["enforce_eager"], load["distributed_executor_backend"]) == (True, "uni")
+    assert "distributed_executor_backend" not in load_arguments(settings(), "ep", 256, 1)[0]["engine"]
 
 
 @pytest.mark.parametrize(
@@ -154,6 +165,8 @@ def test_decode_has_defaults_of_its_own():
         (["--decode", "1,0"], "--decode"),
         (["--decode", "4", "--output-len", "1"], "--output-len above 1"),
         (["--decode", "64", "--input-len", "1000"], "do not fit one step"),
+        (["--decode", "4", "--uneven", "2"], "--uneven is for prefill"),
+        (["--uneven", "0.5"], "--uneven is '0.5'"),
     ],
 )
 def test_wrong_settings_are_refused_in_one_line(options, complaint, capsys):
@@ -161,6 +174,32 @@ def test_wrong_settings_are_refused_in_one_line(options, complaint, capsys):
         settings(*options)
     assert cli.main(["bench", "--model", "m", *options]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("modes", "on_cpu", "named"),
+    [
+        ("dwdp,ep", True, "--modes has ep: vLLM's CPU build has no expert parallelism"),
+        ("dwdp,ep+all2all_backend=pigeon", False, "all2all_backend=pigeon: this vLLM has deepep_high_throughput, "),
+        ("dwdp,ep+all2all_backend=nixl_ep", False, "ask for 8193 tokens in a sequence, "),
+    ],
+    ids=str,
+)
+def test_what_cannot_run_is_refused_before_loading(tmp_path, monkeypatch, capsys, modes, on_cpu, named):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    monkeypatch.setattr(checks, "on_cpu", lambda: on_cpu)
+    assert cli.main(["bench", "--model", str(tmp_path), "--modes", modes]) == 2
+    said = capsys.readouterr()
+    assert named in said.err and len(said.err.splitlines()) == 1 and not said.out
+
+
+def test_expert_parallelism_with_a_backend_is_the_base_where_it_is_faster():
+    mode = "ep+all2all_backend=nixl_ep"
+    loads = load_arguments(settings("--modes", mode), mode, 256, 1)
+    assert len(loads) == 2 and loads[1]["engine"]["all2all_backend"] == "nixl_ep"
+    readings = [reading_of("dwdp", 1), reading_of("ep", 4), reading_of(mode, 2)]
+    rows = summarize(["dwdp", "ep", mode], [256], False, readings, {}, {})
+    assert [row.ratio_to_ep for row in rows] == [2, 0.5, 1]
 
 
 def test_reading_spans_the_slowest_rank_and_takes_differences_of_statistics():
@@ -222,7 +261,7 @@ def test_the_reason_is_the_root_cause_in_the_log():
 
 def test_modes_that_fail_do_not_end_the_bench(pretenders, capsys):
     asked = ["--input-len", "100", "--num-prompts", "4", "--timeout", "4", "--out", "out", "--repeats", "2"]
-    assert cli.main(["bench", "--model", "m", *asked]) == 0
+    assert cli.main(["bench", "--model", "m", *asked]) == 1
     said = capsys.readouterr().out
     assert said.count("tp: load\n") == said.count("ep: load\n") == 1, "a mode that failed is not tried again"
     result = json.loads((pretenders / "out" / "bench.json").read_text())
@@ -239,7 +278,7 @@ def test_modes_that_fail_do_not_end_the_bench(pretenders, capsys):
 
 def test_side_by_side_loads_once_and_alternates(pretenders, capsys):
     asked = ["--modes", "dwdp,ep,single", "--decode", "2", "--output-len", "5", "--out", "out", "--repeats", "1"]
-    assert cli.main(["bench", "--model", "m", "--side-by-side", *asked]) == 0
+    assert cli.main(["bench", "--model", "m", "--side-by-side", *asked]) == 1
     assert capsys.readouterr().out.count(": load\n") == 3
     result = json.loads((pretenders / "out" / "bench.json").read_text())
     assert [(r["mode"], r["round"], r["value"]) for r in result["readings"]] == [
@@ -271,7 +310,8 @@ def test_a_rank_that_dies_or_hangs_is_named(pretenders, model, reason):
 def test_a_signal_ends_everything_that_was_started(tmp_path, number, status):
     """SIGKILL leaves the parent no say: its ranks notice by themselves."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    command = ["bench", "--model", str(tmp_path), "--modes", "dwdp,single", "--load-format", "dummy"]
+    command = ["bench", "--model", str(tmp_path), "--modes", "dwdp,single", "--load-format", "dummy",
+               "--input-len", "100"]
     process = subprocess.Popen(
         [sys.executable, "-m", "vllm_dwdp.entrypoints.cli", *command], cwd=tmp_path, env=os.environ | CPU,
         stdout=subprocess.DEVNULL,

@@ -1,35 +1,160 @@
-"""Invariant: the serving comparison measures each mode that serves, names one that does not, leaves nothing behind."""
+"""Invariant: the comparison of servers measures each mode that serves, names one that does not, leaves nothing behind."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
-from harness import processes_in
+from vllm_dwdp.entrypoints import cli
+from vllm_dwdp.entrypoints.bench import front, serve
+from vllm_dwdp.entrypoints.bench.loads import FIGURES, Load
+from vllm_dwdp.entrypoints.bench.serve import ServeSettings, Serving
+from vllm_dwdp.entrypoints.server import Session, SessionFailure
 
-pytestmark = pytest.mark.engine
+from harness import await_that, processes_in
 
 SERVE_ARGS = (
     "--dtype float32 --enforce-eager --max-model-len 256 --max-num-batched-tokens 128 --kv-cache-memory-bytes 64000000"
 )
+BROKEN = "dwdp+experts_per_rank=99"  # of 12
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
+def bare(model: str, folder: Path) -> str:
+    """The model without its tokenizer."""
+    return str(shutil.copytree(model, folder / "bare", ignore=lambda *_: TOKENIZER))
 
+
+@pytest.mark.engine
 def test_side_by_side(models, tmp_path: Path) -> None:
-    """One load, twice, on real servers. vLLM's CPU build cannot run expert parallelism, and the comparison goes on."""
+    """One load on real servers, a tokenizer made for them. A server that does not start is named, and the rest goes on."""
     command = [
-        sys.executable, str(ROOT / "examples" / "serving.py"), models("qwen3_moe"), "--modes", "dwdp,ep",
-        "--side-by-side", "--repeats", "2", "--loads", "64:8:inf:16", "--serve-args", SERVE_ARGS,
-        "--timeout", "240", "--out", str(tmp_path),
+        sys.executable, "-m", "vllm_dwdp.entrypoints.cli", "bench", "--serve", "--model",
+        bare(models("qwen3_moe"), tmp_path), "--modes", f"dwdp,{BROKEN}", "--side-by-side", "--loads", "64:8:inf:16",
+        "--serve-args", SERVE_ARGS, "--timeout", "120", "--out", "out",
     ]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=tmp_path)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    written = json.loads((tmp_path / "serving.json").read_text())
-    assert [(m["load"], m["repeat"]) for m in written["measured"]] == [("64:8:inf:16", 0), ("64:8:inf:16", 1)]
-    assert all(m["mode"] == "dwdp" and m["median_ttft_ms"] > 0 < m["request_throughput"] for m in written["measured"])
-    assert list(written["failed"]) == ["ep"] and str(tmp_path) in written["failed"]["ep"]
-    assert all(line.split()[1] == "dwdp" for line in ended.stdout.splitlines() if line.strip().startswith("64:8:"))
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    written = json.loads((tmp_path / "out" / "serving.json").read_text())
+    (measured,) = written["measured"]
+    assert (measured["mode"], measured["load"]) == ("dwdp", "64:8:inf:16")
+    assert measured["median_ttft_ms"] > 0 < measured["request_throughput"] and measured["dwdp"]["prefetch_bytes"] > 0
+    assert written["versions"]["vllm"] and written["devices"] and "--serve" in written["command"]
+    assert list(written["failed"]) == [BROKEN] and f"serve-{BROKEN}.log" in written["failed"][BROKEN]
+    assert any(line.split()[:2] == ["64:8:inf:16", "dwdp"] for line in ended.stdout.splitlines())
+    assert f"{BROKEN} failed: " in ended.stdout
+    assert (tmp_path / "out" / "serving.png").read_bytes().startswith(b"\x89PNG")
     assert processes_in(tmp_path) == []
+
+
+def figures(requests_per_s: float) -> dict[str, float]:
+    return dict.fromkeys(FIGURES, 10.0) | {"request_throughput": requests_per_s, "total_token_throughput": 400.0}
+
+
+@pytest.fixture
+def idle_servers(models, tmp_path, monkeypatch):
+    """Servers that only sleep, so that the order of loads shows; `put_under_load` is the test's."""
+    class Sleeper(Session):
+        def __init__(self, model, arguments, log):
+            self.command = ["vllm", "serve", model, *arguments]
+            super().__init__(["sleep", "600"], log, folder=tmp_path)
+
+        def wait_until_ready(self, timeout_s, waiting):
+            return 0.0
+
+    monkeypatch.setattr(serve, "Server", Sleeper)
+    monkeypatch.setattr(serve, "warm_up", lambda *_: None)
+    monkeypatch.setattr(serve, "counted", lambda _: {})
+    monkeypatch.chdir(tmp_path)
+    yield models("qwen3_moe")
+    assert processes_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_a_sweep_gives_all_modes_the_rates_of_the_first(idle_servers, monkeypatch, side_by_side) -> None:
+    asked = []
+
+    def put_under_load(server, load, **rest):
+        mode = "tp" if "--tensor-parallel-size" in server.command else "dwdp"
+        asked.append((mode, load.rate))
+        return figures(8.0 if mode == "dwdp" else 4.0)
+
+    monkeypatch.setattr(serve, "put_under_load", put_under_load)
+    settings = ServeSettings(model=idle_servers, modes=("dwdp", "tp"), sweep="64:8:32", side_by_side=side_by_side)
+    assert Serving(settings).run() == 0
+    for mode in settings.modes:
+        assert [rate for each, rate in asked if each == mode] == [float("inf"), 2, 4, 6]
+    assert [mode for mode, _ in asked] == (["dwdp", "tp"] * 4 if side_by_side else ["dwdp"] * 4 + ["tp"] * 4)
+
+
+@pytest.mark.parametrize(("raised", "status"), [(KeyboardInterrupt(), 130), (SessionFailure("gone"), 1)], ids=str)
+def test_what_was_measured_is_reported(idle_servers, monkeypatch, capsys, raised, status) -> None:
+    """An interrupt or a failure at the second load leaves the first load's figures."""
+    def put_under_load(server, load, **rest):
+        if load.output_len == 9:
+            raise raised
+        return figures(8.0)
+
+    monkeypatch.setattr(serve, "put_under_load", put_under_load)
+    assert Serving(ServeSettings(model=idle_servers, modes=("dwdp",), loads=("64:8:inf:1", "64:9:inf:1"))).run() == status
+    (measured,) = json.loads(Path("dwdp-bench/serving.json").read_text())["measured"]
+    assert measured["load"] == "64:8:inf:1"
+    assert any(line.split()[:3] == ["64:8:inf:1", "dwdp", "8.00"] for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.engine
+def test_a_signal_ends_the_servers(models, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vllm_dwdp.entrypoints.cli", "bench", "--serve", "--model", models("qwen3_moe"),
+               "--modes", "dwdp", "--loads", "64:8:inf:16", "--serve-args", SERVE_ARGS]
+    process = subprocess.Popen(command, cwd=tmp_path, env=os.environ, stdout=subprocess.DEVNULL)
+    await_that(lambda: len(processes_in(tmp_path)) >= 2, "the server to start")
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130
+    assert processes_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ([], "--serve needs --loads IN:OUT:RATE:COUNT,... or --sweep"),
+        (["--loads", "64:8:16"], "--loads has '64:8:16': it must be IN:OUT:RATE:COUNT"),
+        (["--loads", "64:8:0:16"], "--loads has '64:8:0:16'"),
+        (["--sweep", "64:8:inf:16"], "--sweep has '64:8:inf:16': it must be IN:OUT:COUNT"),
+        (["--sweep", "64:8:1", "--ratio", "0.5"], "--ratio does not go with --serve"),
+        (["--sweep", "64:8:1", "--modes", "single"], "--modes has single, which is none of dwdp"),
+        (["--sweep", "64:8:1", "--modes", "dwdp+slotz=3"], "slotz in --modes is no option"),
+        (["--sweep", "64:8:1", "--modes", "dwdp", "--model", "/nowhere"], "there is no folder /nowhere"),
+        (["--sweep", "9000:8:1", "--modes", "dwdp"], "--sweep ask for 9008 tokens in a sequence, "),
+    ],
+    ids=str,
+)
+def test_what_cannot_run_is_refused_in_one_line(models, capsys, given, named) -> None:
+    assert cli.main(["bench", "--serve", "--model", models("qwen3_moe"), *given]) == 2
+    said = capsys.readouterr()
+    assert named in said.err and said.err.count("\n") == 1 and not said.out
+
+
+def test_the_front_has_a_line_a_mode(tmp_path: Path) -> None:
+    """Tokens/s per user are 1000 / TPOT; a load without further tokens has none."""
+    measured = [
+        front.Measured(mode=mode, load=load, repeat=repeat, dwdp={}, **figures(repeat) | {"median_tpot_ms": tpot_ms})
+        for mode in ("dwdp", "ep") for repeat in (1, 3)
+        for load, tpot_ms in (("64:8:2:9", 20.0), ("64:8:inf:9", 50.0), ("64:1:2:9", 0.0))
+    ]
+    rows = front.summarize(["dwdp", "ep"], ["64:8:2:9", "64:8:inf:9", "64:1:2:9"], measured, 2)
+    assert [row.tokens_per_s_per_user for row in rows] == [50, 50, 20, 20, None, None]
+    assert {(row.tokens_per_s_per_gpu, row.requests_per_s) for row in rows} == {(200, 2)}
+    front.picture(rows, "title", tmp_path / "front.png")
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_load_reads_as_it_is_written() -> None:
+    for text in ("2048:256:inf:400", "64:8:0.5:7"):
+        assert str(Load.of(text)) == text

@@ -10,6 +10,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$out"
 export PYTHONPATH="${PYTHONPATH:-}:$here"
 bench="python3 -P -m vllm_dwdp.entrypoints.cli bench --model $model --load-format dummy"
+serving="python3 -P -m vllm_dwdp.entrypoints.cli bench --serve --model $model"
 layers='{"num_hidden_layers": 12}'
 cut='{"num_hidden_layers": 24}'
 engine='{"kv_cache_memory_bytes": 3221225472}'
@@ -30,9 +31,9 @@ for part; do
         --engine-args "$engine" --side-by-side --rounds 2 --repeats 2 --max-num-batched-tokens 16384 --out "$out/decode" ;;
     prefill)  # tokens/s per GPU by tokens a step
       timeout 280 $bench --modes dwdp,ep,single --hf-overrides "$layers" --engine-args "$engine" --side-by-side \
-        --max-num-batched-tokens $steps --num-prompts $prompts --rounds 2 --repeats 2 --no-eager --out "$out/prefill" ;;
+        --max-num-batched-tokens $steps --num-prompts $prompts --rounds 2 --repeats 2 --out "$out/prefill" ;;
     serve)  # real servers, vLLM's defaults
-      timeout 520 python3 "$here/../examples/serving.py" "$model" --modes dwdp,ep --side-by-side --loads "$loads" \
+      timeout 520 $serving --modes dwdp,ep --side-by-side --loads "$loads" \
         --serve-args "$serve" --timeout 240 --out "$out/serve" ;;
     tests)
       DWDP_RECORD="$out/tests.json" timeout 480 python3 -P -m pytest -q -n 3 --dist loadfile -m gpu "$here" > "$out/tests.log" 2>&1

@@ -14,12 +14,13 @@ from vllm_dwdp.errors import DWDPError
 
 OWN_ARGUMENTS = frozenset({
     "model", "tensor_parallel_size", "data_parallel_size", "enable_expert_parallel", "max_num_batched_tokens",
-    "additional_config", "worker_extension_cls",
+    "all2all_backend", "additional_config", "worker_extension_cls",
 })
-DECODE_DEFAULTS = {"input_len": 128, "output_len": 64, "eager": False}
+DECODE_DEFAULTS = {"input_len": 128, "output_len": 64}
 
 Positive = Annotated[int, Meta(gt=0)]
-MODE = re.compile(r"dwdp(\+\w+=[^+]+)*|ep|tp|single")
+MODE = re.compile(r"dwdp(\+\w+=[^+]+)*|ep(\+all2all_backend=\w+)?|tp|single")
+SPELLINGS = {"dwdp": "dwdp, dwdp+OPTION=VALUE", "ep": "ep, ep+all2all_backend=NAME"}
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,19 +30,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     size: Annotated[Positive, Meta(description="GPUs, and ranks of dwdp and ep")] = 2
     modes: Annotated[
         tuple[str, ...],
-        Meta(min_length=1, description="which modes, in which order; dwdp may carry options of its own, as in "
-                                       "dwdp,dwdp+cache_gib=4+cache_policy=hot"),
+        Meta(min_length=1, description="which modes, in which order; dwdp may carry options of its own and ep "
+                                       "all2all_backend, as in dwdp+cache_gib=4+cache_policy=hot"),
     ] = ("dwdp", "ep", "tp", "single")
     decode: Annotated[
         tuple[Positive, ...],
         Meta(description="measure decode steps instead of prefill, at these batch sizes per GPU, such as 1,4,16,64; "
-                         "then --input-len is 128, --output-len 64, and CUDA graphs are on, if not given"),
+                         "then --input-len is 128 and --output-len 64, if not given"),
     ] = ()
     input_len: Annotated[Positive, Meta(description="longest prompt, in tokens")] = 8192
     ratio: Annotated[
         float, Meta(gt=0, le=1, description="prompt lengths are uniform in [RATIO * INPUT_LEN, INPUT_LEN]")
     ] = 0.8
     num_prompts: Annotated[Positive, Meta(description="prompts per GPU, for prefill")] = 24
+    uneven: Annotated[
+        float, Meta(ge=1, description="rank 0 gets UNEVEN times the prompts of the others, for prefill")
+    ] = 1.0
     max_num_batched_tokens: Annotated[
         tuple[Positive, ...], Meta(min_length=1, description="tokens a step; a list measures each")
     ] = (16384,)
@@ -59,7 +63,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 0.9
     hf_overrides: Annotated[dict[str, Any], Meta(description="""JSON, such as {"num_hidden_layers": 12}""")] = {}
     load_format: Annotated[str, Meta(description="as vLLM's")] = "auto"
-    eager: Annotated[bool, Meta(description="without CUDA graphs")] = True
+    eager: Annotated[bool, Meta(description="engines without torch.compile and CUDA graphs, not as vLLM starts them")] = False
     engine_args: Annotated[dict[str, Any], Meta(description="JSON, merged into every engine's arguments")] = {}
     dwdp: Annotated[dict[str, Any], Meta(description="""JSON of DWDP options, such as {"slots": 3}""")] = {}
     timeout: Annotated[
@@ -72,22 +76,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """From option values, numbers as text or not. Raises DWDPError for what cannot be."""
         given = (DECODE_DEFAULTS if given.get("decode") else {}) | given
         self = config.read(cls, given, lambda name: f"--{name.replace('_', '-')}", strict=False)
-        for mode in self.modes:
-            if not MODE.fullmatch(mode):
-                raise DWDPError(f"--modes has {mode}, which is none of dwdp, dwdp+OPTION=VALUE, ep, tp and single")
+        refuse_misspelt(self.modes, ("dwdp", "ep", "tp", "single"))
         if self.size < 2 and set(self.modes) != {"single"}:
             raise DWDPError(f"--size is {self.size}: every mode but single needs at least 2")
         if taken := OWN_ARGUMENTS.intersection(self.engine_args):
             raise DWDPError(f"--engine-args sets {', '.join(sorted(taken))}, which the modes set themselves")
         if self.decode and (self.output_len < 2 or len(self.max_num_batched_tokens) > 1):
             raise DWDPError("--decode needs an --output-len above 1 and one --max-num-batched-tokens")
+        if self.decode and self.uneven != 1:
+            raise DWDPError("--uneven is for prefill: leave out --decode")
         if max(self.decode, default=0) * self.input_len > self.max_num_batched_tokens[0]:
             raise DWDPError(
                 f"{max(self.decode)} prompts of {self.input_len} tokens do not fit one step, so they would not decode "
                 f"together: raise --max-num-batched-tokens or lower --input-len"
             )
         for mode in self.modes:
-            own = [option.split("=")[0] for option in mode.split("+")[1:]]
+            own = own_options(mode) if is_dwdp(mode) else {}
             config.parse(
                 {config.KEY: self.dwdp_options(mode, rank=0, port=1)},
                 lambda name, own=own: f"{name} in {'--modes' if name in own or name not in self.dwdp else '--dwdp'}",
@@ -100,8 +104,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return self.side_by_side and "kv_cache_memory_bytes" in self.engine_args
 
     def dwdp_options(self, mode: str, rank: int, port: int) -> dict[str, Any]:
-        own = dict(option.split("=", 1) for option in mode.split("+")[1:])
-        return self.dwdp | {name: scalar(value) for name, value in own.items()} | {
+        return self.dwdp | (own_options(mode) if is_dwdp(mode) else {}) | {
             "timing": True, "size": max(self.size, 2), "rank": rank, "rendezvous": f"127.0.0.1:{port}"
         }
 
@@ -115,12 +118,31 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def is_dwdp(mode: str) -> bool:
-    return mode.split("+")[0] == "dwdp"
+    return kind(mode) == "dwdp"
+
+
+def kind(mode: str) -> str:
+    """dwdp, ep, tp or single."""
+    return mode.split("+")[0]
+
+
+def own_options(mode: str) -> dict[str, Any]:
+    """The options that a mode carries after its kind."""
+    given = (option.split("=", 1) for option in mode.split("+")[1:])
+    return {name: scalar(value) for name, value in given}
+
+
+def refuse_misspelt(modes: Sequence[str], kinds: Sequence[str]) -> None:
+    """Raises DWDPError for a mode that is none of these kinds."""
+    for mode in modes:
+        if not MODE.fullmatch(mode) or kind(mode) not in kinds:
+            known = ", ".join(SPELLINGS.get(each, each) for each in kinds)
+            raise DWDPError(f"--modes has {mode}, which is none of {known}")
 
 
 def visible_devices(mode: str, devices: Sequence[str] | None, size: int) -> list[str | None]:
     """CUDA_VISIBLE_DEVICES of each rank, None on CPU: all but single see all GPUs, DWDP's ranks their own first."""
-    num_ranks = size if mode == "ep" or is_dwdp(mode) else 1
+    num_ranks = size if kind(mode) in ("ep", "dwdp") else 1
     if devices is None:
         return [None] * num_ranks
     if mode == "single":
@@ -130,7 +152,11 @@ def visible_devices(mode: str, devices: Sequence[str] | None, size: int) -> list
 
 
 def load_arguments(settings: Settings, mode: str, tokens: int, port: int) -> list[dict[str, Any]]:
-    """What each rank of a mode loads (see bench_rank). `port` is where its ranks meet, free on this host."""
+    """What each rank of a mode loads (see rank.py). `port` is where its ranks meet, free on this host.
+
+    Offline, vLLM gives a worker process beside the engine core to ranks of expert parallelism (VLLM_DP_SIZE) alone;
+    `vllm serve --data-parallel-size N` gives one to DWDP's ranks too, so they have it here.
+    """
     ranks = range(settings.size)
     common = {
         "load_format": settings.load_format,
@@ -148,21 +174,23 @@ def load_arguments(settings: Settings, mode: str, tokens: int, port: int) -> lis
         engine = common | settings.engine_args | {"model": settings.model, "max_num_batched_tokens": tokens} | own
         return {
             "environment": environment, "engine": engine, "ranks": list(ranks), "input_len": settings.input_len,
-            "ratio": settings.ratio, "num_prompts": max(settings.decode, default=settings.num_prompts),
+            "ratio": settings.ratio, "uneven": settings.uneven, "num_prompts": max(settings.decode, default=settings.num_prompts),
         }
 
     stock = {"worker_extension_cls": PROBE}
-    match mode:
+    match kind(mode):
         case "ep":
+            stock |= {"enable_expert_parallel": True} | own_options(mode)
             group = {
                 "VLLM_DP_SIZE": str(settings.size), "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": str(port)
             }
             own = [group | {"VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)} for rank in ranks]
-            return [load(stock | {"enable_expert_parallel": True}, [rank], own[rank]) for rank in ranks]
+            return [load(stock, [rank], own[rank]) for rank in ranks]
         case "tp":
             return [load(stock | {"tensor_parallel_size": settings.size}, ranks, {})]
         case "single":
             return [load(stock, [0], {})]
         case _:
             options = [settings.dwdp_options(mode, rank, port) for rank in ranks]
-            return [load({"additional_config": {config.KEY: options[rank]}}, [rank], {}) for rank in ranks]
+            process = {"distributed_executor_backend": "mp"} | settings.engine_args
+            return [load(process | {"additional_config": {config.KEY: options[rank]}}, [rank], {}) for rank in ranks]

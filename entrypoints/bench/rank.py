@@ -68,16 +68,20 @@ class Rank:
 
     def load(
         self, *, environment: dict[str, str], engine: dict[str, Any], ranks: list[int], num_prompts: int,
-        input_len: int, ratio: float,
+        input_len: int, ratio: float, uneven: float,
     ) -> Held:
-        """Build `LLM(**engine)` and the prompts of `ranks`."""
+        """Build `LLM(**engine)` and the prompts of `ranks`, `uneven` times as many for rank 0."""
         os.environ.update(environment)
         from vllm import LLM
 
         self.llm = LLM(**engine)
         self.streams = config.KEY in engine.get("additional_config", {})
         vocab_size = self.llm.model_config.get_vocab_size()
-        self.prompts = [make_prompts(rank, num_prompts, input_len, ratio, vocab_size) for rank in ranks]
+        self.shares = [uneven if rank == 0 else 1.0 for rank in ranks]
+        self.prompts = [
+            make_prompts(rank, round(share * num_prompts), input_len, ratio, vocab_size)
+            for rank, share in zip(ranks, self.shares, strict=True)
+        ]
         if self.streams:
             expert_bytes = sum(self.llm.collective_rpc("dwdp_stats")[0]["memory_bytes"].values())
         else:
@@ -86,10 +90,11 @@ class Rank:
         return Held(expert_bytes=expert_bytes, kv_cache_tokens=cache.num_gpu_blocks * cache.block_size)
 
     def run(self, *, num_prompts: int, output_len: int) -> Ran:
-        """Give the engine the first `num_prompts` prompts of each of its ranks at once."""
+        """Give the engine the first `num_prompts` prompts of each of its ranks at once, rank 0's share of them more."""
         from vllm import SamplingParams
 
-        prompts = [ids for own in self.prompts for ids in own[:num_prompts]]
+        shared = zip(self.prompts, self.shares, strict=True)
+        prompts = [ids for own, share in shared for ids in own[: round(share * num_prompts)]]
         sampling = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True, detokenize=False)
         engine = self.llm.llm_engine
         latest: dict[str, int] = {}  # tokens of each request that has any

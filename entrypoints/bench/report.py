@@ -36,6 +36,8 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One mode at one point; None where nothing was measured. Ratios are of speeds: above 1 is faster than that mode.
 
+    `ratio_to_ep` is that to the fastest of expert parallelism's modes.
+
     `views` are DWDP's forwards by view, of all ranks and readings.
     """
 
@@ -100,11 +102,14 @@ def summarize(
     for point in points:
         found = {mode: [r for r in readings if (r.mode, r.point) == (mode, point)] for mode in modes}
         medians = {mode: median([r.value for r in own]) for mode, own in found.items()}
+        fastest = min if decode else max
+        best = {base: fastest([value for mode, value in medians.items() if value and mode.split("+")[0] == base],
+                              default=None) for base in ("ep", "single")}
         for mode, own in found.items():
             values = [r.value for r in own]
             versus = {
-                base: (medians[base] / medians[mode] if decode else medians[mode] / medians[base])
-                if medians[mode] and medians.get(base) else None
+                base: (best[base] / medians[mode] if decode else medians[mode] / best[base])
+                if medians[mode] and best[base] else None
                 for base in ("ep", "single")
             }
             rows.append(Row(
@@ -167,7 +172,7 @@ def outcome(row: Row) -> str:
 
 
 def chart(rows: Sequence[Row], decode: bool, title: str, path: Path) -> None:
-    """Bars of the medians by mode, grouped by point, whiskers from lowest to highest reading.
+    """Bars of the medians, each with its mode's name, grouped by point, whiskers from lowest to highest reading.
 
     Raises ImportError without matplotlib.
     """
@@ -178,19 +183,30 @@ def chart(rows: Sequence[Row], decode: bool, title: str, path: Path) -> None:
     width = 0.8 / len(modes)
     figure = Figure(figsize=(max(6.0, 1.0 + 0.9 * len(points) * len(modes)), 4.5), layout="constrained")
     axes = figure.subplots()
+    places: dict[float, str] = {}  # of the modes' names
     for index, mode in enumerate(modes):
         own = [row for row in rows if row.mode == mode and row.num_readings]
+        where = {point: at + (index - (len(modes) - 1) / 2) * width for at, point in enumerate(points)}
+        read = {row.point for row in own}
+        named = mode.replace("+", "\n+")
+        places |= {at: named if point in read else f"{named}\n(none)" for point, at in where.items()}
         bars = axes.bar(
-            [points.index(row.point) + (index - (len(modes) - 1) / 2) * width for row in own],
-            [row.median for row in own], width * 0.92,
-            color=COLORS.get(mode, f"C{index}"), label=mode if own else f"{mode}: no reading",
+            [where[row.point] for row in own], [row.median for row in own], width * 0.92, color=color(mode, modes),
             yerr=[[row.median - row.lowest for row in own], [row.highest - row.median for row in own]], capsize=3,
         )
         axes.bar_label(bars, [format(row.median, FORMATS[decode]) for row in own], padding=3, fontsize=8)
-    axes.set(
-        xticks=range(len(points)), xticklabels=points, xlabel=POINTS[decode], ylabel=UNITS[decode], title=title,
-    )
+    axes.set_xticks(list(places), list(places.values()), minor=True, fontsize=7)
+    axes.tick_params(axis="x", which="both", length=0)
+    axes.tick_params(axis="x", which="major", pad=14 + 8 * max(mode.count("+") for mode in modes) + 8)
+    axes.set_xticks(range(len(points)), [format(point, ",") for point in points])
+    axes.set(xlabel=POINTS[decode], ylabel=UNITS[decode], title=title)
     axes.margins(y=0.1)
+    axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, ncols=len(modes), loc="outside lower center")
+    figure.supxlabel("bars: medians; whiskers: lowest to highest reading", fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+def color(mode: str, modes: Sequence[str]) -> str:
+    """A mode's color in every picture; one with options has its own."""
+    return COLORS.get(mode, f"C{modes.index(mode)}")

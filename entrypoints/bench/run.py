@@ -1,73 +1,45 @@
 """`vllm-dwdp bench`: DWDP against stock vLLM on the same GPUs, model and prompts, in turns."""
 
 import contextlib
-import importlib.metadata
 import math
-import os
-import platform
-import shlex
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from vllm_dwdp.entrypoints.bench.checks import refuse_impossible
+from vllm_dwdp.entrypoints.bench.comparison import Comparison
 from vllm_dwdp.entrypoints.bench.engines import EngineFailure, Engines
 from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, visible_devices
+from vllm_dwdp.entrypoints.bench.origin import cuda_devices, origin, query_gpus
 from vllm_dwdp.entrypoints.bench.rank import Held
 from vllm_dwdp.entrypoints.bench.report import FORMATS, POINTS, UNITS, Reading, chart, reading, summarize, table, total
 from vllm_dwdp.entrypoints.server import free_port
-from vllm_dwdp.errors import DWDPError
 
 WARMUP_STEPS = 2
 RELEASE_S = 20.0
 RELEASE_SLACK_MIB = 256
-INTERRUPTED = 130
 
 
-def run(settings: Settings) -> int:
-    """Measure, print the table, write bench.json and bench.png; returns the command's exit status.
-
-    Ctrl-C and SIGTERM end everything that was started and report what was measured until then.
-    """
-    bench = Bench(settings)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    status = None
-    try:
-        bench.measure()
-    except KeyboardInterrupt:
-        status = INTERRUPTED
-        bench.say("interrupted")
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    bench.report()
-    return status or int(not bench.readings)
-
-
-class Bench:
-    """A benchmark under way: what runs, what was read, and what failed."""
+class Bench(Comparison):
+    """Offline engines: what runs, what was read, and what failed. Writes bench.json and bench.png."""
 
     def __init__(self, settings: Settings):
+        """Raises DWDPError for what cannot run here."""
+        tokens = settings.input_len + settings.output_len
+        refuse_impossible(settings.modes, settings.model, tokens, settings.hf_overrides, "--input-len and --output-len")
+        self.devices = cuda_devices(settings.size)
+        super().__init__(settings.out)
         self.settings = settings
         self.decode = bool(settings.decode)
-        self.devices = cuda_devices(settings.size)
-        self.out = Path(settings.out)
-        (self.out / "logs").mkdir(parents=True, exist_ok=True)
-        self.start_s = time.monotonic()
         self.used_mib = self._used_mib()
         self.running: dict[str, Engines] = {}
-        self.readings: list[Reading] = []
+        self.measured: list[Reading] = []
         self.held: dict[tuple[str, int], Held] = {}  # per GPU
         self.failures: dict[tuple[str, int], str] = {}
-
-    def say(self, text: str) -> None:
-        """One line of progress."""
-        print(f"[{time.monotonic() - self.start_s:6.1f} s] {text}", flush=True)
 
     def measure(self) -> None:
         """Give each mode its turns, A B A B. Nothing that was started outlives this."""
@@ -126,7 +98,7 @@ class Bench:
         """Start the ranks of a mode, which all load at once."""
         settings = self.settings
         engines = self.running[mode] = Engines(
-            name=f"{mode}-{tokens}-{len(self.readings)}", logs=self.out / "logs", timeout_s=settings.timeout,
+            name=f"{mode}-{tokens}-{len(self.measured)}", logs=self.logs, timeout_s=settings.timeout,
             visible_devices=visible_devices(mode, self.devices, settings.size),
         )
         engines.tell("load", *load_arguments(settings, mode, tokens, free_port()))
@@ -162,7 +134,7 @@ class Bench:
             spent.subtract(first)
         else:
             spent = self._run(mode, "prefill", self.settings.num_prompts, output_len)
-        self.readings.append(read := reading(
+        self.measured.append(read := reading(
             mode=mode, point=point, round=round, num_gpus=self.settings.num_gpus(mode), spent=spent, decode=self.decode,
         ))
         batch = f", {point} requests per GPU" if self.decode else ""
@@ -188,16 +160,13 @@ class Bench:
     def write(self) -> list[Any]:
         """bench.json: everything read so far. Returns the table's rows."""
         points = self.settings.decode or self.settings.max_num_batched_tokens
-        rows = summarize(self.settings.modes, points, self.decode, self.readings, self.held, self.failures)
-        content = msgspec.json.encode({
-            "command": shlex.join(["vllm-dwdp", *sys.argv[1:]]),
+        rows = summarize(self.settings.modes, points, self.decode, self.measured, self.held, self.failures)
+        content = msgspec.json.encode(origin(self.devices) | {
             "settings": self.settings,
-            "versions": {name: importlib.metadata.version(name) for name in ("vllm-dwdp", "vllm", "torch")},
-            "devices": query_gpus("name,driver_version", self.devices) if self.devices else [platform.machine()],
             "point": POINTS[self.decode],
             "unit": UNITS[self.decode],
             "rows": rows,
-            "readings": self.readings,
+            "readings": self.measured,
         })
         (self.out / "bench.json").write_bytes(msgspec.json.format(content, indent=2))
         return rows
@@ -209,35 +178,16 @@ class Bench:
         what = (
             f"decode of {settings.output_len} tokens after {lengths}" if self.decode else
             f"{settings.num_prompts} prompts of {lengths} per GPU, {settings.output_len} out"
+            + (f", rank 0 {settings.uneven:g} times as many" if settings.uneven != 1 else "")
         )
-        title = f"{Path(settings.model).name}, size {settings.size}: {what}"
+        how = ", eager" if settings.eager else ""
+        title = f"{Path(settings.model).name}, size {settings.size}{how}: {what}"
         print(f"\n{title}; medians, ratios of speeds\n\n{table(rows, self.decode)}\n")
         written = [self.out / "bench.json"]
-        if self.readings:
+        if self.measured:
             try:
                 chart(rows, self.decode, title, self.out / "bench.png")
                 written.append(self.out / "bench.png")
             except ImportError:
                 print("no chart: matplotlib is not installed (pip install 'vllm-dwdp[bench]')")
         print(f"{' and '.join(map(str, written))} written; {time.monotonic() - self.start_s:.0f} s in all")
-
-
-def query_gpus(fields: str, devices: Sequence[str] | None = None) -> list[str]:
-    """nvidia-smi's line of `fields` for each of the devices, or for all; empty where there is no nvidia-smi."""
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        chosen = ["-i", ",".join(devices)] if devices else []
-        done = subprocess.run([*command, *chosen], capture_output=True, text=True, check=True, timeout=60)
-        return done.stdout.splitlines()
-    return []
-
-
-def cuda_devices(size: int) -> list[str] | None:
-    """The first `size` CUDA devices, or None where vLLM's CPU build runs. Raises DWDPError when there are fewer."""
-    if "cpu" in importlib.metadata.version("vllm"):
-        return None
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = query_gpus("index") if given is None else [name.strip() for name in given.split(",") if name.strip()]
-    if len(visible) < size:
-        raise DWDPError(f"--size is {size} but {len(visible)} GPUs are visible: lower --size")
-    return visible[:size]

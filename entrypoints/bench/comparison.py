@@ -1,0 +1,50 @@
+"""A comparison under way: its progress lines, its interruption, and the exit status that it ends with."""
+
+import signal
+import time
+from collections.abc import Mapping, Sized
+from pathlib import Path
+
+INTERRUPTED = 130
+
+
+class Comparison:
+    """What measures modes one way or another. `measured` and `failures`, by mode or more, fill meanwhile."""
+
+    measured: Sized
+    failures: Mapping
+
+    def __init__(self, out: str):
+        self.out = Path(out)
+        self.logs = self.out / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.start_s = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """One line of progress."""
+        print(f"[{time.monotonic() - self.start_s:6.1f} s] {text}", flush=True)
+
+    def measure(self) -> None:
+        """Nothing that this starts outlives it."""
+        raise NotImplementedError
+
+    def report(self) -> None:
+        """Print and write what was measured until now."""
+        raise NotImplementedError
+
+    def run(self) -> int:
+        """Measure and report; the command's exit status is 1 when a mode failed.
+
+        Ctrl-C and SIGTERM end everything that was started and report what was measured until then.
+        """
+        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        status = None
+        try:
+            self.measure()
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+            self.say("interrupted")
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+        self.report()
+        return status or int(bool(self.failures) or not self.measured)

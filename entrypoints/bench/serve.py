@@ -1,0 +1,191 @@
+"""`vllm-dwdp bench --serve`: `vllm serve` in each mode on the same GPUs, under the same loads of `vllm bench serve`."""
+
+import contextlib
+import math
+import shlex
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from vllm_dwdp import config
+from vllm_dwdp.entrypoints.bench import front
+from vllm_dwdp.entrypoints.bench.checks import model_config, refuse_impossible
+from vllm_dwdp.entrypoints.bench.comparison import Comparison
+from vllm_dwdp.entrypoints.bench.loads import Load, counted, put_under_load, warm_up
+from vllm_dwdp.entrypoints.bench.modes import Positive, is_dwdp, own_options, refuse_misspelt
+from vllm_dwdp.entrypoints.bench.origin import cuda_devices, origin
+from vllm_dwdp.entrypoints.bench.tokenizer import tokenizer_for
+from vllm_dwdp.entrypoints.server import Server, SessionFailure
+from vllm_dwdp.errors import DWDPError
+
+SAY_EVERY_S = 30.0
+
+
+class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a person may ask for with --serve: every field is an option of the command. `of` makes and checks one."""
+
+    model: Annotated[str, Meta(description="name or folder")]
+    size: Annotated[Positive, Meta(description="GPUs, and ranks of dwdp and ep")] = 2
+    modes: Annotated[tuple[str, ...], Meta(min_length=1, description="which modes, in which order")] = ("dwdp", "ep", "tp")
+    loads: Annotated[
+        tuple[str, ...],
+        Meta(description="with --serve: loads IN:OUT:RATE:COUNT: random prompts of IN tokens, OUT to generate, "
+                         "requests per second (inf: all at once), requests"),
+    ] = ()
+    sweep: Annotated[
+        str | None,
+        Meta(description="with --serve: IN:OUT:COUNT, at rate inf, and at a quarter, half and three quarters of the "
+                         "requests per second that the first mode then serves"),
+    ] = None
+    serve_args: Annotated[str, Meta(description="with --serve: further arguments of every `vllm serve`")] = ""
+    side_by_side: Annotated[
+        bool, Meta(description="keep all servers up and alternate load by load; needs a small model")
+    ] = False
+    repeats: Annotated[Positive, Meta(description="measurements of each load")] = 1
+    timeout: Annotated[float, Meta(gt=0, description="seconds that a server may take to start, or one load")] = 900.0
+    out: Annotated[str, Meta(description="folder for serving.json, serving.png and logs/")] = "./dwdp-bench"
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> "ServeSettings":
+        """From option values, numbers as text or not. Raises DWDPError for what cannot be."""
+        self = config.read(cls, given, lambda name: f"--{name.replace('_', '-')}", strict=False)
+        refuse_misspelt(self.modes, ("dwdp", "ep", "tp"))
+        for mode in filter(is_dwdp, self.modes):
+            config.parse({config.KEY: own_options(mode)}, lambda name: f"{name} in --modes")
+        if self.size < 2:
+            raise DWDPError(f"--size is {self.size}: every mode needs at least 2")
+        if not self.first_loads:
+            raise DWDPError("--serve needs --loads IN:OUT:RATE:COUNT,... or --sweep IN:OUT:COUNT")
+        return self
+
+    @property
+    def first_loads(self) -> list[Load]:
+        """Those that need no reading: of a sweep, saturation."""
+        sweep = [Load.of(self.sweep, "--sweep")] if self.sweep else []
+        return [*map(Load.of, self.loads), *sweep]
+
+    def arguments(self, mode: str) -> list[str]:
+        """What `vllm serve` is told beside the model, in this mode."""
+        kind = mode.split("+")[0]
+        own = {
+            "dwdp": ["--data-parallel-size", str(self.size), "--parallel", "dwdp"],
+            "ep": ["--data-parallel-size", str(self.size), "--enable-expert-parallel"],
+            "tp": ["--tensor-parallel-size", str(self.size)],
+        }[kind]
+        prefix = "--dwdp-" if is_dwdp(mode) else "--"
+        flags = [f"{prefix}{name.replace('_', '-')}={value}" for name, value in own_options(mode).items()]
+        return [*shlex.split(self.serve_args), *own, *flags]
+
+
+class Serving(Comparison):
+    """Servers: what was measured, and what failed. Writes serving.json and serving.png."""
+
+    def __init__(self, settings: ServeSettings):
+        """Raises DWDPError for what cannot run here."""
+        loads = settings.first_loads
+        longest = max(load.input_len + load.output_len for load in loads)
+        spelt = "--sweep" if settings.sweep and not settings.loads else "--loads"
+        refuse_impossible(settings.modes, settings.model, longest, {}, spelt)
+        self.devices = cuda_devices(settings.size)
+        super().__init__(settings.out)
+        self.settings = settings
+        self.tokenizer = tokenizer_for(settings.model, model_config(settings.model, {}), self.out)
+        self.loads = loads
+        self.sweeps = settings.sweep is not None
+        self.measured: list[front.Measured] = []
+        self.failures: dict[str, str] = {}
+
+    def measure(self) -> None:
+        """Each mode's server, one after the other or all together. None outlives this."""
+        modes = self.settings.modes
+        for group in [modes] if self.settings.side_by_side else [(mode,) for mode in modes]:
+            with contextlib.ExitStack() as running:
+                servers = {mode: running.enter_context(self._server(mode)) for mode in group}
+                for mode, server in servers.items():
+                    with self._noting_failure(mode, server):
+                        self._prepare(mode, server)
+                for repeat in range(1, self.settings.repeats + 1):
+                    for index, load in enumerate(self.loads):  # which a sweep's first reading makes longer
+                        for mode in [mode for mode in group if mode not in self.failures]:
+                            with self._noting_failure(mode, servers[mode]):
+                                self._read(mode, servers[mode], load, repeat, seed=1000 * repeat + index)
+                            self.write()
+
+    @contextlib.contextmanager
+    def _noting_failure(self, mode: str, server: Server) -> Iterator[None]:
+        """A failure in the body ends the mode's server and is noted; the comparison goes on."""
+        try:
+            yield
+        except (SessionFailure, OSError) as failure:
+            self.failures[mode] = str(failure)
+            self.say(f"{mode}: failed: {failure}")
+            server.end()
+
+    def _server(self, mode: str) -> Server:
+        told = ["--tokenizer", self.tokenizer, *self.settings.arguments(mode)]
+        server = Server(self.settings.model, told, self.logs / f"serve-{mode}.log")
+        self.say(f"{mode}: {shlex.join(server.command)}")
+        return server
+
+    def _prepare(self, mode: str, server: Server) -> None:
+        said_s = 0.0
+
+        def waiting(elapsed_s: float) -> None:
+            nonlocal said_s
+            if elapsed_s > said_s + SAY_EVERY_S:
+                said_s = elapsed_s
+                self.say(f"{mode}: starts since {elapsed_s:.0f} s")
+
+        took_s = server.wait_until_ready(self.settings.timeout, waiting)
+        self.say(f"{mode}: serves after {took_s:.0f} s; warm up")
+        warm_up(server, self.loads[0], self.settings.model)
+
+    def _read(self, mode: str, server: Server, load: Load, repeat: int, seed: int) -> None:
+        """Measure once; a sweep's saturation decides its other loads, for all modes."""
+        streams = is_dwdp(mode)
+        before = counted(server) if streams else {}
+        figures = put_under_load(
+            server, load, seed=seed, model=self.settings.model, tokenizer=self.tokenizer,
+            log=self.logs / f"{mode}-{str(load).replace(':', '-')}-{repeat}.log", timeout_s=self.settings.timeout,
+        )
+        spent = {name: value - before.get(name, 0) for name, value in counted(server).items()} if streams else {}
+        self.measured.append(read := front.Measured(
+            mode=mode, load=str(load), repeat=repeat, dwdp=spent, **figures,
+        ))
+        self.say(f"{mode}, {load}, {repeat} of {self.settings.repeats}: {read.request_throughput:.2f} requests/s, "
+                 f"TTFT {read.median_ttft_ms:.0f} ms, TPOT {read.median_tpot_ms:.1f} ms")
+        if self.sweeps and math.isinf(load.rate) and load == self.settings.first_loads[-1]:
+            self.sweeps = False
+            self.loads += load.below(read.request_throughput)
+
+    def write(self) -> None:
+        """serving.json: everything measured so far."""
+        content = msgspec.json.encode(origin(self.devices) | {
+            "settings": self.settings, "loads": list(map(str, self.loads)), "measured": self.measured,
+            "failed": self.failures,
+        })
+        (self.out / "serving.json").write_bytes(msgspec.json.format(content, indent=2))
+
+    def report(self) -> None:
+        """Print the table and say where the files are."""
+        settings = self.settings
+        self.write()
+        rows = front.summarize(settings.modes, list(map(str, self.loads)), self.measured, settings.size)
+        title = f"{Path(settings.model).name}, vllm serve on {settings.size} {'ranks on CPU' if self.devices is None else 'GPUs'}"
+        if "--enforce-eager" in settings.serve_args:
+            title += ", eager"
+        print(f"\n{title}; medians of {settings.repeats}\n\n{front.table(rows)}\n")
+        for mode, reason in self.failures.items():
+            print(f"{mode} failed: {reason}")
+        written = [self.out / "serving.json"]
+        if any(row.tokens_per_s_per_user for row in rows):
+            try:
+                front.picture(rows, title, self.out / "serving.png")
+                written.append(self.out / "serving.png")
+            except ImportError:
+                print("no picture: matplotlib is not installed (pip install 'vllm-dwdp[bench]')")
+        print(f"{' and '.join(map(str, written))} written; {time.monotonic() - self.start_s:.0f} s in all")
