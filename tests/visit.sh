@@ -15,25 +15,25 @@ layers='{"num_hidden_layers": 12}'
 cut='{"num_hidden_layers": 24}'
 engine='{"kv_cache_memory_bytes": 3221225472}'
 serve='--load-format dummy --gpu-memory-utilization 0.45 --kv-cache-memory-bytes 8589934592 --hf-overrides {\"num_hidden_layers\":24}'
-batches=1,4,16,32,64,128 steps=16384,8192 prompts=16
+rival=ep batches=1,4,16,32,64,128 steps=16384,8192 prompts=16
 loads=${LOADS:-2048:256:inf:256,8192:64:inf:128,512:256:8:100,8192:1:inf:160}
 if [ -n "${VISIT_CPU:-}" ]; then
   layers='{}' cut='{}' engine='{"kv_cache_memory_bytes": 67108864, "max_num_seqs": 8}'
   serve='--load-format dummy --kv-cache-memory-bytes 67108864 --dtype float32 --enforce-eager --max-model-len 200'
-  batches=1,2 steps=256 prompts=3 loads=20:8:inf:6
+  rival=tp batches=1,2 steps=256 prompts=3 loads=20:8:inf:6
 fi
 for part; do
   case $part in
     layers)  # microseconds a layer, dispatched and local
       timeout 100 python3 -P "$here/layer_times.py" 2 "$out/layers.json" ;;
     decode)  # milliseconds a step by requests per GPU
-      timeout 330 $bench --modes ${DECODE_MODES:-dwdp,ep,dwdp+dispatch=off} --decode $batches --hf-overrides "$layers" \
+      timeout 330 $bench --modes ${DECODE_MODES:-dwdp,$rival,dwdp+dispatch=off} --decode $batches --hf-overrides "$layers" \
         --engine-args "$engine" --side-by-side --rounds 2 --repeats 2 --max-num-batched-tokens 16384 --out "$out/decode" ;;
     prefill)  # tokens/s per GPU by tokens a step
-      timeout 280 $bench --modes dwdp,ep,single --hf-overrides "$layers" --engine-args "$engine" --side-by-side \
+      timeout 280 $bench --modes dwdp,$rival,single --hf-overrides "$layers" --engine-args "$engine" --side-by-side \
         --max-num-batched-tokens $steps --num-prompts $prompts --rounds 2 --repeats 2 --out "$out/prefill" ;;
     serve)  # real servers, vLLM's defaults
-      timeout 520 $serving --modes dwdp,ep --side-by-side --loads "$loads" \
+      timeout 520 $serving --modes dwdp,$rival --side-by-side --loads "$loads" \
         --serve-args "$serve" --timeout 240 --out "$out/serve" ;;
     tests)
       DWDP_RECORD="$out/tests.json" timeout 480 python3 -P -m pytest -q -n 3 --dist loadfile -m gpu "$here" > "$out/tests.log" 2>&1
