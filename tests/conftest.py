@@ -67,3 +67,17 @@ def models(tmp_path_factory: pytest.TempPathFactory):
         return str(make_model(family, folder / name, **overrides))
 
     return get
+
+
+@pytest.fixture(scope="module")
+def serve_parser():
+    """`vllm serve`'s own parser, a subparser of `vllm`, with the plugin's options."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from vllm_dwdp.entrypoints import plugin
+
+    plugin.register()
+    parser = FlexibleArgumentParser(prog="vllm")
+    ServeSubcommand().subparser_init(parser.add_subparsers())
+    return parser

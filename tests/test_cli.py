@@ -20,17 +20,6 @@ def engine_parser() -> FlexibleArgumentParser:
     return AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
 
 
-@pytest.fixture(scope="module")
-def serve_parser() -> FlexibleArgumentParser:
-    """`vllm serve`'s own, a subparser of `vllm`."""
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-
-    plugin.register()
-    parser = FlexibleArgumentParser(prog="vllm")
-    ServeSubcommand().subparser_init(parser.add_subparsers())
-    return parser
-
-
 ON = ["--parallel", "dwdp"]
 JSON = ["--additional-config", '{"mine": 1, "dwdp": {"slots": 3, "timing": true}}']
 MANY = ["--dwdp-slots", "4", "--dwdp-cache-gib", "1.5", "--dwdp-rendezvous", "host:1", "--no-dwdp-timing"]

@@ -4,11 +4,9 @@ import re
 import shlex
 import subprocess
 
-import pytest
 import yaml
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_dwdp.entrypoints import cli, plugin
+from vllm_dwdp.entrypoints import cli
 
 from conftest import ROOT
 
@@ -38,16 +36,6 @@ def commands() -> list[list[str]]:
     pod = yaml.safe_load(snippet("Kubernetes"))
     inside = pod["spec"]["template"]["spec"]
     return [*found, *(each["command"] for each in inside["initContainers"] + inside["containers"])]
-
-
-@pytest.fixture(scope="module")
-def serve_parser() -> FlexibleArgumentParser:
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-
-    plugin.register()
-    parser = FlexibleArgumentParser(prog="vllm")
-    ServeSubcommand().subparser_init(parser.add_subparsers())
-    return parser
 
 
 def test_commands_are_taken(serve_parser) -> None:
