@@ -6,7 +6,9 @@ Every rank has an inbox, a block of memory that its peers map writable. A dispat
                gather own and received rows, with the ids that another rank computes replaced by -1
     combine    push every member's partial sums back; raise a flag; wait for theirs; add them in rank order in float32
 
-A flag carries the round and the layer, so a late or early rank cannot take another round's rows. An inbox has a region
+Rows are dealt out to lanes, each with a flag of its own at every member. A flag is raised, and waited for, only where its
+lane has rows: who helps sends none and is not waited for until sums come back. A flag carries the round and the layer, so
+a late or early rank cannot take another round's rows. An inbox has a region
 for every sender and needs no second copy: a rank pushes layer l + 1's rows after it has the receiver's partial sums of
 layer l, which the receiver sends when its kernels have read its inbox; and it pushes partial sums of layer l + 1 after
 it has the receiver's rows of that layer, which the receiver sends when it has added those of layer l.
@@ -20,7 +22,8 @@ import torch
 
 from vllm_dwdp.errors import DWDPError
 
-FLAG_BYTES = 128  # a flag has a cache line of its own
+FLAG_BYTES = 8
+LANES = 256  # on a machine without a GPU the first alone is used
 WAIT_S = 20.0  # how long a rank waits inside a round, before it names whom it waited for
 
 
@@ -39,8 +42,8 @@ class InboxMap:
 
     @property
     def ids(self) -> int:
-        """int32 [size, rows, top_k], after the flags, [2, size]."""
-        return 2 * self.size * FLAG_BYTES
+        """int32 [size, rows, top_k], after the flags, int64 [2, size, LANES]."""
+        return self.flag(2, 0)
 
     @property
     def weights(self) -> int:
@@ -62,7 +65,8 @@ class InboxMap:
         return self.sums + self.itemsize * self.size * self.rows * self.hidden
 
     def flag(self, phase: int, sender: int) -> int:
-        return (phase * self.size + sender) * FLAG_BYTES
+        """Where the flags of a sender's lanes begin, in its phase: 0 for dispatch, 1 for combine."""
+        return (phase * self.size + sender) * LANES * FLAG_BYTES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

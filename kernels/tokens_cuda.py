@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-from vllm_dwdp.kernels.tokens import FLAG_BYTES, WAIT_S, InboxMap, RoundLayout, TokenExchange, did_not_come
+from vllm_dwdp.kernels.tokens import LANES, WAIT_S, InboxMap, RoundLayout, TokenExchange, did_not_come
 
 RING = 16  # steps whose control words may be under way at once
-FEW_ROWS, FEW_PROGRAMS, MAX_PROGRAMS = 1024, 48, 256  # all programs must run at once: they wait for their peers'
+FEW_ROWS = 1024
 TILE = 8192  # numbers that a program moves at once where rows are many: 16 KB in flight on every SM
 
 
@@ -25,34 +25,32 @@ def _at(address, offset: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _meet(counter, programs, peers, phase, epoch, mask, failed, error, ME: tl.constexpr, N: tl.constexpr,
-          FLAG: tl.constexpr, LIMIT_NS: tl.constexpr):
-    """Raise this rank's flag at every member once all programs have pushed, then wait for every member's flag.
+def _lanes(rows, R: tl.constexpr, LANES: tl.constexpr):
+    """How many lanes have some of `rows`: R at a time go to one after the other."""
+    return tl.minimum(tl.cdiv(rows, R), LANES)
+
+
+@triton.jit
+def _flag(inbox, phase, sender, lane, N: tl.constexpr, LANES: tl.constexpr):
+    return inbox.to(tl.pointer_type(tl.int64)) + (phase * N + sender) * LANES + lane
+
+
+@triton.jit
+def _wait(flag, epoch, peer, failed, error, LIMIT_NS: tl.constexpr):
+    """Wait until a peer's lane has pushed the rows that this program reads next.
 
     Once a wait has ended in vain none waits any more: the host learns of it by `error` and stops.
     """
-    tl.debug_barrier()
-    if tl.atomic_add(counter, 1, sem="acq_rel", scope="sys") == programs - 1:
-        tl.atomic_xchg(counter, 0, sem="relaxed", scope="sys")
-        for peer in tl.static_range(N):
-            if peer != ME:
-                if (mask >> peer) & 1 != 0:
-                    flag = (tl.load(peers + peer) + (phase * N + ME) * FLAG).to(tl.pointer_type(tl.int64))
-                    tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
     deadline = globaltimer() + LIMIT_NS
     if tl.load(failed) != 0:
         deadline = deadline - LIMIT_NS
-    for peer in tl.static_range(N):
-        if peer != ME:
-            if (mask >> peer) & 1 != 0:
-                flag = (tl.load(peers + ME) + (phase * N + peer) * FLAG).to(tl.pointer_type(tl.int64))
-                waiting = tl.atomic_add(flag, 0, sem="acquire", scope="sys") != epoch
-                while waiting:
-                    waiting = tl.atomic_add(flag, 0, sem="acquire", scope="sys") != epoch
-                    if globaltimer() > deadline:
-                        waiting = False
-                        tl.store(failed, 1)
-                        tl.atomic_cas(error.to(tl.pointer_type(tl.int32)), 0, peer + 1, sem="relaxed", scope="sys")
+    waiting = tl.atomic_add(flag, 0, sem="acquire", scope="sys") != epoch
+    while waiting:
+        waiting = tl.atomic_add(flag, 0, sem="acquire", scope="sys") != epoch
+        if globaltimer() > deadline:
+            waiting = False
+            tl.store(failed, 1)
+            tl.atomic_cas(error.to(tl.pointer_type(tl.int32)), 0, peer + 1, sem="relaxed", scope="sys")
     tl.debug_barrier()
 
 
@@ -69,70 +67,81 @@ def _inside(first, rows, H: tl.constexpr, BLOCK_H: tl.constexpr, R: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["layer", "num_rows", "padded"])
-def _dispatch(hidden, ids, weights, out_hidden, out_ids, out_weights, control, peers, owners, counter, failed, error,
+def _dispatch(hidden, ids, weights, out_hidden, out_ids, out_weights, control, peers, owners, failed, error,
               layer, num_rows, padded, stride_hidden, E: tl.constexpr, ME: tl.constexpr, N: tl.constexpr,
               ROWS: tl.constexpr, H: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
               R: tl.constexpr, AT_IDS: tl.constexpr, AT_WEIGHTS: tl.constexpr, AT_HIDDEN: tl.constexpr,
-              FLAG: tl.constexpr, LIMIT_NS: tl.constexpr):
-    start, step = tl.program_id(0) * R, tl.num_programs(0) * R
+              LANES: tl.constexpr, LIMIT_NS: tl.constexpr):
+    program, programs = tl.program_id(0), tl.num_programs(0)
     dtype: tl.constexpr = hidden.dtype.element_ty
     epoch, mask = tl.load(control) + layer, tl.load(control + 1)
     mine = tl.minimum(tl.load(control + 2 + ME), num_rows)
-    for peer in tl.static_range(N):
-        if peer != ME:
-            if (mask >> peer) & 1 != 0:
-                base = tl.load(peers + peer)
-                to_hidden = _at(base, AT_HIDDEN, dtype) + ME * ROWS * H
-                to_ids = _at(base, AT_IDS, tl.int32) + ME * ROWS * K
-                to_weights = _at(base, AT_WEIGHTS, tl.float32) + ME * ROWS * K
-                for row in range(start, mine, step):
-                    is_h, is_k = _inside(row, mine, H, BLOCK_H, R), _inside(row, mine, K, BLOCK_K, R)
-                    x = tl.load(_rows(hidden, row, stride_hidden, BLOCK_H, R), mask=is_h)
-                    e = tl.load(_rows(ids, row, K, BLOCK_K, R), mask=is_k).to(tl.int32)
-                    w = tl.load(_rows(weights, row, K, BLOCK_K, R), mask=is_k).to(tl.float32)
-                    tl.store(_rows(to_hidden, row, H, BLOCK_H, R), x, mask=is_h)
-                    tl.store(_rows(to_ids, row, K, BLOCK_K, R), e, mask=is_k)
-                    tl.store(_rows(to_weights, row, K, BLOCK_K, R), w, mask=is_k)
-    _meet(counter, tl.num_programs(0), peers, 0, epoch, mask, failed, error, ME, N, FLAG, LIMIT_NS)
+    for lane in range(program, _lanes(mine, R, LANES), programs):
+        for peer in tl.static_range(N):
+            if peer != ME:
+                if (mask >> peer) & 1 != 0:
+                    base = tl.load(peers + peer)
+                    to_hidden = _at(base, AT_HIDDEN, dtype) + ME * ROWS * H
+                    to_ids = _at(base, AT_IDS, tl.int32) + ME * ROWS * K
+                    to_weights = _at(base, AT_WEIGHTS, tl.float32) + ME * ROWS * K
+                    for row in range(lane * R, mine, LANES * R):
+                        is_h, is_k = _inside(row, mine, H, BLOCK_H, R), _inside(row, mine, K, BLOCK_K, R)
+                        x = tl.load(_rows(hidden, row, stride_hidden, BLOCK_H, R), mask=is_h)
+                        e = tl.load(_rows(ids, row, K, BLOCK_K, R), mask=is_k).to(tl.int32)
+                        w = tl.load(_rows(weights, row, K, BLOCK_K, R), mask=is_k).to(tl.float32)
+                        tl.store(_rows(to_hidden, row, H, BLOCK_H, R), x, mask=is_h)
+                        tl.store(_rows(to_ids, row, K, BLOCK_K, R), e, mask=is_k)
+                        tl.store(_rows(to_weights, row, K, BLOCK_K, R), w, mask=is_k)
+        tl.debug_barrier()
+        for peer in tl.static_range(N):
+            if peer != ME:
+                if (mask >> peer) & 1 != 0:
+                    flag = _flag(tl.load(peers + peer), 0, ME, lane, N, LANES)
+                    tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
     here = tl.load(peers + ME)
-    for sender in tl.static_range(N):
+    for turn in tl.static_range(N):  # own rows are gathered while those of others are under way
+        sender = (ME + turn) % N
         count = tl.load(control + 2 + sender)
-        if sender == ME:
+        if turn == 0:
             count = mine
         if (mask >> sender) & 1 == 0:
             count = count * 0
         places, begin = count, tl.load(control + 2 + N + sender)
         if padded > 0:
             places, begin = padded.to(tl.int64), (padded * sender).to(tl.int64)
-        for row in range(start, places, step):
-            is_h, is_k = _inside(row, places, H, BLOCK_H, R), _inside(row, places, K, BLOCK_K, R)
-            has_h, has_k = is_h & _inside(row, count, H, BLOCK_H, R), is_k & _inside(row, count, K, BLOCK_K, R)
-            if sender == ME:
-                e = tl.load(_rows(ids, row, K, BLOCK_K, R), mask=has_k, other=-1).to(tl.int32)
-                w = tl.load(_rows(weights, row, K, BLOCK_K, R), mask=has_k, other=0.0).to(tl.float32)
-                x = tl.load(_rows(hidden, row, stride_hidden, BLOCK_H, R), mask=has_h, other=0.0)
-            else:
-                from_ids = _rows(_at(here, AT_IDS, tl.int32) + sender * ROWS * K, row, K, BLOCK_K, R)
-                from_weights = _rows(_at(here, AT_WEIGHTS, tl.float32) + sender * ROWS * K, row, K, BLOCK_K, R)
-                from_hidden = _rows(_at(here, AT_HIDDEN, dtype) + sender * ROWS * H, row, H, BLOCK_H, R)
-                e = tl.load(from_ids, mask=has_k, other=-1, cache_modifier=".cg")
-                w = tl.load(from_weights, mask=has_k, other=0.0, cache_modifier=".cg")
-                x = tl.load(from_hidden, mask=has_h, other=0.0, cache_modifier=".cg")
-            owner = tl.load(owners + mask * E + e, mask=is_k & (e >= 0), other=-2)
-            is_mine = owner == ME
-            if sender == ME:
-                is_mine = is_mine | (owner == -1)
-            e, w = tl.where(is_mine, e, -1), tl.where(is_mine, w, 0.0)
-            tl.store(_rows(out_hidden, begin + row, H, BLOCK_H, R), x, mask=is_h)
-            tl.store(_rows(out_ids, begin + row, K, BLOCK_K, R), e.to(out_ids.dtype.element_ty), mask=is_k)
-            tl.store(_rows(out_weights, begin + row, K, BLOCK_K, R), w.to(out_weights.dtype.element_ty), mask=is_k)
+        for lane in range(program, _lanes(places, R, LANES), programs):
+            if turn > 0:
+                if lane * R < count:
+                    _wait(_flag(here, 0, sender, lane, N, LANES), epoch, sender, failed, error, LIMIT_NS)
+            for row in range(lane * R, places, LANES * R):
+                is_h, is_k = _inside(row, places, H, BLOCK_H, R), _inside(row, places, K, BLOCK_K, R)
+                has_h, has_k = is_h & _inside(row, count, H, BLOCK_H, R), is_k & _inside(row, count, K, BLOCK_K, R)
+                if turn == 0:
+                    e = tl.load(_rows(ids, row, K, BLOCK_K, R), mask=has_k, other=-1).to(tl.int32)
+                    w = tl.load(_rows(weights, row, K, BLOCK_K, R), mask=has_k, other=0.0).to(tl.float32)
+                    x = tl.load(_rows(hidden, row, stride_hidden, BLOCK_H, R), mask=has_h, other=0.0)
+                else:
+                    from_ids = _rows(_at(here, AT_IDS, tl.int32) + sender * ROWS * K, row, K, BLOCK_K, R)
+                    from_weights = _rows(_at(here, AT_WEIGHTS, tl.float32) + sender * ROWS * K, row, K, BLOCK_K, R)
+                    from_hidden = _rows(_at(here, AT_HIDDEN, dtype) + sender * ROWS * H, row, H, BLOCK_H, R)
+                    e = tl.load(from_ids, mask=has_k, other=-1, cache_modifier=".cg")
+                    w = tl.load(from_weights, mask=has_k, other=0.0, cache_modifier=".cg")
+                    x = tl.load(from_hidden, mask=has_h, other=0.0, cache_modifier=".cg")
+                owner = tl.load(owners + mask * E + e, mask=is_k & (e >= 0), other=-2)
+                is_mine = owner == ME
+                if turn == 0:
+                    is_mine = is_mine | (owner == -1)
+                e, w = tl.where(is_mine, e, -1), tl.where(is_mine, w, 0.0)
+                tl.store(_rows(out_hidden, begin + row, H, BLOCK_H, R), x, mask=is_h)
+                tl.store(_rows(out_ids, begin + row, K, BLOCK_K, R), e.to(out_ids.dtype.element_ty), mask=is_k)
+                tl.store(_rows(out_weights, begin + row, K, BLOCK_K, R), w.to(out_weights.dtype.element_ty), mask=is_k)
 
 
 @triton.jit(do_not_specialize=["layer", "num_rows", "padded"])
-def _combine(partial, out, control, peers, counter, failed, error, layer, num_rows, padded, stride_partial,
+def _combine(partial, out, control, peers, failed, error, layer, num_rows, padded, stride_partial,
              ME: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
-             R: tl.constexpr, AT_SUMS: tl.constexpr, FLAG: tl.constexpr, LIMIT_NS: tl.constexpr):
-    start, step = tl.program_id(0) * R, tl.num_programs(0) * R
+             R: tl.constexpr, AT_SUMS: tl.constexpr, LANES: tl.constexpr, LIMIT_NS: tl.constexpr):
+    program, programs = tl.program_id(0), tl.num_programs(0)
     dtype: tl.constexpr = partial.dtype.element_ty
     epoch, mask = tl.load(control) + layer, tl.load(control + 1)
     for peer in tl.static_range(N):
@@ -140,30 +149,41 @@ def _combine(partial, out, control, peers, counter, failed, error, layer, num_ro
             if (mask >> peer) & 1 != 0:
                 begin, theirs = tl.load(control + 2 + N + peer), tl.load(control + 2 + peer)
                 if padded > 0:
-                    begin = (padded * peer).to(tl.int64)
-                to = _at(tl.load(peers + peer), AT_SUMS, dtype) + ME * ROWS * H
-                for row in range(start, theirs, step):
-                    is_h = _inside(row, theirs, H, BLOCK_H, R)
-                    x = tl.load(_rows(partial, begin + row, stride_partial, BLOCK_H, R), mask=is_h)
-                    tl.store(_rows(to, row, H, BLOCK_H, R), x, mask=is_h)
-    _meet(counter, tl.num_programs(0), peers, 1, epoch, mask, failed, error, ME, N, FLAG, LIMIT_NS)
+                    begin, theirs = (padded * peer).to(tl.int64), tl.minimum(theirs, padded.to(tl.int64))
+                base = tl.load(peers + peer)
+                to = _at(base, AT_SUMS, dtype) + ME * ROWS * H
+                for lane in range(program, _lanes(theirs, R, LANES), programs):
+                    for row in range(lane * R, theirs, LANES * R):
+                        is_h = _inside(row, theirs, H, BLOCK_H, R)
+                        x = tl.load(_rows(partial, begin + row, stride_partial, BLOCK_H, R), mask=is_h)
+                        tl.store(_rows(to, row, H, BLOCK_H, R), x, mask=is_h)
+                    tl.debug_barrier()
+                    tl.atomic_xchg(_flag(base, 1, ME, lane, N, LANES), epoch, sem="release", scope="sys")
     begin = tl.load(control + 2 + N + ME)
     if padded > 0:
         begin = (padded * ME).to(tl.int64)
-    mine = tl.load(control + 2 + ME)
-    here = _at(tl.load(peers + ME), AT_SUMS, dtype)
-    for row in range(start, num_rows, step):
-        is_h = _inside(row, num_rows, H, BLOCK_H, R)
-        has_h = is_h & _inside(row, mine, H, BLOCK_H, R)
-        total = tl.zeros([R, BLOCK_H], tl.float32)
-        for rank in tl.static_range(N):
-            if rank == ME:
-                total += tl.load(_rows(partial, begin + row, stride_partial, BLOCK_H, R), mask=has_h, other=0.0).to(tl.float32)
-            else:
-                came = has_h & (((mask >> rank) & 1) != 0)
-                sums = _rows(here + rank * ROWS * H, row, H, BLOCK_H, R)
-                total += tl.load(sums, mask=came, other=0.0, cache_modifier=".cg").to(tl.float32)
-        tl.store(_rows(out, row, H, BLOCK_H, R), total.to(dtype), mask=is_h)
+    mine = tl.minimum(tl.load(control + 2 + ME), num_rows)
+    base = tl.load(peers + ME)
+    here = _at(base, AT_SUMS, dtype)
+    for lane in range(program, _lanes(num_rows, R, LANES), programs):
+        if lane * R < mine:
+            for peer in tl.static_range(N):
+                if peer != ME:
+                    if (mask >> peer) & 1 != 0:
+                        _wait(_flag(base, 1, peer, lane, N, LANES), epoch, peer, failed, error, LIMIT_NS)
+        for row in range(lane * R, num_rows, LANES * R):
+            is_h = _inside(row, num_rows, H, BLOCK_H, R)
+            has_h = is_h & _inside(row, mine, H, BLOCK_H, R)
+            total = tl.zeros([R, BLOCK_H], tl.float32)
+            for rank in tl.static_range(N):
+                if rank == ME:
+                    sums = _rows(partial, begin + row, stride_partial, BLOCK_H, R)
+                    total += tl.load(sums, mask=has_h, other=0.0).to(tl.float32)
+                else:
+                    came = has_h & (((mask >> rank) & 1) != 0)
+                    sums = _rows(here + rank * ROWS * H, row, H, BLOCK_H, R)
+                    total += tl.load(sums, mask=came, other=0.0, cache_modifier=".cg").to(tl.float32)
+            tl.store(_rows(out, row, H, BLOCK_H, R), total.to(dtype), mask=is_h)
 
 
 class CudaTokens(TokenExchange):
@@ -175,8 +195,7 @@ class CudaTokens(TokenExchange):
         self._peers = torch.tensor(inboxes, dtype=torch.int64, device=device)
         self._owners = [torch.tensor(table, dtype=torch.int32, device=device) for table in owners]
         self._control = torch.zeros(2 + 2 * at.size, dtype=torch.int64, device=device)
-        self._counter = torch.zeros(1, dtype=torch.int32, device=device)
-        self._failed = torch.zeros_like(self._counter)
+        self._failed = torch.zeros(1, dtype=torch.int32, device=device)
         self._staged = torch.zeros(RING, 2 + 2 * at.size, dtype=torch.int64, pin_memory=True)
         self._error = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self._rows = list(zip(self._staged, self._staged.numpy(), strict=True))  # numpy's views cost the host least
@@ -199,12 +218,13 @@ class CudaTokens(TokenExchange):
         total = padded * at.size or self._layout.num_rows
         rows, new_ids, new_weights = hidden.new_empty(total, width), ids.new_empty(total, top_k), weights.new_empty(total, top_k)
         assert ids.is_contiguous() and weights.is_contiguous() and hidden.stride(1) == 1
+        owners = self._owners[layer]
         _dispatch[self._programs(total),](
-            hidden, ids, weights, rows, new_ids, new_weights, self._control, self._peers, self._owners[layer], self._counter,
-            self._failed, self._error.data_ptr(), layer, num_rows, padded, hidden.stride(0), E=self._owners[layer].shape[1], ME=self._rank,
-            N=at.size, ROWS=at.rows, H=width, K=top_k, BLOCK_H=triton.next_power_of_2(width),
-            BLOCK_K=triton.next_power_of_2(top_k), R=self._tile(total, width), AT_IDS=at.ids, AT_WEIGHTS=at.weights, AT_HIDDEN=at.hiddens,
-            FLAG=FLAG_BYTES, LIMIT_NS=int(WAIT_S * 1e9), num_warps=8,
+            hidden, ids, weights, rows, new_ids, new_weights, self._control, self._peers, owners, self._failed,
+            self._error.data_ptr(), layer, num_rows, padded, hidden.stride(0), E=owners.shape[1], ME=self._rank, N=at.size,
+            ROWS=at.rows, H=width, K=top_k, BLOCK_H=triton.next_power_of_2(width), BLOCK_K=triton.next_power_of_2(top_k),
+            R=self._tile(padded, total, width), AT_IDS=at.ids, AT_WEIGHTS=at.weights, AT_HIDDEN=at.hiddens, LANES=LANES,
+            LIMIT_NS=int(WAIT_S * 1e9), num_warps=8,
         )
         return rows, new_weights, new_ids
 
@@ -212,19 +232,20 @@ class CudaTokens(TokenExchange):
         at, width = self._at, partial.shape[1]
         out = partial.new_empty(num_rows, width)
         _combine[self._programs(partial.shape[0]),](
-            partial, out, self._control, self._peers, self._counter, self._failed, self._error.data_ptr(), layer, num_rows, padded,
+            partial, out, self._control, self._peers, self._failed, self._error.data_ptr(), layer, num_rows, padded,
             partial.stride(0), ME=self._rank, N=at.size, ROWS=at.rows, H=width, BLOCK_H=triton.next_power_of_2(width),
-            R=self._tile(partial.shape[0], width), AT_SUMS=at.sums, FLAG=FLAG_BYTES, LIMIT_NS=int(WAIT_S * 1e9), num_warps=8,
+            R=self._tile(padded, partial.shape[0], width), AT_SUMS=at.sums, LANES=LANES, LIMIT_NS=int(WAIT_S * 1e9), num_warps=8,
         )
         return out
 
     @staticmethod
     def _programs(num_rows: int) -> int:
-        return max(min(num_rows // 2, FEW_PROGRAMS if num_rows <= FEW_ROWS else MAX_PROGRAMS), 1)
+        return max(min(num_rows // 2, LANES), 1)
 
     @staticmethod
-    def _tile(num_rows: int, width: int) -> int:
-        return max(TILE // triton.next_power_of_2(width), 1) if num_rows > FEW_ROWS else 1
+    def _tile(padded: int, num_rows: int, width: int) -> int:
+        """Rows that go to a lane at once: the same on every member, whose graphs may have more places than the round says."""
+        return 1 if padded or num_rows <= FEW_ROWS else max(TILE // triton.next_power_of_2(width), 1)
 
     def check(self) -> None:
         if whom := self._error_word[0]:

@@ -42,13 +42,14 @@ class HostTokens(TokenExchange):
     def begin(self, layout: RoundLayout) -> None:
         self._layout = layout
         self._peers = [rank for rank in layout.members if rank != self._rank]
+        self._senders = [rank for rank in self._peers if layout.tokens[rank]]
 
-    def _meet(self, phase: int, layer: int) -> None:
+    def _meet(self, phase: int, layer: int, told: Sequence[int], awaited: Sequence[int]) -> None:
         epoch = self._layout.number * len(self._owners) + 1 + layer
-        for peer in self._peers:
+        for peer in told:
             self._flags[peer][phase][self._rank].value = epoch
         deadline = time.monotonic() + WAIT_S
-        for peer in self._peers:
+        for peer in awaited:
             while self._flags[self._rank][phase][peer].value != epoch:
                 if not self._is_alive(peer) or time.monotonic() > deadline:
                     raise did_not_come(peer)
@@ -63,7 +64,7 @@ class HostTokens(TokenExchange):
             self._area(peer, at.hiddens, me, (mine, width), hidden.dtype).copy_(hidden[:mine])
             self._area(peer, at.ids, me, (mine, top_k), torch.int32).copy_(ids[:mine])
             self._area(peer, at.weights, me, (mine, top_k), torch.float32).copy_(weights[:mine])
-        self._meet(0, layer)
+        self._meet(0, layer, told=self._peers if mine else (), awaited=self._senders)
         total, start = padded * at.size or layout.num_rows, layout.starts_of(padded)
         owners = self._owners[layer][layout.mask]
         spare = int((owners == me).nonzero()[0])
@@ -90,8 +91,8 @@ class HostTokens(TokenExchange):
         for peer in self._peers:
             count = layout.tokens[peer]
             self._area(peer, at.sums, me, (count, width), partial.dtype).copy_(partial[start[peer] : start[peer] + count])
-        self._meet(1, layer)
         mine = min(layout.tokens[me], num_rows)
+        self._meet(1, layer, told=self._senders, awaited=self._peers if mine else ())
         total = torch.zeros(num_rows, width, dtype=torch.float32)
         for rank in layout.members:
             came = self._area(me, at.sums, rank, (mine, width), partial.dtype) if rank != me else None

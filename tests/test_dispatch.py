@@ -7,7 +7,9 @@ import collections
 import functools
 import os
 import signal
+import sys
 import time
+import types
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +23,8 @@ from vllm_dwdp import dispatch as module
 from vllm_dwdp.convoy import Round
 from vllm_dwdp.dispatch import Dispatch, Limits
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.integration.dispatching import checked
+from vllm_dwdp.integration.dispatching import checked, fit_to_round
+from vllm_dwdp.integration.hooks import CHOOSE_GRAPH
 from vllm_dwdp.kernels.tokens import RoundLayout, did_not_come
 from vllm_dwdp.meeting import Stats
 
@@ -152,6 +155,28 @@ def test_an_idle_rank_never_waits() -> None:
         ("check",), *[("look", "event")] * 2, ("large done",), ("help", 0.0),
     ]
     assert made.padded == 0 and made.places(1) == 1, "the round is over"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "need_eager"), [(6, 8, False), (8, 8, False), (9, SMALL, True), (None, SMALL, False)]
+)
+def test_vllm_runs_the_graph_that_a_round_has_agreed_on_or_none(tokens: int | None, rows: int, need_eager: bool) -> None:
+    """All members' kernels have the same places: a graph of the largest step's, or no graph where none has as many."""
+    asked = []
+
+    def choose(manager: Any, num_reqs: int, num_tokens: int, uniform: Any, *, need_eager: bool = False) -> None:
+        asked.append((num_reqs, num_tokens, need_eager))
+
+    with pytest.MonkeyPatch.context() as patch:
+        runner = types.SimpleNamespace(dispatch_cg_and_sync_dp=choose)
+        patch.setitem(sys.modules, CHOOSE_GRAPH.module, runner)
+        made = make(Fakes(joined=tokens and Round(9, (0, 1), (SMALL, tokens))))
+        fit_to_round(None, made)
+        for _ in range(2):
+            made.begin_step(SMALL)
+            runner.dispatch_cg_and_sync_dp(None, 2, SMALL, None, need_eager=False)
+            made.end_step(SMALL)
+    assert asked == [(2, rows if tokens else 4, need_eager)] * 2
 
 
 @pytest.mark.parametrize(("graph_sizes", "alone"), [((4, 8), 4), ((), None)])

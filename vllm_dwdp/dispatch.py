@@ -66,6 +66,11 @@ class Dispatch:
         """The rows to which the step under way must be padded; 0 for no more than its own."""
         return self._layout.padded if self._layout is not None else 0
 
+    @property
+    def is_beyond_graphs(self) -> bool:
+        """Whether the step under way must run without a graph: a graph has no places for the largest step of its round."""
+        return self._layout is not None and not self._layout.padded
+
     def begin_step(self, num_tokens: int) -> bool:
         """Meet the peers, if the step is worth it. Returns whether its layers dispatch: with peers, or alone in a graph."""
         self._tokens.check()

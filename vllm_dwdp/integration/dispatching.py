@@ -122,17 +122,18 @@ class CheckedOutput(AsyncModelRunnerOutput):
         return output
 
 
-def pad_to_round(vllm_config: VllmConfig, dispatch: Dispatch) -> None:
-    """Let vLLM choose the graph of the rows that a round has agreed on, where that is more than the batch has."""
+def fit_to_round(vllm_config: VllmConfig, dispatch: Dispatch) -> None:
+    """Let vLLM choose the graph of the rows that a round has agreed on, where that is more than the batch has, or none."""
     if not dispatch.limits.graph_sizes:
         return
 
     def wrapper(original: Callable) -> Callable:
         @functools.wraps(original)
-        def pad(manager: Any, num_reqs: int, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
-            return original(manager, num_reqs, max(num_tokens, dispatch.padded), *args, **kwargs)
+        def choose(manager: Any, num_reqs: int, num_tokens: int, *args: Any, need_eager: bool = False, **kwargs: Any) -> Any:
+            rows, eager = max(num_tokens, dispatch.padded), need_eager or dispatch.is_beyond_graphs
+            return original(manager, num_reqs, rows, *args, need_eager=eager, **kwargs)
 
-        return pad
+        return choose
 
-    hooks.PAD_BATCH.install(wrapper)
-    hooks.PAD_BATCH.verify()
+    hooks.CHOOSE_GRAPH.install(wrapper)
+    hooks.CHOOSE_GRAPH.verify()

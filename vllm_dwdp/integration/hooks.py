@@ -97,7 +97,7 @@ SUPERVISE = Hook("vllm.entrypoints.launchers.dp_supervisor", "DPSupervisor.run",
 START_HANDSHAKE = Hook(_CORE, "EngineCoreProc.startup_handshake", ("local_client",))
 SYNC_CLIENT = Hook("vllm.v1.engine.core_client", "SyncMPClient.__init__", ("vllm_config",))
 WORKER_LOOP = Hook("vllm.v1.executor.multiproc_executor", "WorkerProc.worker_busy_loop", ("self",))
-PAD_BATCH = Hook("vllm.v1.worker.gpu.model_runner", "dispatch_cg_and_sync_dp", ("num_reqs", "num_tokens"))
+CHOOSE_GRAPH = Hook("vllm.v1.worker.gpu.model_runner", "dispatch_cg_and_sync_dp", ("num_reqs", "num_tokens", "need_eager"))
 BUILD_EXPERTS = Hook(
     "vllm.model_executor.layers.fused_moe.routed_experts", "RoutedExperts.__init__", ("moe_config", "expert_map_manager")
 )

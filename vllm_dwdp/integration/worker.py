@@ -97,7 +97,7 @@ class DWDPWorker(PlatformWorker):
         set_offloader(GraphHooks(prefetcher))
         if self.dwdp.dispatch is not None:
             self.dwdp.dispatch.help_out = self.execute_dummy_batch
-            dispatching.pad_to_round(self.vllm_config, self.dwdp.dispatch)
+            dispatching.fit_to_round(self.vllm_config, self.dwdp.dispatch)
             dispatching.help_between_calls()
         self._update_metrics = metrics.export(self.dwdp)
 
