@@ -119,17 +119,23 @@ def test_a_small_step_first_launches_what_it_owes_then_joins_again() -> None:
     assert fakes.said()[1] == ("join", MOST, MOST / 1000), "the largest of the small"
 
 
-def test_after_a_large_step_peers_are_met_when_the_device_has_ended_it() -> None:
-    """The host runs ahead: two large steps leave one event, at the end of the last, and nobody waits between them."""
+@pytest.mark.parametrize("is_graph", [False, True])
+def test_after_a_large_step_peers_are_met_when_the_device_is_at_its_last_layer(is_graph: bool) -> None:
+    """The host runs ahead: two large steps leave one event, in the last of them, and nobody waits between them."""
     fakes = Fakes(joined=OURS, looks=2)
     made = make(fakes)
     for _ in range(2):
         made.begin_step(LARGE)
-        made.end_step(LARGE)
-    assert fakes.said() == [("check",), ("large", 7.0), ("record", "event 1")] * 2
+        if not is_graph:
+            made.reach_last_layer()
+        fakes.note("last layer")
+        made.end_step()
+    step = [("record", "event 1"), ("last layer",)]
+    assert fakes.said() == [("check",), ("large", 7.0), *(step[::-1] if is_graph else step)] * 2
     made.begin_step(SMALL)
     assert [name for name, *_ in fakes.said()] == ["check", "look", "look", "look", "large done", "join", "begin"]
-    made.end_step(SMALL)
+    made.reach_last_layer()
+    made.end_step()
     made.begin_step(SMALL)
     assert [name for name, *_ in fakes.said()] == ["check", "join", "begin"], "that was said once"
 
@@ -140,7 +146,7 @@ def test_a_large_step_without_end_is_waited_for_within_a_bound(monkeypatch: pyte
     fakes = Fakes(looks=10**9)
     made = make(fakes)
     made.begin_step(LARGE)
-    made.end_step(LARGE)
+    made.end_step()
     made.begin_step(SMALL)
     assert "large done" not in [name for name, *_ in fakes.said()]
 
@@ -148,7 +154,7 @@ def test_a_large_step_without_end_is_waited_for_within_a_bound(monkeypatch: pyte
 def test_an_idle_rank_never_waits() -> None:
     fakes = Fakes(HELP[:1], looks=1)
     made = make(fakes)
-    made._large_done = "event"
+    made._ending = "event"
     assert made.help() and not made.help()
     assert fakes.said() == [
         ("check",), ("look", "event"), ("help", 0.0), *HELPED[0],
@@ -175,7 +181,7 @@ def test_vllm_runs_the_graph_that_a_round_has_agreed_on_or_none(tokens: int | No
         for _ in range(2):
             made.begin_step(SMALL)
             runner.dispatch_cg_and_sync_dp(None, 2, SMALL, None, need_eager=False)
-            made.end_step(SMALL)
+            made.end_step()
     assert asked == [(2, rows if tokens else 4, need_eager)] * 2
 
 
@@ -188,16 +194,24 @@ def test_places(graph_sizes: tuple[int, ...], alone: int | None) -> None:
         assert [made.places(rows) for rows in (1, 8, 9)] == ([1, 8, None] if graph_sizes else [None] * 3)
         assert not [call for call in fakes.said() if call[0] in ("join", "large", "help")]
         assert made.begin_step(SMALL) and made.places(8) == (8 if graph_sizes else 0)
-        made.end_step(SMALL)
+        made.end_step()
         fakes.said()
     made.begin_step(LARGE)
     assert made.places(LARGE) is None and made.places(4) is None
-    made.end_step(LARGE)
+    made.end_step()
     fakes._joined = None
     assert made.begin_step(SMALL) == bool(graph_sizes)
     assert made.places(SMALL) == (alone and SMALL) and made.padded == (alone or 0)
     if graph_sizes:
         assert fakes.said()[-1] == ("begin", 0, (0,), (SMALL, 0), 4)
+
+
+def test_a_rehearsal_is_a_step_alone_in_no_graph() -> None:
+    fakes = Fakes(joined=OURS)
+    made = make(fakes)
+    made.rehearse(lambda tokens: fakes.note("forward", tokens, made.is_beyond_graphs, made.places(tokens)))
+    assert fakes.said() == [("begin", 0, (0,), (MOST, 0), 0), ("forward", MOST, True, 0)]
+    assert made.places(1) == 1 and not made.is_beyond_graphs, "it is over"
 
 
 def test_a_member_that_did_not_come_is_named_before_the_next_step() -> None:

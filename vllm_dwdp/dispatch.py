@@ -1,7 +1,8 @@
 """Dispatch: the steps whose tokens travel. Meets the peers before a step, and says how its layers are laid out.
 
 A step of at most `max_tokens` is worth meeting for: it takes part in a round with the ranks that are at hand, or goes
-alone. A larger one starts at once, and its rank takes part again when its device has finished it. An idle rank helps.
+alone. A larger one starts at once, and its rank takes part again when its device has reached the last layer of it: the
+host then prepares the next step while that layer runs, for which peers may have to wait. An idle rank helps.
 """
 
 import contextlib
@@ -50,7 +51,8 @@ class Dispatch:
         self._meeting, self._tokens, self._stream = meeting, tokens, stream
         self._layout: RoundLayout | None = None  # of the step under way, if its layers dispatch
         self._in_step = False
-        self._large_done: Any = None  # the event after the large step that peers know of
+        self._ending: Any = None  # the event at the last layer of the large step that peers know of
+        self._is_marked = False  # by the step under way, if it is large
 
     def report(self) -> dict[str, Any]:
         """Counts so far: dispatched steps (rounds with tokens of this rank's), helper rounds, and what meeting took."""
@@ -74,7 +76,7 @@ class Dispatch:
     def begin_step(self, num_tokens: int) -> bool:
         """Meet the peers, if the step is worth it. Returns whether its layers dispatch: with peers, or alone in a graph."""
         self._tokens.check()
-        self._in_step = True
+        self._in_step, self._is_marked = True, num_tokens <= self.limits.max_tokens
         if num_tokens > self.limits.max_tokens:
             while (owed := self._meeting.large(self.limits.large_s(num_tokens))) is not None:
                 self._launch(owed)
@@ -89,22 +91,33 @@ class Dispatch:
             self._begin(self._alone(num_tokens))
         return self._layout is not None
 
-    def end_step(self, num_tokens: int) -> None:
+    def reach_last_layer(self) -> None:
+        """All of the step but its last layer is enqueued. Not told of a step that replays a graph."""
+        if self._in_step and not self._is_marked:
+            self._ending, self._is_marked = self._ending or self._stream.event(), True
+            self._stream.compute_record(self._ending)
+
+    def end_step(self) -> None:
         """The step's kernels are enqueued."""
-        if num_tokens > self.limits.max_tokens:
-            self._large_done = self._large_done or self._stream.event()
-            self._stream.compute_record(self._large_done)
+        self.reach_last_layer()
         self._layout, self._in_step = None, False
 
     def help(self, timeout_s: float = 0.0, wake: Callable[[], bool] = lambda: False) -> bool:
         """No request: launch the round that asks for this rank, once one does within `timeout_s` and before `wake()`."""
         self._tokens.check()
-        if self._large_done is not None and self._stream.is_done(self._large_done):
+        if self._ending is not None and self._stream.is_done(self._ending):
             self._end_large_step()
         made = self._meeting.help(timeout_s, wake)
         if made is not None:
             self._launch(made)
         return made is not None
+
+    def rehearse(self, forward: Callable[[int], Any]) -> None:
+        """Run the largest step that dispatches, alone and without a graph: no request waits for its kernels to be compiled."""
+        most, self._in_step = self.limits.max_tokens, True
+        with self._laid_out(dataclasses.replace(self._alone(most), padded=0)):
+            forward(most)
+        self._in_step = False
 
     def places(self, num_rows: int) -> int | None:
         """How a layer of `num_rows` dispatches: every rank's places, 0 for as many as it has rows; None: it does not.
@@ -113,7 +126,7 @@ class Dispatch:
         """
         if self._in_step:
             layout = self._layout
-            return None if layout is None else layout.padded if len(layout.members) > 1 else num_rows
+            return None if layout is None else layout.padded and (layout.padded if len(layout.members) > 1 else num_rows)
         return num_rows if self.limits.places(num_rows) else None
 
     def dispatch(
@@ -159,12 +172,12 @@ class Dispatch:
 
     def _end_large_step(self) -> None:
         """A rank whose device is still at a large step must not be met: its peers' kernels would wait for all of it."""
-        if self._large_done is None:
+        if self._ending is None:
             return
         deadline = time.monotonic() + LARGE_STEP_S
-        while not self._stream.is_done(self._large_done):
+        while not self._stream.is_done(self._ending):
             if time.monotonic() > deadline:
                 return
             time.sleep(_LOOK_S)
-        self._large_done = None
+        self._ending = None
         self._meeting.large_done()

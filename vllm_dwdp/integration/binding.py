@@ -44,7 +44,9 @@ def bind(model: StreamedModel) -> None:
         for name in ("forward_modular", "forward_monolithic"):
             setattr(module, name, _ahead_of_use(getattr(module, name), weights, model.prefetcher, model.hot))
         if model.dispatch is not None:
-            module.forward_modular = _dispatching(module.forward_modular, forward, layer, weights, model.dispatch)
+            module.forward_modular = _dispatching(
+                module.forward_modular, forward, layer, weights, model.dispatch, is_last=weights is model.weights[-1]
+            )
         _refuse_loading(module)
 
 
@@ -133,7 +135,9 @@ def _ahead_of_use(
     return run
 
 
-def _dispatching(run: Callable, forward: Callable, layer: ExpertLayer, weights: LayerWeights, dispatch: Dispatch) -> Callable:
+def _dispatching(
+    run: Callable, forward: Callable, layer: ExpertLayer, weights: LayerWeights, dispatch: Dispatch, *, is_last: bool
+) -> Callable:
     """`forward` over own and received rows where the step dispatches, else `run`, over own rows.
 
     Expert ids may be -1 then, which vLLM's kernels look up in the map: a -1 before its first entry makes that valid.
@@ -151,6 +155,8 @@ def _dispatching(run: Callable, forward: Callable, layer: ExpertLayer, weights: 
         places = dispatch.places(x.shape[0])
         if places is None:
             module._expert_map = None
+            if is_last:
+                dispatch.reach_last_layer()
             return run(x, **own)
         weights.bind(DIRECT)
         module._expert_map = guarded

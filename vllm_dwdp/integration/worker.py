@@ -101,6 +101,12 @@ class DWDPWorker(PlatformWorker):
             dispatching.help_between_calls()
         self._update_metrics = metrics.export(self.dwdp)
 
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        if self.dwdp.dispatch is not None and not current_platform.is_cpu():
+            self.dwdp.dispatch.rehearse(self.model_runner._dummy_run)
+        return times
+
     @_telling
     def execute_model(self, scheduler_output: Any) -> Any:
         if self.dwdp.hot is not None:
@@ -116,7 +122,7 @@ class DWDPWorker(PlatformWorker):
         output = super().execute_model(scheduler_output)
         self.dwdp.prefetcher.end_step(num_tokens)
         if dispatch is not None:
-            dispatch.end_step(num_tokens)
+            dispatch.end_step()
         self._update_metrics()
         return output
 
