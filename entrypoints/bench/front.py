@@ -95,9 +95,10 @@ def picture(rows: Sequence[Row], title: str, path: Path) -> None:
                 )
         axes.set(xlabel="tokens/s per user (1000 / median TPOT in ms)", ylabel="tokens/s per GPU, prompts included",
                  title=f"{length.replace(':', ' tokens in, ')} out")
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
+        here = [row for row in shown if row.load.startswith(f"{length}:")]
+        axes.set_xlim(0, 1.2 * max(row.tokens_per_s_per_user for row in here))
+        axes.set_ylim(0, 1.3 * max(row.tokens_per_s_per_gpu for row in here))
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="lower left")
     figure.suptitle(f"{title}; points: requests/s")
     figure.savefig(path, dpi=150)
