@@ -102,7 +102,7 @@ class Engines:
                 ended = rank.process.poll() is not None  # asked first: what it said before it ended counts
                 reply = rank.receive()
                 if isinstance(reply, Failed) or (ended and reply is None):
-                    raise EngineFailure(f"rank {index}, {phase}: {rank.reason(reply and reply.reason)}")
+                    raise EngineFailure(f"rank {index}, {phase}: {rank.reason(reply.reason if isinstance(reply, Failed) else None)}")
                 if reply is not None:
                     replies[index] = reply
                     del pending[index]

@@ -95,9 +95,8 @@ def picture(rows: Sequence[Row], title: str, path: Path) -> None:
                 )
         axes.set(xlabel="tokens/s per user (1000 / median TPOT in ms)", ylabel="tokens/s per GPU, prompts included",
                  title=f"{length.replace(':', ' tokens in, ')} out")
-        here = [row for row in shown if row.load.startswith(f"{length}:")]
-        axes.set_xlim(0, 1.2 * max(row.tokens_per_s_per_user for row in here))
-        axes.set_ylim(0, 1.3 * max(row.tokens_per_s_per_gpu for row in here))
+        axes.set_xlim(0, 1.2 * axes.dataLim.x1)
+        axes.set_ylim(0, 1.3 * axes.dataLim.y1)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="lower left")
     figure.suptitle(f"{title}; points: requests/s")

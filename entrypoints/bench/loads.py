@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections import Counter
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -89,9 +89,9 @@ def put_under_load(
     return {name: figures[name] for name in FIGURES}
 
 
-def counted(server: Server) -> Counter:
+def counted(server: Server) -> dict[str, float]:
     """DWDP's counters so far, over all ranks."""
-    totals: Counter = Counter()
+    totals: dict[str, float] = defaultdict(float)
     for name, labels, value in server.metrics():
         if name.startswith("vllm:dwdp_") and name.endswith("_total"):
             totals["_".join([name[10:-6], labels.get("view", "")]).strip("_")] += value

@@ -1,7 +1,8 @@
 """What a benchmark runs: its settings, and each mode's ranks, devices and engine arguments. Pure."""
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -92,11 +93,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             )
         for mode in self.modes:
             own = own_options(mode) if is_dwdp(mode) else {}
-            config.parse(
-                {config.KEY: self.dwdp_options(mode, rank=0, port=1)},
-                lambda name, own=own: f"{name} in {'--modes' if name in own or name not in self.dwdp else '--dwdp'}",
-            )
+            config.parse({config.KEY: self.dwdp_options(mode, rank=0, port=1)}, functools.partial(self._spelt, own))
         return self
+
+    def _spelt(self, own: Mapping[str, Any], name: str) -> str:
+        """A DWDP option as the person wrote it; `own` are those of a mode."""
+        return f"{name} in {'--modes' if name in own or name not in self.dwdp else '--dwdp'}"
 
     @property
     def load_together(self) -> bool:

@@ -55,6 +55,8 @@ class Failed(msgspec.Struct, frozen=True):
 class ExpertMemory:
     """Extends vLLM's stock worker, so that the baselines' expert memory is read and not guessed."""
 
+    model_runner: Any
+
     def expert_bytes(self) -> int:
         """Bytes of all expert weights that this worker holds."""
         from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -98,7 +100,8 @@ class Rank:
         sampling = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True, detokenize=False)
         engine = self.llm.llm_engine
         latest: dict[str, int] = {}  # tokens of each request that has any
-        first_s, steps_s = None, []
+        first_s: float | None = None
+        steps_s: list[float] = []
         start_s = time.monotonic()
         for number, ids in enumerate(prompts):
             engine.add_request(str(number), {"prompt_token_ids": ids}, sampling)
@@ -111,7 +114,7 @@ class Rank:
                 first_s = time.monotonic()
         end_s = time.monotonic()
         return Ran(
-            start_s=start_s, first_s=first_s, steps_s=steps_s, end_s=end_s, stats=self.stats(),
+            start_s=start_s, first_s=end_s if first_s is None else first_s, steps_s=steps_s, end_s=end_s, stats=self.stats(),
             prompt_tokens=sum(map(len, prompts)), output_tokens=sum(latest.values()),
         )
 

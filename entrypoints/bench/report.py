@@ -1,7 +1,6 @@
 """What a benchmark measured: readings, their statistics, the table and the chart. Pure but for the chart's file."""
 
 import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -56,7 +55,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     failed: str | None
 
 
-def total(before: Sequence[Ran], after: Sequence[Ran]) -> Counter:
+def total(before: Sequence[Ran], after: Sequence[Ran]) -> dict[str, float]:
     """What a run of all ranks took: seconds from the first start to the last end, those in which all of them only
     decoded, with the steps that a rank took in these, and sums of the rest.
 
@@ -68,21 +67,17 @@ def total(before: Sequence[Ran], after: Sequence[Ran]) -> Counter:
         longest = max(after, key=lambda ran: ran.end_s - ran.first_s)
         begin_s, end_s = longest.first_s, longest.end_s
     steps = [sum(begin_s < step_s <= end_s for step_s in ran.steps_s) for ran in after]
-    spent = Counter(
-        elapsed_s=max(ran.end_s for ran in after) - min(ran.start_s for ran in after),
-        decode_s=end_s - begin_s, decode_steps=statistics.mean(filter(None, steps)) if any(steps) else 0,
-        prompt_tokens=sum(ran.prompt_tokens for ran in after), output_tokens=sum(ran.output_tokens for ran in after),
-    )
-    for ran in after:
-        spent.update(ran.stats)
-    for ran in before:
-        spent.subtract(ran.stats)
-    return spent
+    names = {name for ran in after for name in ran.stats}
+    return {name: sum(ran.stats.get(name, 0) for ran in after) - sum(ran.stats.get(name, 0) for ran in before) for name in names} | {
+        "elapsed_s": max(ran.end_s for ran in after) - min(ran.start_s for ran in after),
+        "decode_s": end_s - begin_s, "decode_steps": statistics.mean(filter(None, steps)) if any(steps) else 0,
+        "prompt_tokens": sum(ran.prompt_tokens for ran in after), "output_tokens": sum(ran.output_tokens for ran in after),
+    }
 
 
-def reading(*, mode: str, point: int, round: int, num_gpus: int, spent: Counter, decode: bool = False) -> Reading:
+def reading(*, mode: str, point: int, round: int, num_gpus: int, spent: Mapping[str, float], decode: bool = False) -> Reading:
     """One run's figures: of prefill, or of the steps that only decoded. Copies and waits in CUDA graphs are not timed."""
-    steps = spent["streamed"] - spent["replays"]
+    steps = spent.get("streamed", 0) - spent.get("replays", 0)
     return Reading(
         mode=mode, point=point, round=round, spent=dict(spent),
         value=1e3 * spent["decode_s"] / spent["decode_steps"] if decode else
@@ -107,11 +102,7 @@ def summarize(
                               default=None) for base in ("ep", "single")}
         for mode, own in found.items():
             values = [r.value for r in own]
-            versus = {
-                base: (best[base] / medians[mode] if decode else medians[mode] / best[base])
-                if medians[mode] and best[base] else None
-                for base in ("ep", "single")
-            }
+            versus = {base: ratio(medians[mode], best[base], decode) for base in ("ep", "single")}
             rows.append(Row(
                 mode=mode, point=point, num_readings=len(own),
                 median=medians[mode], lowest=min(values, default=None), highest=max(values, default=None),
@@ -122,6 +113,13 @@ def summarize(
                 held_per_gpu=held.get((mode, point)), failed=failures.get((mode, point)),
             ))
     return rows
+
+
+def ratio(own: float | None, other: float | None, decode: bool) -> float | None:
+    """How many times as fast as another mode."""
+    if not own or not other:
+        return None
+    return other / own if decode else own / other
 
 
 def median(values: Sequence[float | None]) -> float | None:
@@ -159,7 +157,7 @@ def cells(row: Row, form: str) -> list[str]:
         number(row.ratio_to_ep, ".2f"), number(row.ratio_to_single, ".2f"),
         number(row.exposed_wait_ms_per_step, ".2f"), number(row.copy_gb_per_s, ".0f"),
         ", ".join(f"{100 * count / forwards:.0f}% {view}" for view, count in row.views.items()) or "-",
-        number(held and held.expert_bytes / GIB, ".3g"), number(held and held.kv_cache_tokens, ",.0f"),
+        number(held.expert_bytes / GIB if held else None, ".3g"), number(held.kv_cache_tokens if held else None, ",.0f"),
     ]
 
 
@@ -190,11 +188,12 @@ def chart(rows: Sequence[Row], decode: bool, title: str, path: Path) -> None:
         read = {row.point for row in own}
         named = mode.replace("+", "\n+")
         places |= {at: named if point in read else f"{named}\n(none)" for point, at in where.items()}
+        medians, lowest, highest = ([getattr(row, name) for row in own] for name in ("median", "lowest", "highest"))
+        below, above = ([b - a for a, b in zip(*pair, strict=True)] for pair in ((lowest, medians), (medians, highest)))
         bars = axes.bar(
-            [where[row.point] for row in own], [row.median for row in own], width * 0.92, color=color(mode, modes),
-            yerr=[[row.median - row.lowest for row in own], [row.highest - row.median for row in own]], capsize=3,
+            [where[row.point] for row in own], medians, width * 0.92, color=color(mode, modes), yerr=[below, above], capsize=3,
         )
-        axes.bar_label(bars, [format(row.median, FORMATS[decode]) for row in own], padding=3, fontsize=8)
+        axes.bar_label(bars, [format(value, FORMATS[decode]) for value in medians], padding=3, fontsize=8)
     axes.set_xticks(list(places), list(places.values()), minor=True, fontsize=7)
     axes.tick_params(axis="x", which="both", length=0)
     axes.tick_params(axis="x", which="major", pad=14 + 8 * max(mode.count("+") for mode in modes) + 8)

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,7 +118,7 @@ class Bench(Comparison):
         for num_prompts in settings.decode or [math.ceil(WARMUP_STEPS * tokens / settings.input_len) + 1]:
             self._run(mode, "warm up", num_prompts, min(settings.output_len, 1 + WARMUP_STEPS))
 
-    def _run(self, mode: str, phase: str, num_prompts: int, output_len: int) -> Counter:
+    def _run(self, mode: str, phase: str, num_prompts: int, output_len: int) -> dict[str, float]:
         engines = self.running[mode]
         before = engines.last_run
         engines.last_run = engines.ask(phase, "run", {"num_prompts": num_prompts, "output_len": output_len})
@@ -131,7 +130,7 @@ class Bench(Comparison):
         if self.decode:
             first = self._run(mode, "prefill", point, 1)
             spent = self._run(mode, "decode", point, output_len)
-            spent.subtract(first)
+            spent = {name: value - first.get(name, 0) for name, value in spent.items()}
         else:
             spent = self._run(mode, "prefill", self.settings.num_prompts, output_len)
         self.measured.append(read := reading(

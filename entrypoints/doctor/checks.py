@@ -31,8 +31,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     figures: dict[str, float] = {}
 
 
-def ok(found: str, do: str = "", **figures: float) -> Verdict:
-    return Verdict(verdict="ok", found=found, do=do, figures=figures)
+def ok(found: str, **figures: float) -> Verdict:
+    return Verdict(verdict="ok", found=found, figures=figures)
 
 
 def warn(found: str, do: str, **figures: float) -> Verdict:
@@ -150,9 +150,9 @@ def handles(facts: Facts) -> Verdict:
     if "fabric" in kinds:
         return ok("FABRIC handles, which serve across hosts; small steps are not dispatched with them")
     channel = "there is an IMEX channel" if facts.has_imex else "no IMEX channel is there"
-    return ok(
-        f"POSIX descriptors, which serve within a host; FABRIC handles are refused ({channel})",
-        "ranks on several hosts need GPUs of one NVLink domain, nvidia-imex running on each host, and a channel in "
+    return Verdict(
+        verdict="ok", found=f"POSIX descriptors, which serve within a host; FABRIC handles are refused ({channel})",
+        do="ranks on several hosts need GPUs of one NVLink domain, nvidia-imex running on each host, and a channel in "
         "/dev/nvidia-caps-imex-channels that this user may open",
     )
 

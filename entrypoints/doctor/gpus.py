@@ -63,17 +63,18 @@ def bandwidth(reader: CudaDevice, owner: CudaDevice) -> float:
     page = max(reader.page_bytes, owner.page_bytes)
     nbytes = -(-COPY_BYTES // page) * page
     with torch.cuda.device(reader.device), contextlib.ExitStack() as undo:
-        addresses = []
-        for device in (reader, owner):
+
+        def address_of_memory(device: CudaDevice) -> int:
             block = device.allocate(nbytes)
             undo.callback(block.close)
             region = reader.reserve(nbytes)
             undo.callback(region.close)
             region.map(0, block, writable=device is reader)
-            addresses.append(region.address)
+            return region.address
+
         stream = reader.stream(timing=True)
         undo.callback(stream.close)
-        plan, took_ms = stream.plan([(*addresses, nbytes)]), []
+        plan, took_ms = stream.plan([(address_of_memory(reader), address_of_memory(owner), nbytes)]), []
         for _ in range(REPEATS):
             before_ms = stream.copy_ms or 0.0
             stream.copy(plan)

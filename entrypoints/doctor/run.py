@@ -31,7 +31,8 @@ def run(settings: Settings) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # vLLM's log
         from vllm_dwdp.entrypoints.doctor import checks, facts  # what they look at is imported: seconds
 
-        found, links = [], []
+        found: list[facts.Gpu] = []
+        links: list[facts.Link] = []
         if not facts.is_cpu():
             from vllm_dwdp.entrypoints.doctor import gpus
 
