@@ -2,8 +2,8 @@
 
     python tests/compare_versions.py MODEL OUT.json FOLDER_A FOLDER_B [TURNS]
 
-A folder is one that `pip install --target` has filled. Every turn gives each of the two ranks the same prompts at once;
-tokens/s per GPU, medians, and their ratio.
+A folder is one that `pip install --target` has filled. Every turn gives each of the two ranks the same prompts at once, of
+half a step each, so that no step is short; tokens/s per GPU, medians, and their ratio.
 """
 
 import json
@@ -23,7 +23,7 @@ from vllm import LLM, SamplingParams
 answers = os.fdopen(int(sys.argv[1]), "w")
 llm = LLM(**json.loads(sys.argv[2]))
 rng = random.Random(0)
-prompts = [{"prompt_token_ids": rng.choices(range(10, 100_000), k=rng.randint(6554, 8192))} for _ in range(int(sys.argv[3]))]
+prompts = [{"prompt_token_ids": rng.choices(range(10, 100_000), k=int(sys.argv[4]))} for _ in range(int(sys.argv[3]))]
 sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
 print(sum(len(p["prompt_token_ids"]) for p in prompts), file=answers, flush=True)
 for _ in sys.stdin:
@@ -51,7 +51,7 @@ class Ranks:
             answers, end = os.pipe()
             with log.open("ab") as output:
                 process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", RANK, str(end), json.dumps(engine), str(PROMPTS)], env=environment,
+                    [sys.executable, "-P", "-c", RANK, str(end), json.dumps(engine), str(PROMPTS), str(LENGTH)], env=environment,
                     stdin=subprocess.PIPE, stdout=output, stderr=output, pass_fds=[end], text=True,
                 )
             os.close(end)
@@ -79,7 +79,7 @@ class Ranks:
 
 def main() -> None:
     model, out, *folders = sys.argv[1:5]
-    turns = int(sys.argv[5]) if len(sys.argv) > 5 else 6
+    turns = int(sys.argv[5]) if len(sys.argv) > 5 else 10
     versions = [Ranks(folder, model, Path(f"{out}.{name}.log")) for name, folder in zip("ab", folders, strict=True)]
     tokens = [int(version.wait()[0]) for version in versions]
     for version, count in zip(versions, tokens, strict=True):

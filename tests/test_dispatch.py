@@ -28,7 +28,7 @@ from vllm_dwdp.integration.hooks import CHOOSE_GRAPH
 from vllm_dwdp.kernels.tokens import RoundLayout, did_not_come
 from vllm_dwdp.meeting import Stats
 
-from harness import Group, generate, reference, stats
+from harness import Group, generate, reference, stats, streamed_model
 
 MOST = 16
 SMALL, LARGE = 3, MOST + 1
@@ -231,6 +231,17 @@ def meetings(llm: Any) -> dict[str, Any]:
     return stats(llm)["dispatch"]
 
 
+def told(llm: Any) -> list[str]:
+    """What a step of 200 tokens, which is large, and one of a token tell their Dispatch, in order."""
+    dispatch, calls = streamed_model(llm).dispatch, []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("reach_last_layer", "end_step"):
+            method = getattr(dispatch, name)
+            patch.setattr(dispatch, name, lambda name=name, method=method: [calls.append(name), method()])
+        generate(llm, lengths=[200], tokens=2)
+    return calls
+
+
 @pytest.mark.engine
 def test_peers_that_stop_or_end_between_rounds(models) -> None:
     """The others go on alone, and meet again whoever comes back."""
@@ -253,6 +264,7 @@ def test_peers_that_stop_or_end_between_rounds(models) -> None:
         assert group.run(generate) == [expected] * 2
         again = first.run(meetings)
         assert again["steps"] > stopped["steps"] + 10
+        assert first.run(told)[:3] == ["reach_last_layer", "end_step", "reach_last_layer"], "first from within the forward"
         second.process.kill()
         second.process.join()
         assert first.run(generate) == expected
