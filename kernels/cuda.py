@@ -59,12 +59,10 @@ class CudaRegion(Region):
                 f"all GPUs of the group; `nvidia-smi topo -p2p r` shows which pairs have it"
             ) from None
 
-    def unmap(self, at: int) -> None:
-        check("cuMemUnmap", driver.cuMemUnmap(self.address + at, self._mapped.pop(at)))
-
     def close(self) -> None:
-        for at in list(self._mapped):
-            self.unmap(at)
+        while self._mapped:
+            at, nbytes = self._mapped.popitem()
+            check("cuMemUnmap", driver.cuMemUnmap(self.address + at, nbytes))
         if self.address:
             check("cuMemAddressFree", driver.cuMemAddressFree(self.address, self.nbytes))
             self.address = 0

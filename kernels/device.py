@@ -35,10 +35,6 @@ class Region(abc.ABC):
         """Map the whole of `block` at byte offset `at`, a page multiple."""
 
     @abc.abstractmethod
-    def unmap(self, at: int) -> None:
-        """Unmap the block mapped at byte offset `at`. Nothing may be reading it."""
-
-    @abc.abstractmethod
     def close(self) -> None:
         """Unmap everything and give the addresses back. No tensor over it may be used any more. Repeats safely."""
 

@@ -52,17 +52,12 @@ class HostRegion(Region):
     def __init__(self, nbytes: int):
         self.device = torch.device("cpu")
         self.nbytes = nbytes
-        self._mapped: dict[int, int] = {}  # offset: bytes
         self.address = _mmap(None, nbytes, 0, _RESERVED, -1)
 
     def map(self, at: int, block: Block, *, writable: bool) -> None:
         assert isinstance(block, HostBlock) and at + block.nbytes <= self.nbytes
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         _mmap(self.address + at, block.nbytes, protection, mmap.MAP_SHARED | _MAP_FIXED, block.fd)
-        self._mapped[at] = block.nbytes
-
-    def unmap(self, at: int) -> None:
-        _mmap(self.address + at, self._mapped.pop(at), 0, _RESERVED | _MAP_FIXED, -1)
 
     def close(self) -> None:
         if self.address:

@@ -16,7 +16,7 @@ from vllm_dwdp.entrypoints.bench import run as bench
 from vllm_dwdp.entrypoints.bench.engines import EngineFailure, Engines, last_exception
 from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, visible_devices
 from vllm_dwdp.entrypoints.bench.rank import Held, Ran, make_prompts, prompt_lengths
-from vllm_dwdp.entrypoints.bench.report import GIB, chart, reading, summarize, table, total
+from vllm_dwdp.entrypoints.bench.report import GIB, chart, less, reading, summarize, table, total
 from vllm_dwdp.errors import DWDPError
 
 from harness import await_that, processes_in
@@ -115,8 +115,8 @@ def test_prompts_are_reproducible_and_every_rank_has_equal_work():
 
 
 def test_modes_start_the_ranks_that_they_are_made_of():
-    of_its_own = load_arguments(settings("--dwdp", '{"slots": 3}'), "dwdp+slots=4+cache_policy=hot", 16384, 4000)
-    assert {"slots": 4, "cache_policy": "hot"}.items() <= of_its_own[1]["engine"]["additional_config"]["dwdp"].items()
+    of_its_own = load_arguments(settings("--dwdp", '{"slots": 3}'), "dwdp+slots=4+dispatch=off", 16384, 4000)
+    assert {"slots": 4, "dispatch": "off"}.items() <= of_its_own[1]["engine"]["additional_config"]["dwdp"].items()
     asked = settings("--size", "3", "--dwdp", '{"slots": 3}', "--engine-args", '{"seed": 5}')
     loads = {mode: load_arguments(asked, mode, 16384, 4000) for mode in asked.modes}
     assert {mode: len(ranks) for mode, ranks in loads.items()} == {"dwdp": 3, "ep": 3, "tp": 1, "single": 1}
@@ -217,8 +217,7 @@ def test_reading_spans_the_slowest_rank_and_takes_differences_of_statistics():
 
 def test_a_decode_step_is_what_each_further_token_takes():
     first = total([], [ran(400, 0, 1, 4), ran(400, 0, 20, 4)])  # however slow: a mode that slept wakes up in it
-    spent = total([], [ran(400, 5, 17, 44, 10, 10, direct=10), ran(400, 5, 19, 44, 10, 20, direct=10)])
-    spent.subtract(first)
+    spent = less(total([], [ran(400, 5, 17, 44, 10, 10, direct=10), ran(400, 5, 19, 44, 10, 20, direct=10)]), first)
     read = reading(mode="dwdp", point=4, round=1, num_gpus=2, spent=spent, decode=True)
     assert read.value == 1000 * (17 - 9) / ((8 + 16) / 2), "of the time in which both decode"
     spent = total([], [ran(400, 5, 7, 44, 1, 10), ran(400, 5, 9, 44, 2, 10)])

@@ -65,7 +65,7 @@ def test_merge(engine_parser, serve_parser, models, given: list[str], expected: 
         ([*ON, "--dwdp-slots", "2.5"], "--dwdp-slots is 2.5: it must be a whole number from 2 to 8"),
         ([*ON, "--dwdp-slots", "99"], "--dwdp-slots is 99: it must be a whole number from 2 to 8"),
         ([*ON, "--dwdp-cache-gib", "all"], "--dwdp-cache-gib is 'all': it must be a number from 0 or auto"),
-        ([*ON, "--dwdp-cache-policy", "warm"], "--dwdp-cache-policy is 'warm': it must be even or hot"),
+        ([*ON, "--dwdp-dispatch", "warm"], "--dwdp-dispatch is 'warm': it must be auto or off"),
         ([*ON, "--dwdp-rendezvous", "nowhere"], "--dwdp-rendezvous is 'nowhere': it must be HOST:PORT"),
         ([*ON, "--additional-config", '{"dwdp": {"slotz": 2}}'],
          "additional_config['dwdp']['slotz'] is no option; did you mean additional_config['dwdp']['slots']?"),
@@ -103,7 +103,7 @@ def test_help_tells_defaults_and_choices(serve_parser, capsys) -> None:
         text, default = describe(field)
         assert f"--dwdp-{field.name.replace('_', '-')}" in shown and len(text) > 8 and default
         assert shown.count(f"(default: {default})") >= 1, field.name
-    assert "--dwdp-cache-policy {even,hot}" in shown and "(default: 2)" in shown
+    assert "--dwdp-dispatch {auto,off}" in shown and "(default: 2)" in shown
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def exported() -> dict[str, set[str]]:
     dispatch = SimpleNamespace(report=lambda: {"timeouts": [0, 0]})
     counters = SimpleNamespace(forwards={"streamed": 0})
     made = metrics.Metrics(SimpleNamespace(
-        rank=0, hot=None, dispatch=dispatch, prefetcher=SimpleNamespace(counters=counters),
+        rank=0, dispatch=dispatch, prefetcher=SimpleNamespace(counters=counters),
         stats=lambda: {"memory_bytes": {"shard": 7}, "experts": {"owned": 6}, "num_slots": 2},
     ))
     return {

@@ -51,39 +51,45 @@ def test_direct_max_tokens(options: dict, text: dict, eager: int, graphs: int) -
 def test_captured_sizes(largest: int) -> None:
     """All of vLLM's sizes stay, and direct_max_tokens is one of them unless it is above them all."""
     made = make_config()
-    fit_graphs(made, largest, has_hot_cache=False)
+    fit_graphs(made, largest)
     compilation = made.compilation_config
     assert compilation.cudagraph_capture_sizes == sorted({*SIZES, largest} if 0 < largest < SIZES[-1] else SIZES)
     assert compilation.max_cudagraph_capture_size == SIZES[-1]
     assert compilation.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
 
 
-@pytest.mark.parametrize("why", ["hot", "breakable"])
+@pytest.fixture
+def breakable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+
+
+@pytest.mark.usefixtures("breakable")
 @pytest.mark.parametrize("largest", [1, 7, 8, 21, 31])
-def test_direct_sizes_only(monkeypatch, largest: int, why: str) -> None:
+def test_direct_sizes_only(largest: int) -> None:
     """Where copies cannot be captured, every size is at most direct_max_tokens, which is captured itself."""
     made = make_config()
-    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", str(int(why == "breakable")))
-    fit_graphs(made, largest, has_hot_cache=why == "hot")
+    fit_graphs(made, largest)
     compilation = made.compilation_config
     assert compilation.cudagraph_capture_sizes == [size for size in SIZES if size < largest] + [largest]
     assert compilation.max_cudagraph_capture_size == largest
     assert compilation.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
 
 
+@pytest.mark.usefixtures("breakable")
 def test_no_graphs_left() -> None:
     """With neither view to capture, graphs are off."""
     made = make_config()
-    fit_graphs(made, 0, has_hot_cache=True)
+    fit_graphs(made, 0)
     assert made.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
     assert made.compilation_config.cudagraph_capture_sizes == []
 
 
+@pytest.mark.usefixtures("breakable")
 @pytest.mark.parametrize("off", [{"eager": True}, {"mode": CUDAGraphMode.NONE}], ids=str)
 def test_graphs_off(off: dict) -> None:
     """A config without graphs is left as it is."""
     made = make_config(**off)
-    fit_graphs(made, 8, has_hot_cache=True)
+    fit_graphs(made, 8)
     assert made.compilation_config.cudagraph_capture_sizes == SIZES
 
 
@@ -125,12 +131,10 @@ def captured(llm) -> tuple[list[int], list[str]]:
     [
         ({"direct_max_tokens": 7}, [1, 2, 4, 7, 8, 16, 24, 32]),
         ({"cache_gib": 1}, SIZES),
-        ({"direct_max_tokens": 7, "cache_gib": 0.0005, "cache_policy": "hot"}, [1, 2, 4, 7]),
-        ({"cache_gib": 1, "cache_policy": "hot"}, SIZES),
     ],
-    ids=["streamed", "all resident", "hot", "all resident hot"],
+    ids=["streamed", "all resident"],
 )
 def test_what_a_rank_captures(models, options: dict, sizes: list[int]) -> None:
-    """All sizes with their copies; with a hot cache only those that stream nothing, all if nothing is streamed."""
+    """All sizes, with their copies."""
     with Group(models("qwen3_moe"), 2, options, setup=capture_on_cpu) as group:
         assert group.run(captured) == [(sizes, ["before_graph", "join_graph"])] * 2

@@ -76,7 +76,7 @@ from vllm_dwdp.integration import metrics
 logging.basicConfig(level="INFO")
 prefetcher = types.SimpleNamespace(counters=types.SimpleNamespace(forwards={}, prefetched_bytes=5, refills=0))
 model = types.SimpleNamespace(dispatch=None,
-    rank=1, hot=None, prefetcher=prefetcher,
+    rank=1, prefetcher=prefetcher,
     stats=lambda: {"memory_bytes": {"shard": 7}, "experts": {"owned": 6}, "num_slots": 2},
 )
 update = metrics.export(model)

@@ -24,7 +24,7 @@ def layouts(draw: st.DrawFn) -> Layout:
     placement = draw(placements())
     return Layout(
         placement=placement, page_bytes=PAGE, expert_bytes=draw(st.integers(1, 5 * PAGE)),
-        residents=draw(st.integers(0, placement.num_experts)), bundle=draw(st.integers(0, 4)),
+        residents=draw(st.integers(0, placement.num_experts)),
     )
 
 
@@ -48,10 +48,6 @@ def check(layout: Layout) -> None:
             assert [p for _, s in sources for p in s] == list(part), "every missing page is copied once"
             for owner, piece in sources:
                 assert piece in layout.segments(owner), "from one block of a rank that holds it"
-                if layout.bundle:
-                    experts = layout.bundle_of(piece) * layout.bundle
-                    assert experts * layout.expert_bytes // page <= piece.start, "its bundle begins there or below"
-                    assert experts < placement.num_experts
         fills = layout.fills(r)
         own, top = layout.bytes_of(owned[r]), min(pages.stop * page, layout.total_bytes)
         assert sum(len(b) for _, b in fills) == top - pages.start * page - len(own), "what is held is owned or filled"

@@ -50,7 +50,7 @@ class Shards:
 
     def __init__(self, rank: int, size: int, port: int, kind: str, *, num_experts: int, rows: dict[str, int],
                  num_layers: int = 3, num_slots: int = 2, residents: int = 0, per_rank: int | None = None,
-                 slice_bytes: int = 0, bundle: int = 0):
+                 slice_bytes: int = 0):
         self.device = make_device(kind, rank)
         self.group = Group.connect(rank=rank, size=size, address=("127.0.0.1", port), secret=b"", timeout_s=60)
         placement = Placement(num_experts=num_experts, size=size, experts_per_rank=per_rank)
@@ -59,7 +59,7 @@ class Shards:
             tensors = []
             for name, row in rows.items():
                 layout = Layout(placement=placement, expert_bytes=4 * row, page_bytes=self.device.page_bytes,
-                                residents=residents, bundle=bundle)
+                                residents=residents)
                 shape = (num_experts, row)
                 spec = TensorSpec(name=name, shape=shape, stride=(row, 1), dtype=torch.int32, layout=layout)
                 tensor = FullTensor(spec, rank)

@@ -19,7 +19,6 @@ from vllm_dwdp.config import Options
 from vllm_dwdp.dispatch import Dispatch, Limits
 from vllm_dwdp.exchange import exchange, replicate
 from vllm_dwdp.experts import ExpertLayer
-from vllm_dwdp.hot import HotCache
 from vllm_dwdp.inboxes import open_inboxes
 from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.kernels.tokens import InboxMap
@@ -58,14 +57,13 @@ class Agreed:
     """Every rank has the same layers and spends its cache alike."""
 
     layers: Sequence[ExpertLayer]
-    cache: budget.CachePlan
+    residents: Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Placed:
     """The shard lies in shareable memory, its source is freed; small tensors are whole, [E, ...], by name."""
 
-    cache: budget.CachePlan
     layers: Sequence[ExpertLayer]
     weights: Sequence[LayerWeights]
     replicas: Sequence[dict[str, torch.Tensor]]
@@ -87,18 +85,16 @@ class StreamedModel:
     """A rank that streams. Its layers show the full tensors once they are bound (integration/binding.py)."""
 
     def __init__(
-        self, composed: Composed, prefetcher: Prefetcher, hot: HotCache | None, dispatch: Dispatch | None, means: Means
+        self, composed: Composed, prefetcher: Prefetcher, dispatch: Dispatch | None, means: Means
     ):
         self.rank, self.size = means.group.rank, means.group.size
         self.layers, self.weights, self.replicas = composed.layers, composed.weights, composed.replicas
-        self.slots, self.prefetcher, self.hot = composed.slots, prefetcher, hot
+        self.slots, self.prefetcher = composed.slots, prefetcher
         self.dispatch = dispatch
         self._device, self._undo = means.device, means.undo.pop_all()
 
     def start(self) -> None:
-        """Fill the cache and the first slots. To be called once the layers are bound."""
-        if self.hot is not None:
-            self.hot.start()
+        """Fill the first slots. To be called once the layers are bound."""
         self.prefetcher.start()
         streamed = sum(nbytes for layer in self.weights for *_, nbytes in layer.copies)
         logger.info(budget.announce(
@@ -109,15 +105,13 @@ class StreamedModel:
     def memory_bytes(self) -> dict[str, int]:
         """Expert memory on this rank by kind. `padding` is what whole pages add to the bytes of owned experts."""
         return memory_bytes(
-            self.weights, self.replicas, self.rank, slots=self.slots.nbytes, hot=self.hot.nbytes if self.hot else 0,
+            self.weights, self.replicas, self.rank, slots=self.slots.nbytes,
             inbox=self.dispatch.inbox.nbytes if self.dispatch else 0,
         )
 
     def stats(self) -> dict[str, Any]:
         prefetcher, counters = self.prefetcher, self.prefetcher.counters
         prefetcher.drain()
-        if self.hot is not None:
-            self.hot.bill()
         layout = self.weights[0].tensors[0].spec.layout
         owned, held = layout.placement.owned(self.rank), layout.placement.held(self.rank, layout.residents)
         return {
@@ -137,8 +131,6 @@ class StreamedModel:
             "exposed_wait_ms": prefetcher.exposed_wait_ms,
             "copy_ms": prefetcher.copy_ms,
             "dispatch": self.dispatch and self.dispatch.report(),
-            "direct_bytes": self.hot and self.hot.direct_bytes,
-            "swapped": self.hot and self.hot.swapped,
         }
 
     def close(self) -> None:
@@ -163,22 +155,22 @@ def agree(loaded: Loaded, means: Means) -> Agreed:
     group, device, options = means.group, means.device, means.options
     sizes = [layer.size for layer in loaded.layers]
     cache = min(group.gather("cache", budget.cache_bytes(sizes, device, options, means.limit)))
-    plan = budget.plan_cache(sizes, cache, options.cache_policy, device.page_bytes)
-    described = [layer.manifest(count) for layer, count in zip(loaded.layers, plan.residents, strict=True)]
+    residents = budget.plan_cache(sizes, cache)
+    described = [layer.manifest(count) for layer, count in zip(loaded.layers, residents, strict=True)]
     agree_on(group, "manifest", Manifest(page_bytes=device.page_bytes, layers=described))
     agree_where_common(group, "weights", loaded.samples)
-    return Agreed(layers=loaded.layers, cache=plan)
+    return Agreed(layers=loaded.layers, residents=residents)
 
 
 def place(agreed: Agreed, means: Means) -> Placed:
     """One layer's source is gone before the next layer's memory is made."""
-    replicas, device, cache = replicate(means.group, means.device, agreed.layers), means.device, agreed.cache
+    replicas, device = replicate(means.group, means.device, agreed.layers), means.device
     means.undo.callback(device.release_cached)
     weights = []
-    for ordinal, (layer, residents) in enumerate(zip(agreed.layers, cache.residents, strict=True)):
+    for ordinal, (layer, residents) in enumerate(zip(agreed.layers, agreed.residents, strict=True)):
         tensors = []
         for name in layer.streamed:
-            spec = layer.spec(name, residents=residents, bundle=cache.bundle, page_bytes=device.page_bytes)
+            spec = layer.spec(name, residents=residents, page_bytes=device.page_bytes)
             tensors.append(tensor := FullTensor(spec, means.group.rank))
             means.undo.callback(tensor.close)
             parameter = layer.parameter(name)
@@ -186,7 +178,7 @@ def place(agreed: Agreed, means: Means) -> Placed:
             parameter.data = parameter.data.new_empty(0)
             device.release_cached()
         weights.append(LayerWeights(ordinal, layer.name, tensors))
-    return Placed(cache=cache, layers=agreed.layers, weights=weights, replicas=replicas)
+    return Placed(layers=agreed.layers, weights=weights, replicas=replicas)
 
 
 def import_peers(placed: Placed, means: Means) -> Imported:
@@ -217,13 +209,6 @@ def start(composed: Composed, means: Means) -> StreamedModel:
         layers, stream, schedule=composed.slots.schedule,
         direct_max_tokens=(options.direct_max_tokens or 0) if is_remote else EVERYTHING,
     )
-    hot = None
-    if composed.cache.bundle:
-        hot = HotCache(
-            layers, means.device, stream, prefetcher, rank=rank, num_pages=composed.cache.hot_pages,
-            slice_bytes=options.slice_bytes,
-        )
-        means.undo.callback(hot.close)
     means.undo.callback(prefetcher.close)
     dispatch = None
     if means.steps is not None:
@@ -234,26 +219,25 @@ def start(composed: Composed, means: Means) -> StreamedModel:
         placements = [layer.placement for layer in composed.layers]
         dispatch = Dispatch(*open_inboxes(means.group, means.device, means.undo, rows, placements), stream, means.steps)
     mine = memory_bytes(
-        layers, composed.replicas, rank, slots=composed.slots.nbytes, hot=hot.nbytes if hot else 0,
+        layers, composed.replicas, rank, slots=composed.slots.nbytes,
         inbox=dispatch.inbox.nbytes if dispatch else 0,
     )
     everyone = means.group.gather("pages complete", mine)
     if rank == 0:
         logger.info("DWDP expert memory\n%s", budget.table(everyone))
-    return StreamedModel(composed, prefetcher, hot, dispatch, means)
+    return StreamedModel(composed, prefetcher, dispatch, means)
 
 
 def memory_bytes(
-    layers: Sequence[LayerWeights], replicas: Sequence[dict[str, torch.Tensor]], rank: int, *, slots: int, hot: int,
-    inbox: int,
+    layers: Sequence[LayerWeights], replicas: Sequence[dict[str, torch.Tensor]], rank: int, *, slots: int, inbox: int,
 ) -> dict[str, int]:
-    """Bytes of expert memory by kind; `slots`, `hot` and `inbox` are those of the slots, the hot cache and the inbox."""
+    """Bytes of expert memory by kind; `slots` and `inbox` are those of the slots and the inbox."""
     tensors = [tensor for layer in layers for tensor in layer.tensors]
     layouts = [tensor.spec.layout for tensor in tensors]
     shard = sum(len(layout.bytes_of(layout.placement.owned(rank))) for layout in layouts)
     return {
         "shard": shard,
-        "resident": hot + sum(block.nbytes for tensor in tensors for _, block in tensor.residents),
+        "resident": sum(block.nbytes for tensor in tensors for _, block in tensor.residents),
         "slots": slots,
         "inbox": inbox,
         "replicated": sum(tensor.nbytes for named in replicas for tensor in named.values()),

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from vllm_dwdp.config import Options
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.layout import bundle_size
 from vllm_dwdp.placement import Placement, spread_residents
 
 if TYPE_CHECKING:  # its module imports torch, which nothing here needs
@@ -81,17 +80,8 @@ def cache_bytes(layers: Sequence[LayerSize], device: "Device", options: Options,
     return wanted
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CachePlan:
-    """Fixed residents of each layer, or pages for the hot cache and the experts in one of its bundles."""
-
-    residents: list[int]
-    hot_pages: int = 0
-    bundle: int = 0
-
-
-def plan_cache(layers: Sequence[LayerSize], nbytes: int, policy: str, page_bytes: int) -> CachePlan:
-    """How to spend `nbytes`. An empty cache or one that takes every remote expert has nothing to choose."""
+def plan_cache(layers: Sequence[LayerSize], nbytes: int) -> list[int]:
+    """How many experts are resident in each layer, for `nbytes`."""
     residents = spread_residents(nbytes // max(sum(layer.expert_bytes) for layer in layers), len(layers))
     is_full = all(count >= layer.remote_experts for count, layer in zip(residents, layers, strict=True))
     remote = sum(layer.remote_experts for layer in layers)
@@ -99,13 +89,9 @@ def plan_cache(layers: Sequence[LayerSize], nbytes: int, policy: str, page_bytes
         logger.info("DWDP cache: all %d remote experts are resident, %s", remote, size_text(nbytes))
     elif nbytes:
         logger.info(
-            "DWDP cache: %s, policy %s, room for %d of %d remote experts",
-            size_text(nbytes), policy, sum(residents), remote,
+            "DWDP cache: %s, room for %d of %d remote experts", size_text(nbytes), sum(residents), remote,
         )
-    if policy == "even" or is_full or not nbytes:
-        return CachePlan(residents=residents)
-    bundle = bundle_size([nbytes for layer in layers for nbytes in layer.expert_bytes], page_bytes)
-    return CachePlan(residents=[0] * len(layers), hot_pages=nbytes // page_bytes, bundle=bundle)
+    return residents
 
 
 def announce(

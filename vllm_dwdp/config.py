@@ -58,11 +58,6 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Annotated[float, Meta(ge=0)] | Literal["auto"],
         Meta(description="GiB of device memory for permanent copies of remote experts; auto: all but cache_floor_gib"),
     ] = 0.0
-    cache_policy: Annotated[
-        Literal["even", "hot"],
-        Meta(description="even: fixed residents, the same number everywhere; hot: those that decoding reads most, "
-                         "refilled while the rank serves"),
-    ] = "even"
     cache_floor_gib: Annotated[
         float, Meta(ge=0, description="GiB that cache_gib=auto leaves to activations and the KV cache")
     ] = 10.0

@@ -45,12 +45,11 @@ class ExpertLayer:
         row = self.parameter(name)[0]
         return row.numel() * row.element_size()
 
-    def spec(self, name: str, *, residents: int, bundle: int, page_bytes: int) -> TensorSpec:
+    def spec(self, name: str, *, residents: int, page_bytes: int) -> TensorSpec:
         """The full tensor that a streamed parameter becomes."""
         parameter = self.parameter(name)
         layout = Layout(
             placement=self.placement, expert_bytes=self._row_bytes(name), page_bytes=page_bytes, residents=residents,
-            bundle=bundle,
         )
         shape = (self.placement.num_experts, *parameter.shape[1:])
         return TensorSpec(name=name, shape=shape, stride=tuple(parameter.stride()), dtype=parameter.dtype, layout=layout)

@@ -18,16 +18,12 @@ from vllm_dwdp.placement import Placement
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Pages of one [E, ...] tensor whose experts take `expert_bytes` each; `residents` are this layer's cached ones.
-
-    With `bundle` every run of so many experts begins a segment of its own, which readers can replace by itself.
-    """
+    """Pages of one [E, ...] tensor whose experts take `expert_bytes` each; `residents` are this layer's cached ones."""
 
     placement: Placement
     expert_bytes: int
     page_bytes: int
     residents: int = 0
-    bundle: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -54,9 +50,6 @@ class Layout:
         for rank in range(self.placement.size):
             for pages in (self.owned_pages(rank), self.held_pages(rank)):
                 edges |= {pages.start, pages.stop}
-        if self.bundle:
-            starts = range(0, self.placement.num_experts, self.bundle)
-            edges |= {start * self.expert_bytes // self.page_bytes for start in starts}
         return sorted(edges)
 
     def segments(self, rank: int) -> list[range]:
@@ -71,11 +64,6 @@ class Layout:
     def sources(self, rank: int, pages: range) -> list[tuple[int, range]]:
         """(owner, pages) pieces that cover `pages`, each within one segment of that owner."""
         return [(self._server(rank, piece), piece) for piece in split(pages, self.cuts)]
-
-    def bundle_of(self, pages: range) -> int:
-        """The bundle that a segment belongs to: the last one that begins in its first page or before."""
-        last_byte = min((pages.start + 1) * self.page_bytes, self.total_bytes) - 1
-        return last_byte // self.expert_bytes // self.bundle
 
     def fills(self, rank: int) -> list[tuple[int, range]]:
         """(owner, bytes) pieces that `rank` holds without owning: the edges of its edge pages, and its residents."""
@@ -94,12 +82,6 @@ class Layout:
     def _server(self, rank: int, piece: range) -> int:
         owners = [r for r in range(self.placement.size) if covers(self.owned_pages(r), piece)]
         return self.placement.server(rank, owners)
-
-
-def bundle_size(expert_bytes: list[int], page_bytes: int) -> int:
-    """The fewest experts that fill whole pages of every tensor; where eight do not, those that take four pages."""
-    exact = (n for n in range(1, 9) if not any(n * nbytes % page_bytes for nbytes in expert_bytes))
-    return next(exact, -(-4 * page_bytes // min(expert_bytes)))
 
 
 def covers(outer: range, inner: range) -> bool:

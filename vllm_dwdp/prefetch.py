@@ -184,10 +184,6 @@ class Prefetcher:
             self._lose_what_graphs_moved()
         self._step = self._view = None
 
-    def replan(self, layer: Layer) -> None:
-        """`layer.copies` has changed. Only between steps, with the stream drained."""
-        self._plans[layer.ordinal] = self._stream.plan(layer.copies)
-
     def drain(self) -> None:
         """Wait for the copies under way."""
         self._stream.drain()

@@ -8,8 +8,7 @@ Each streamed tensor of each layer gets two address ranges, both of them one con
 
 Everything is mapped read-only but the slots: a stray store must not reach weights that every peer reads.
 
-Held pages are the shard's segments, which peers import, and this rank's residents, which they do not. The hot cache
-(hot.py) puts pages of its own in the place of a peer's in the direct view, from which slots are filled.
+Held pages are the shard's segments, which peers import, and this rank's residents, which they do not.
 """
 
 import contextlib
@@ -45,9 +44,7 @@ class FullTensor:
         self.residents: list[tuple[range, Block]] = []  # (pages, block): this rank's own
         self._peers: list[tuple[int, range, Block]] = []  # (owner, pages, imported block)
         self._regions: list[Region] = []
-        self._direct: Region
         self._missing: list[tuple[int, range]] = []  # (owner, pages): the direct view's segments of peers
-        self._localized: set[int] = set()  # first pages of the segments that the hot cache has taken over
         self.views: dict[View, torch.Tensor] = {}
 
     @property
@@ -108,7 +105,7 @@ class FullTensor:
         below, above = layout.missing(self._rank)
         before = (slot[0].nbytes if slot[0] else 0) - len(below) * page  # a slot block may be larger than this layer
         streamed = self._region(device, before + layout.cuts[-1] * page + (slot[1].nbytes if slot[1] else 0))
-        direct = self._direct = self._region(device, layout.cuts[-1] * page)
+        direct = self._region(device, layout.cuts[-1] * page)
         for pages, block in self.held:
             streamed.map(before + pages.start * page, block, writable=False)
             direct.map(pages.start * page, block, writable=False)
@@ -124,48 +121,21 @@ class FullTensor:
             DIRECT: direct.tensor(0, spec.shape, spec.stride, spec.dtype),
         }
 
-    @property
-    def direct_address(self) -> int:
-        return self._direct.address
-
     def _block_of(self, owner: int, pages: range) -> Block:
         return next(b for o, p, b in self._peers if o == owner and p == pages)
 
-    def missing(self) -> list[tuple[int, range]]:
-        """(bundle, pages) of every segment that is a peer's."""
-        return [(self.spec.layout.bundle_of(pages), pages) for _, pages in self._missing]
-
-    def localize(self, pages: range, blocks: Sequence[Block]) -> None:
-        """Show `blocks` of this rank, one a page, in place of the peer's segment `pages`. Nothing may read it now."""
-        direct, page = self._direct, self.spec.layout.page_bytes
-        direct.unmap(pages.start * page)
-        for number, block in zip(pages, blocks, strict=True):
-            direct.map(number * page, block, writable=False)
-        self._localized.add(pages.start)
-
-    def restore(self, pages: range) -> None:
-        """Show the peer's segment again. Nothing may read it now."""
-        direct, page = self._direct, self.spec.layout.page_bytes
-        for number in pages:
-            direct.unmap(number * page)
-        owner = next(owner for owner, there in self._missing if there == pages)
-        direct.map(pages.start * page, self._block_of(owner, pages), writable=False)
-        self._localized.remove(pages.start)
-
-    def copies(self, slice_bytes: int) -> tuple[list[tuple[int, int, int]], int]:
-        """What fills the slot, as (destination, source, bytes) addresses in order, and the bytes that peers serve."""
+    def copies(self, slice_bytes: int) -> list[tuple[int, int, int]]:
+        """What fills the slot, as (destination, source, bytes) addresses in order."""
         layout = self.spec.layout
-        pieces: list[tuple[int, range]] = []  # (source, bytes)
+        pieces: list[tuple[int, range]] = []  # (owner, bytes)
         for owner, pages in self._missing:
-            source = self._rank if pages.start in self._localized else owner
             span = range(pages.start * layout.page_bytes, min(pages.stop * layout.page_bytes, layout.total_bytes))
-            if pieces and pieces[-1][0] == source and pieces[-1][1].stop == span.start:
+            if pieces and pieces[-1][0] == owner and pieces[-1][1].stop == span.start:
                 span = range(pieces.pop()[1].start, span.stop)
-            pieces.append((source, span))
-        streamed, direct = self.views[STREAMED].data_ptr(), self.direct_address
+            pieces.append((owner, span))
+        streamed, direct = self.views[STREAMED].data_ptr(), self.views[DIRECT].data_ptr()
         order = interleave(pieces, self._rank, layout.placement.size, slice_bytes)
-        served = sum(len(span) for source, span in pieces if source != self._rank)
-        return [(streamed + span.start, direct + span.start, len(span)) for span in order], served
+        return [(streamed + span.start, direct + span.start, len(span)) for span in order]
 
     def _region(self, device: Device, nbytes: int) -> Region:
         self._regions.append(device.reserve(nbytes))
@@ -185,14 +155,13 @@ class LayerWeights:
         self.ordinal, self.name, self.tensors = ordinal, name, tensors
         self.parameters: list[torch.nn.Parameter] = []
         self.copies: list[tuple[int, int, int]] = []
-        self.copied_bytes = 0  # those that peers serve
+        self.copied_bytes = 0
         self._view: View | None = None
 
     def plan(self, slice_bytes: int) -> None:
-        """Bring `copies` and `copied_bytes` up to date with where the direct view's bytes lie."""
-        plans = [tensor.copies(slice_bytes) for tensor in self.tensors]
-        self.copies = [copy for copies, _ in plans for copy in copies]
-        self.copied_bytes = sum(served for _, served in plans)
+        """Find out `copies` and their bytes, once the tensors are composed."""
+        self.copies = [copy for tensor in self.tensors for copy in tensor.copies(slice_bytes)]
+        self.copied_bytes = sum(nbytes for *_, nbytes in self.copies)
 
     def bind(self, view: View) -> None:
         """Point the layer's parameters at `view`. A host-side assignment, and only when the view changes."""

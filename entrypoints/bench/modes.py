@@ -32,7 +32,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     modes: Annotated[
         tuple[str, ...],
         Meta(min_length=1, description="which modes, in which order; dwdp may carry options of its own and ep "
-                                       "all2all_backend, as in dwdp+cache_gib=4+cache_policy=hot"),
+                                       "all2all_backend, as in dwdp+cache_gib=4+slots=3"),
     ] = ("dwdp", "ep", "tp", "single")
     decode: Annotated[
         tuple[Positive, ...],

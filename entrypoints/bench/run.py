@@ -15,7 +15,7 @@ from vllm_dwdp.entrypoints.bench.engines import EngineFailure, Engines
 from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, visible_devices
 from vllm_dwdp.entrypoints.bench.origin import cuda_devices, origin, query_gpus
 from vllm_dwdp.entrypoints.bench.rank import Held
-from vllm_dwdp.entrypoints.bench.report import FORMATS, POINTS, UNITS, Reading, chart, reading, summarize, table, total
+from vllm_dwdp.entrypoints.bench.report import FORMATS, POINTS, UNITS, Reading, chart, less, reading, summarize, table, total
 from vllm_dwdp.entrypoints.server import free_port
 
 WARMUP_STEPS = 2
@@ -129,8 +129,7 @@ class Bench(Comparison):
         output_len = self.settings.output_len
         if self.decode:
             first = self._run(mode, "prefill", point, 1)
-            spent = self._run(mode, "decode", point, output_len)
-            spent = {name: value - first.get(name, 0) for name, value in spent.items()}
+            spent = less(self._run(mode, "decode", point, output_len), first)
         else:
             spent = self._run(mode, "prefill", self.settings.num_prompts, output_len)
         self.measured.append(read := reading(

@@ -12,7 +12,6 @@ from vllm_dwdp.assembly import StreamedModel
 from vllm_dwdp.dispatch import Dispatch
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.experts import ExpertLayer
-from vllm_dwdp.hot import HotCache
 from vllm_dwdp.integration import proof
 from vllm_dwdp.prefetch import Prefetcher
 from vllm_dwdp.ranges import named
@@ -35,14 +34,9 @@ def bind(model: StreamedModel) -> None:
         module._expert_map = module.expert_map_manager._expert_map = None
         module.expert_map_manager._local_num_experts = num_experts
         _rebuild_kernel(layer, model.rank, [view for tensor in weights.tensors for view in tensor.views.values()])
-        if model.hot is not None and module.quant_method.is_monolithic:
-            raise DWDPError(
-                f"cache_policy=hot needs the routed experts, which {type(module.quant_method.moe_kernel).__name__} of "
-                f"{layer.name} keeps to itself: use --dwdp-cache-policy even, or --moe-backend triton"
-            )
         forward = module.forward_modular
         for name in ("forward_modular", "forward_monolithic"):
-            setattr(module, name, _ahead_of_use(getattr(module, name), weights, model.prefetcher, model.hot))
+            setattr(module, name, _ahead_of_use(getattr(module, name), weights, model.prefetcher))
         if model.dispatch is not None:
             module.forward_modular = _dispatching(
                 module.forward_modular, forward, layer, weights, model.dispatch, is_last=weights is model.weights[-1]
@@ -119,14 +113,10 @@ def _rebuild_kernel(layer: ExpertLayer, rank: int, views: list[torch.Tensor]) ->
     proof.refuse_old_memory(layer)
 
 
-def _ahead_of_use(
-    forward: Callable, weights: LayerWeights, prefetcher: Prefetcher, hot: HotCache | None
-) -> Callable:
+def _ahead_of_use(forward: Callable, weights: LayerWeights, prefetcher: Prefetcher) -> Callable:
     @functools.wraps(forward)
     def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         view = prefetcher.acquire(weights, x.shape[0])
-        if hot is not None and view == DIRECT:
-            hot.count(weights, kwargs["topk_ids"])
         with named(view, weights.name):
             output = forward(x, *args, **kwargs)
         prefetcher.release(weights, view)

@@ -45,8 +45,6 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
         raise DWDPError("--parallel dwdp needs at least two ranks: set --data-parallel-size to 2 or more")
     if model.get_num_experts() > 0:
         Placement(num_experts=model.get_num_experts(), size=options.size, experts_per_rank=options.experts_per_rank)
-    if options.cache_policy == "hot" and options.cache_gib == 0:
-        raise DWDPError("cache_policy=hot has no cache to fill: set --dwdp-cache-gib to a size or to auto")
     offload, speculative, load = vllm_config.offload_config, vllm_config.speculative_config, vllm_config.load_config
     draft = speculative and speculative.draft_model_config  # the target model itself where nothing drafts, as for ngram
     for refused, reason in (

@@ -68,8 +68,6 @@ def costs_of(layers: Sequence[ExpertLayer], device_name: str) -> Costs:
 def why_not(vllm_config: VllmConfig, options: Options, device: Device, layers: Sequence[ExpertLayer]) -> str | None:
     if options.dispatch == "off":
         return "--dwdp-dispatch off"
-    if options.cache_policy == "hot":
-        return "--dwdp-cache-policy hot swaps the pages that it would read"
     if device.handle_kind != "fd":
         return "ranks hand over memory by FABRIC handles, and rounds are agreed within one host"
     if any(layer.module.quant_method.is_monolithic for layer in layers):

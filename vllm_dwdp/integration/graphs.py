@@ -2,9 +2,8 @@
 
 The direct view's addresses never change and it needs no event: a graph captures it as it is. A graph of the streamed
 view captures the copies and events with the kernels (prefetch.py). vLLM tells when it captures or launches a graph by
-two methods of its offloader, which this rank replaces. Graphs are kept to the direct view where the hot cache puts
-other pages under a copy's source, which a captured copy could not follow, and where vLLM breaks graphs off without
-telling, as a graph must wait for its copies before it ends.
+two methods of its offloader, which this rank replaces. Graphs are kept to the direct view where vLLM breaks graphs off
+without telling, as a graph must wait for its copies before it ends.
 """
 
 from collections.abc import Iterable
@@ -43,15 +42,16 @@ def has_graphs(vllm_config: VllmConfig) -> bool:
     return not vllm_config.model_config.enforce_eager and mode != CUDAGraphMode.NONE
 
 
-def fit_graphs(vllm_config: VllmConfig, largest: int, *, has_hot_cache: bool) -> None:
+def fit_graphs(vllm_config: VllmConfig, largest: int) -> None:
     """Capture the size `largest`, the direct view's last, so that no smaller batch is padded beyond it."""
     compilation = vllm_config.compilation_config
     if not has_graphs(vllm_config) or compilation.max_cudagraph_capture_size <= largest:
         return
     sizes = [size for size in compilation.cudagraph_capture_sizes if size < largest] + [largest] * (largest > 0)
-    if has_hot_cache or is_breakable_cudagraph_enabled():
-        reason = "the hot cache swaps pages" if has_hot_cache else "breakable graphs may end before their copies"
-        logger.info("DWDP keeps CUDA graphs to batches of %d tokens (direct view): %s", largest, reason)
+    if is_breakable_cudagraph_enabled():
+        logger.info(
+            "DWDP keeps CUDA graphs to batches of %d tokens (direct view): breakable graphs may end before their copies", largest
+        )
     else:
         sizes += [size for size in compilation.cudagraph_capture_sizes if size > largest]
     compilation.cudagraph_capture_sizes = sizes

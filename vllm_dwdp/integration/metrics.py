@@ -45,7 +45,6 @@ class Metrics:
         self._forwards = {
             view: self._counter("forwards", "Forward passes by view.", view=view) for view in model.prefetcher.counters.forwards
         }
-        self._swapped = self._counter("swapped", "Bundles of experts that the hot cache took in.")
         self._seen: dict[Counter, float] = {}
         if model.dispatch is not None:
             self._meetings = {
@@ -63,7 +62,7 @@ class Metrics:
         for kind, nbytes in stats["memory_bytes"].items():
             self._gauge("memory_bytes", "Expert memory by kind.", kind=kind).set(nbytes)
         for kind, count in stats["experts"].items():
-            self._gauge("experts", "Experts of the first layer by kind, the hot cache left out.", kind=kind).set(count)
+            self._gauge("experts", "Experts of the first layer by kind.", kind=kind).set(count)
         self._gauge("slots", "Buffers into which layers are streamed.").set(stats["num_slots"])
 
     def update(self) -> None:
@@ -71,8 +70,6 @@ class Metrics:
         counters = self._model.prefetcher.counters
         self._advance(self._bytes, counters.prefetched_bytes)
         self._advance(self._refills, counters.refills)
-        if self._model.hot is not None:
-            self._advance(self._swapped, self._model.hot.swapped)
         for view, count in counters.forwards.items():
             self._advance(self._forwards[view], count)
         if self._model.dispatch is not None:

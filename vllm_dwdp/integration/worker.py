@@ -93,7 +93,7 @@ class DWDPWorker(PlatformWorker):
                 self.dwdp.close()
                 raise
         prefetcher = self.dwdp.prefetcher
-        fit_graphs(self.vllm_config, prefetcher.direct_max_tokens, has_hot_cache=self.dwdp.hot is not None)
+        fit_graphs(self.vllm_config, prefetcher.direct_max_tokens)
         set_offloader(GraphHooks(prefetcher))
         if self.dwdp.dispatch is not None:
             self.dwdp.dispatch.help_out = self.execute_dummy_batch
@@ -109,8 +109,6 @@ class DWDPWorker(PlatformWorker):
 
     @_telling
     def execute_model(self, scheduler_output: Any) -> Any:
-        if self.dwdp.hot is not None:
-            self.dwdp.hot.advance()
         num_tokens, dispatch = scheduler_output.total_num_scheduled_tokens, self.dwdp.dispatch
         if not num_tokens:
             return super().execute_model(scheduler_output)
