@@ -160,7 +160,7 @@ def _rows(layer: RoutedExperts, num_owned: int) -> dict[str, torch.nn.Parameter]
     }
 
 
-def describe(layer: RoutedExperts, placement: Placement, rank: int) -> ExpertLayer:
+def describe(layer: RoutedExperts, placement: Placement, rank: int, *, is_draft: bool = False) -> ExpertLayer:
     """The record of a loaded layer. Raises DWDPError when a parameter is not contiguous by expert."""
     rows = _rows(layer, len(placement.owned(rank)))
     row_bytes = {name: p[0].numel() * p.element_size() for name, p in rows.items()}
@@ -170,7 +170,7 @@ def describe(layer: RoutedExperts, placement: Placement, rank: int) -> ExpertLay
         if p.numel() and not is_dense:
             raise DWDPError(f"{layer.layer_name}.{name} is padded or strided between experts: DWDP cannot stream it")
     return ExpertLayer(
-        name=layer.layer_name, module=layer, placement=placement, streamed=tuple(streamed),
+        name=layer.layer_name, module=layer, placement=placement, is_draft=is_draft, streamed=tuple(streamed),
         replicated=tuple(name for name in rows if name not in streamed),
         sources={name: StorageWeakRef(p.untyped_storage()) for name, p in rows.items() if p.numel()},
         hidden_size=layer.moe_config.hidden_dim, top_k=layer.moe_config.experts_per_token,
