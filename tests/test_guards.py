@@ -15,6 +15,7 @@ from vllm.model_executor.models import gpt_oss
 from vllm.model_executor.utils import replace_parameter
 
 from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.exchange import _join
 from vllm_dwdp.integration.binding import _rebuild_kernel, _refuse_loading, refuse_loading
 from vllm_dwdp.integration.loading import _owned_rows, _refuse_unstreamable, describe, refuse_bypass, sharded
 from vllm_dwdp.integration.worker import membership
@@ -110,6 +111,43 @@ def test_rows_of_marlin_can_be_moved() -> None:
 
 
 OWNED, EXPERTS = 2, 5  # rank 0 of 2
+
+
+def strided(rows: int, size: int, stride: tuple[int, int]) -> torch.Tensor:
+    """[owned, rows, 4], numbered in memory."""
+    memory = torch.arange(float(OWNED * size))
+    return memory.as_strided((OWNED, rows, 4), (size, *stride))
+
+
+@pytest.mark.parametrize("name", ["w13_scale", "w13_weight_scale"])
+@pytest.mark.parametrize(
+    ("scale", "named"),
+    [
+        (strided(3, 12, (4, 1)), None),
+        (strided(3, 12, (1, 3)), None),  # an expert's scales by column
+        (strided(3, 16, (1, 4)), "padded or strided"),  # columns padded to four, as for TMA
+        (strided(3, 16, (1, 4))[:1].as_strided((1, 3, 4), (12, 1, 4)), "padded or strided"),  # of a single expert
+        (torch.arange(24.0).view(3, 4, 2).permute(2, 0, 1), "padded or strided"),  # experts innermost
+        (torch.arange(8.0).view(2, 1, 4).expand(2, 3, 4), "padded or strided"),  # one row for all
+    ],
+)
+def test_scales_that_are_not_contiguous(scale: torch.Tensor, named: str | None, name: str) -> None:
+    """Scales that lie together by expert keep their order in the full tensor, streamed or replicated; others are refused."""
+    small = name == "w13_scale"
+    module = layer(w13_weight=torch.ones(len(scale), 1000 if small else 12), **{name: scale})
+    module.moe_config = SimpleNamespace(hidden_dim=8, experts_per_token=2, in_dtype=torch.float32)
+    placement = Placement(num_experts=2 * len(scale), size=2)
+    if named:
+        with pytest.raises(DWDPError, match=rf"experts.{name} \(SimpleNamespace\) is {named}"):
+            describe(module, placement, rank=0)
+        return
+    record = describe(module, placement, rank=0)
+    assert (name in record.replicated) == small and (name in record.streamed) != small
+    assert record.spec(name, residents=0, bundle=0, page_bytes=4096).stride == scale.stride()
+    if small:
+        mine = scale.contiguous().numpy().tobytes()
+        whole = _join(record, [mine, mine])[name]
+        assert whole.stride() == scale.stride() and torch.equal(whole, torch.cat([scale, scale]))
 
 
 class Kernel:

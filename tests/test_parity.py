@@ -21,10 +21,23 @@ def compare(models, family: str, size: int, options: dict | None = None, num_exp
     with Group(model, size, options, engine=engine) as group:
         answers = group.run(generate, one_by_one=one_by_one)
         found = group.run(stats)
+        assert group.run(alone) == [[]] * size
     assert answers == [expected] * size
     assert [s["rank"] for s in found] == list(range(size))
     assert len({tuple(tokens) for tokens in expected}) > 1, "the model answers everything alike: the test shows nothing"
     return found
+
+
+def alone(llm) -> list[str]:
+    """The groups of vLLM's in which a model's own collective would change anything, or a shared expert be split."""
+    import torch
+    from vllm.distributed import parallel_state
+
+    x = torch.arange(6.0).view(2, 3)
+    groups = [parallel_state.get_world_group(), *(g() for g in parallel_state._groups.values() if g() is not None)]
+    made = {g.unique_name: (g.world_size, g.all_reduce(x), g.all_gather(x, 0), g.reduce_scatter(x, 0)) for g in groups}
+    assert {"tp", "ep", "dp"} <= {name.split(":")[0] for name in made}
+    return [name for name, (size, *results) in made.items() if size > 1 or not all(torch.equal(r, x) for r in results)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

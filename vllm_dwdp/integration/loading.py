@@ -166,9 +166,13 @@ def describe(layer: RoutedExperts, placement: Placement, rank: int, *, is_draft:
     row_bytes = {name: p[0].numel() * p.element_size() for name, p in rows.items()}
     streamed = [name for name, nbytes in row_bytes.items() if nbytes > SMALL * max(row_bytes.values())]
     for name, p in rows.items():
-        is_dense = p.stride(0) == p[0].numel() and p.untyped_storage().nbytes() >= p.nbytes
+        span = 1 + sum((n - 1) * stride for n, stride in zip(p.shape[1:], p.stride()[1:], strict=True))
+        is_dense = p.stride(0) == p[0].numel() == span and p.untyped_storage().nbytes() >= p.nbytes
         if p.numel() and not is_dense:
-            raise DWDPError(f"{layer.layer_name}.{name} is padded or strided between experts: DWDP cannot stream it")
+            raise DWDPError(
+                f"{layer.layer_name}.{name} ({type(layer.quant_method).__name__}) is padded or strided: an "
+                f"expert's values do not lie together, which DWDP cannot stream; choose another --moe-backend"
+            )
     return ExpertLayer(
         name=layer.layer_name, module=layer, placement=placement, is_draft=is_draft, streamed=tuple(streamed),
         replicated=tuple(name for name in rows if name not in streamed),
