@@ -72,6 +72,7 @@ class DWDPWorker(PlatformWorker):
             with loading.sharded(
                 rank, options.size, options.experts_per_rank,
                 before_reading=lambda shards: loading.refuse_oversize(shards, rank, device, options, limit),
+                gather=group.gather,
             ) as shards:
                 super().load_model(**kwargs)
             loading.refuse_bypass(shards, self.model_config)
