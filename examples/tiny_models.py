@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.initialization import no_init_weights
 
@@ -89,8 +90,14 @@ def make_model(family: str | Family, folder: Path, **config_overrides: Any) -> P
         kind = transformers.AutoModelForCausalLM if is_text else transformers.AutoModelForImageTextToText
         model = kind.from_config(config)
     _draw_weights(model)
+    if "architectures" in fields:  # as vLLM knows the model, where transformers' class is called otherwise
+        model.__class__ = type(fields["architectures"][0], (type(model),), {})
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
+    if model_type == "qwen3_vl_moe":  # real ones have their experts' matrices the other way
+        tensors = load_file(folder / "model.safetensors")
+        turned = {name: tensor.transpose(1, 2).contiguous() for name, tensor in tensors.items() if ".experts." in name}
+        save_file(tensors | turned, folder / "model.safetensors", metadata={"format": "pt"})
     _tokenizer().save_pretrained(folder)
     stamp.write_text(recipe.hexdigest())
     return folder
