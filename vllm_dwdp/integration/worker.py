@@ -77,9 +77,9 @@ class DWDPWorker(PlatformWorker):
                 super().load_model(**kwargs)
             loading.refuse_bypass(shards, self.model_config)
             model, draft = self.model_runner.get_model(), draft_model(self.model_runner)
-            own = {id(module) for module in model.modules()}
+            own, drafts = {id(module) for module in model.modules()}, self.vllm_config.speculative_config is not None
             layers = [
-                loading.describe(layer, placement, rank, is_draft=id(layer) not in own)
+                loading.describe(layer, placement, rank, is_draft=drafts and id(layer) not in own)
                 for layer, placement in shards.items()
             ]
             loaded = assembly.Loaded(
