@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: types help setup demo check test gpu-test contract clean
+.PHONY: types help setup demo check test models gpu-test contract clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -32,6 +32,9 @@ types: setup ## check types: not yet clean, so not part of check
 
 test: check ## check, then run the tests that start engines; ARGS="-k placement" goes to pytest
 	@$(BIN)/pytest -m "engine and not gpu" $(ARGS)
+
+models: setup ## compare every family of tests/families.py with stock vLLM and write docs/models.md; ARGS="--only 'qwen*'" refreshes rows
+	@$(BIN)/python tests/models.py $(ARGS)
 
 gpu-test: ## run what needs CUDA, on one or two GPUs, with the vLLM of PYTHON; writes RECORD
 	DWDP_RECORD=$(RECORD) $(PYTHON) -m pytest -n 3 --dist loadfile -m gpu $(ARGS)

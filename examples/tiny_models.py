@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.initialization import no_init_weights
 
@@ -27,32 +28,32 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
-_BASE = dict(
+BASE = dict(
     vocab_size=VOCAB, hidden_size=64, num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=1,
     num_experts_per_tok=2, max_position_embeddings=512, tie_word_embeddings=False,
     bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, dtype="float32",
 )
-_MLA = _BASE | dict(
+MLA = BASE | dict(
     num_hidden_layers=LAYERS + 1, first_k_dense_replace=1, intermediate_size=128, moe_intermediate_size=96,
     n_shared_experts=1, num_key_value_heads=2,
     # The only head size that MLA has on CPU is 512 + 64.
     kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=32, v_head_dim=32,
 )
-_QWEN3 = _BASE | dict(head_dim=32, intermediate_size=128, moe_intermediate_size=96, norm_topk_prob=True)
+_QWEN3 = BASE | dict(head_dim=32, intermediate_size=128, moe_intermediate_size=96, norm_topk_prob=True)
 
-# family: (model type, name of the number of experts, config)
-_FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+Family = tuple[str, str, dict[str, Any]]  # model type; the field of the number of experts, PART.FIELD if nested; config
+_FAMILIES: dict[str, Family] = {
     "qwen3_moe": ("qwen3_moe", "num_experts", _QWEN3),
-    "qwen2_moe": ("qwen2_moe", "num_experts", _BASE | dict(
+    "qwen2_moe": ("qwen2_moe", "num_experts", BASE | dict(
         intermediate_size=128, moe_intermediate_size=96, shared_expert_intermediate_size=128)),
-    "mixtral": ("mixtral", "num_local_experts", _BASE | dict(intermediate_size=96)),
-    "olmoe": ("olmoe", "num_experts", _BASE | dict(intermediate_size=96)),
-    "deepseek_v2": ("deepseek_v2", "n_routed_experts", _MLA | dict(
+    "mixtral": ("mixtral", "num_local_experts", BASE | dict(intermediate_size=96)),
+    "olmoe": ("olmoe", "num_experts", BASE | dict(intermediate_size=96)),
+    "deepseek_v2": ("deepseek_v2", "n_routed_experts", MLA | dict(
         q_lora_rank=None, n_group=2, topk_group=1, topk_method="group_limited_greedy")),
-    "deepseek_v3": ("deepseek_v3", "n_routed_experts", _MLA | dict(
+    "deepseek_v3": ("deepseek_v3", "n_routed_experts", MLA | dict(
         q_lora_rank=32, n_group=2, topk_group=1, num_nextn_predict_layers=0,
         topk_method="noaux_tc", scoring_func="sigmoid")),
-    "gpt_oss": ("gpt_oss", "num_local_experts", _BASE | dict(
+    "gpt_oss": ("gpt_oss", "num_local_experts", BASE | dict(
         head_dim=32, intermediate_size=96, sliding_window=32, max_position_embeddings=131072)),
     # vLLM's Transformers backend, whose experts are a subclass of RoutedExperts.
     "transformers_moe": ("qwen3_moe", "num_experts", _QWEN3),
@@ -66,16 +67,17 @@ for _family in ("deepseek_v2", "deepseek_v3"):  # the CPU build's rotary kernel 
 ENGINE_ARGS["transformers_moe"] = {"model_impl": "transformers"}
 
 
-def make_model(family: str, folder: Path, **config_overrides: Any) -> Path:
+def make_model(family: str | Family, folder: Path, **config_overrides: Any) -> Path:
     """Write `family`'s checkpoint and tokenizer into `folder`, unless it holds that very model already.
 
     `num_experts` is understood by every family; other overrides are fields of its transformers config.
     """
-    model_type, experts_field, fields = _FAMILIES[family]
+    model_type, experts_field, fields = family if isinstance(family, tuple) else _FAMILIES[family]
     num_experts = config_overrides.pop("num_experts", 12)
     if "n_group" in fields and num_experts % fields["n_group"]:
         fields = fields | {"n_group": 1}
-    fields = fields | {experts_field: num_experts} | config_overrides
+    part, _, field = experts_field.rpartition(".")
+    fields = fields | ({part: fields[part] | {field: num_experts}} if part else {field: num_experts}) | config_overrides
     recipe = hashlib.sha256(Path(__file__).read_bytes() + json.dumps([family, fields], sort_keys=True).encode())
     stamp = folder / "tiny_model.sha256"
     if stamp.exists() and stamp.read_text() == recipe.hexdigest():
@@ -83,10 +85,19 @@ def make_model(family: str, folder: Path, **config_overrides: Any) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
 
     with no_init_weights():  # all are drawn below
-        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **fields))
+        config = transformers.AutoConfig.for_model(model_type, **fields)
+        is_text = type(config) in transformers.AutoModelForCausalLM._model_mapping
+        kind = transformers.AutoModelForCausalLM if is_text else transformers.AutoModelForImageTextToText
+        model = kind.from_config(config)
     _draw_weights(model)
+    if "architectures" in fields:  # as vLLM knows the model, where transformers' class is called otherwise
+        model.__class__ = type(fields["architectures"][0], (type(model),), {})
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
+    if model_type == "qwen3_vl_moe":  # real ones have their experts' matrices the other way
+        tensors = load_file(folder / "model.safetensors")
+        turned = {name: tensor.transpose(1, 2).contiguous() for name, tensor in tensors.items() if ".experts." in name}
+        save_file(tensors | turned, folder / "model.safetensors", metadata={"format": "pt"})
     _tokenizer().save_pretrained(folder)
     stamp.write_text(recipe.hexdigest())
     return folder
@@ -100,9 +111,11 @@ def _draw_weights(model: torch.nn.Module) -> None:
             tensor.fill_(1.0)
         elif name == "lm_head.weight":
             tensor.zero_()[PRINTABLE].normal_(std=0.5, generator=generator)
-        elif "embed_tokens" in name:
+        elif not tensor.is_floating_point():
+            continue
+        elif "embed_tokens" in name or "wte" in name:
             tensor.normal_(generator=generator)
-        elif name.endswith(("gate.weight", "router.weight")):
+        elif name.endswith(("gate.weight", "router.weight", "router.layer.weight")):
             tensor.normal_(std=0.5, generator=generator)
         elif "bias" in name or "sinks" in name:
             tensor.normal_(std=0.2, generator=generator)

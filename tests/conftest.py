@@ -57,13 +57,16 @@ def write_record() -> None:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory):
-    """`models(family, **overrides)`: the folder of a tiny seeded checkpoint, made once."""
+    """`models(family, **overrides)`: the folder of a tiny seeded checkpoint, made once.
+
+    A family is a name that tiny_models knows, or any transformers config as families.FAMILIES has it.
+    """
     from tiny_models import make_model
 
     folder = tmp_path_factory.mktemp("models")
 
-    def get(family: str, **overrides) -> str:
-        name = "-".join([family, *(f"{k}{v}" for k, v in sorted(overrides.items()))])
+    def get(family, **overrides) -> str:
+        name = "-".join([family if isinstance(family, str) else family[0], *(f"{k}{v}" for k, v in sorted(overrides.items()))])
         return str(make_model(family, folder / name, **overrides))
 
     return get

@@ -19,6 +19,7 @@ CONTEXT.set_forkserver_preload(
 ENGINE = dict(
     dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8, max_num_batched_tokens=256,
     kv_cache_memory_bytes=64 << 20, distributed_executor_backend="uni", seed=0, disable_log_stats=True,
+    skip_tokenizer_init=True,
 )
 START_S = 400.0  # compiled on a GPU
 
@@ -89,7 +90,7 @@ def _serve(rank: int, model: str, dwdp: dict | None, engine: dict, setup: Callab
         from vllm import LLM
 
         extra = {} if dwdp is None else {"additional_config": {"dwdp": dwdp}}
-        llm = LLM(model, skip_tokenizer_init=True, **{**ENGINE, **engine, **extra})
+        llm = LLM(model, **{**ENGINE, **engine, **extra})
         pipe.send((True, "ready"))
         while (work := pipe.recv()) is not None:
             function, args, kwargs = work

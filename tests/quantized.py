@@ -34,6 +34,13 @@ def fp8_channel(name: str, weight: torch.Tensor, _: torch.Generator) -> dict[str
     return {name: (weight / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
 
 
+def fp8_static(name: str, weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    scale = weight.abs().max() / 448
+    inputs = 0.02 * (1 + torch.rand((), generator=generator))  # another for every expert, of which vLLM takes the largest
+    stem = name.removesuffix(".weight")
+    return {name: (weight / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale, f"{stem}.input_scale": inputs}
+
+
 def random_int32(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     return torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64).to(torch.int32)
 
@@ -92,6 +99,7 @@ def compressed(**weights: Any) -> dict[str, Any]:
 
 SCHEMES: dict[str, tuple[Callable, dict[str, Any]]] = {
     "fp8_block": (fp8_block, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}),
+    "fp8_static": (fp8_static, {"quant_method": "fp8", "activation_scheme": "static"}),
     "fp8_channel": (fp8_channel, compressed(num_bits=8, type="float", strategy="channel", input_activations={
         "num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True})),
     "int4": (int4, compressed(num_bits=4, type="int", strategy="group", group_size=GROUP)),

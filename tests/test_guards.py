@@ -15,8 +15,16 @@ from vllm.model_executor.models import gpt_oss
 from vllm.model_executor.utils import replace_parameter
 
 from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.exchange import _join
 from vllm_dwdp.integration.binding import _rebuild_kernel, _refuse_loading, refuse_loading
-from vllm_dwdp.integration.loading import _owned_rows, _refuse_unstreamable, describe, refuse_bypass, sharded
+from vllm_dwdp.integration.loading import (
+    _agree_on_scales,
+    _owned_rows,
+    _refuse_unstreamable,
+    describe,
+    refuse_bypass,
+    sharded,
+)
 from vllm_dwdp.integration.worker import membership
 from vllm_dwdp.placement import Placement
 
@@ -82,8 +90,6 @@ def layer(
     ("kind", "movable", "parameters", "named"),
     [
         (torch.nn.Module, False, [], "SimpleNamespace keeps its experts"),
-        (torch.nn.Module, True, ["w13_weight", "w13_input_scale"], "w13_input_scale"),
-        (torch.nn.Module, True, ["w13_weight", "w2_input_global_scale"], "w2_input_global_scale"),
         (DbrxExperts, True, [], "DbrxExperts"),
         (SubstitutedRoutedExperts, True, [], "SubstitutedRoutedExperts"),
     ],
@@ -93,6 +99,40 @@ def test_unstreamable_layer(kind: type, movable: bool, parameters: list[str], na
     _refuse_unstreamable(layer(w13_weight=torch.ones(2)))
     with pytest.raises(DWDPError, match=f"model.layers.3.mlp.experts: .*{named}"):
         _refuse_unstreamable(layer(kind, movable, **{name: torch.ones(2) for name in parameters}))
+
+
+@pytest.mark.parametrize("reduces", [True, False])
+def test_static_activation_scales(reduces: bool) -> None:
+    """A layer is converted with all ranks' largest scale, once; scales that are still one an expert are refused."""
+    module = layer(w13_weight=torch.ones(2, 8), w13_input_scale=torch.tensor([0.1, 0.3]), w2_input_scale=torch.ones(2))
+    module.moe_config = SimpleNamespace(hidden_dim=8, experts_per_token=2, in_dtype=torch.float32)
+
+    class Method(SimpleNamespace):
+        def process_weights_after_loading(self, layer: Any) -> None:
+            for name in ("w13_input_scale", "w2_input_scale") if reduces else ():
+                replace_parameter(layer, name, getattr(layer, name).max())
+
+    asked = []
+
+    def gather(what: str, mine: list[float]) -> list[list[float]]:
+        asked.append(what)
+        return [mine, [0.2, 5.0]]
+
+    method = module.quant_method = Method(supports_eplb=True)
+    _refuse_unstreamable(module)
+    _agree_on_scales(module, gather)
+    method.process_weights_after_loading(module)
+    largest = [module.w13_input_scale.max(), module.w2_input_scale.max()]
+    assert largest == [torch.tensor(0.3), torch.tensor(5.0)]
+    method.process_weights_after_loading(module)
+    assert asked == ["activation scales of model.layers.3.mlp.experts"]
+    placement = Placement(num_experts=4, size=2)
+    if reduces:
+        record = describe(module, placement, rank=0)
+        assert record.has_agreed_scales and (*record.streamed, *record.replicated) == ("w13_weight",)
+    else:
+        with pytest.raises(DWDPError, match=r"w13_input_scale \(Method\) is a static activation scale of each expert"):
+            describe(module, placement, rank=0)
 
 
 def test_bypass() -> None:
@@ -110,6 +150,43 @@ def test_rows_of_marlin_can_be_moved() -> None:
 
 
 OWNED, EXPERTS = 2, 5  # rank 0 of 2
+
+
+def strided(rows: int, size: int, stride: tuple[int, int]) -> torch.Tensor:
+    """[owned, rows, 4], numbered in memory."""
+    memory = torch.arange(float(OWNED * size))
+    return memory.as_strided((OWNED, rows, 4), (size, *stride))
+
+
+@pytest.mark.parametrize("name", ["w13_scale", "w13_weight_scale"])
+@pytest.mark.parametrize(
+    ("scale", "named"),
+    [
+        (strided(3, 12, (4, 1)), None),
+        (strided(3, 12, (1, 3)), None),  # an expert's scales by column
+        (strided(3, 16, (1, 4)), "padded or strided"),  # columns padded to four, as for TMA
+        (strided(3, 16, (1, 4))[:1].as_strided((1, 3, 4), (12, 1, 4)), "padded or strided"),  # of a single expert
+        (torch.arange(24.0).view(3, 4, 2).permute(2, 0, 1), "padded or strided"),  # experts innermost
+        (torch.arange(8.0).view(2, 1, 4).expand(2, 3, 4), "padded or strided"),  # one row for all
+    ],
+)
+def test_scales_that_are_not_contiguous(scale: torch.Tensor, named: str | None, name: str) -> None:
+    """Scales that lie together by expert keep their order in the full tensor, streamed or replicated; others are refused."""
+    small = name == "w13_scale"
+    module = layer(w13_weight=torch.ones(len(scale), 1000 if small else 12), **{name: scale})
+    module.moe_config = SimpleNamespace(hidden_dim=8, experts_per_token=2, in_dtype=torch.float32)
+    placement = Placement(num_experts=2 * len(scale), size=2)
+    if named:
+        with pytest.raises(DWDPError, match=rf"experts.{name} \(SimpleNamespace\) is {named}"):
+            describe(module, placement, rank=0)
+        return
+    record = describe(module, placement, rank=0)
+    assert (name in record.replicated) == small and (name in record.streamed) != small
+    assert record.spec(name, residents=0, bundle=0, page_bytes=4096).stride == scale.stride()
+    if small:
+        mine = scale.contiguous().numpy().tobytes()
+        whole = _join(record, [mine, mine])[name]
+        assert whole.stride() == scale.stride() and torch.equal(whole, torch.cat([scale, scale]))
 
 
 class Kernel:
@@ -266,7 +343,7 @@ def test_gpt_oss_loads_mxfp4_by_owned_rows(monkeypatch) -> None:
         gpt_oss.GptOssModel, "_load_weights_mxfp4", lambda self: seen.append(self.config.num_local_experts)
     )
     model = SimpleNamespace(config=SimpleNamespace(num_local_experts=13))
-    with sharded(1, 2, None, before_reading=lambda _: None) as shards:
+    with sharded(1, 2, None, before_reading=lambda _: None, gather=lambda *_: []) as shards:
         shards["experts"] = Placement(num_experts=13, size=2)
         gpt_oss.GptOssModel._load_weights_mxfp4(model)
     assert seen == [7] and model.config.num_local_experts == 13

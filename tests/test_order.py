@@ -95,10 +95,12 @@ class FakeLayer:
         self.view = view
 
 
-def make(num_layers: int, num_slots: int, direct_max_tokens: int = 0) -> tuple[Prefetcher, list[FakeLayer], Trace]:
+def make(
+    num_layers: int, num_slots: int, direct_max_tokens: int = 0, num_drafts: int = 0
+) -> tuple[Prefetcher, list[FakeLayer], Trace]:
     schedule = Schedule(num_layers=num_layers, max_slots=num_slots)
     trace = Trace(schedule.num_slots)
-    layers = [FakeLayer(i) for i in range(num_layers)]
+    layers = [FakeLayer(i) for i in range(num_layers + num_drafts)]
     prefetcher = Prefetcher(layers, trace, schedule=schedule, direct_max_tokens=direct_max_tokens)
     assert prefetcher.held == [None] * schedule.num_slots
     prefetcher.start()
@@ -166,6 +168,38 @@ def test_out_of_order_layers_are_fetched_again(order: list[int]) -> None:
     forward(prefetcher, [layers[i] for i in order], trace)
     trace.slots()
     assert prefetcher.counters.refills > 0
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_draft_gives_its_slot_back(captured: bool) -> None:
+    """A draft model's layer is copied when it is needed; then the slot's first layer is again, and the ring runs on.
+
+    Its forwards run outside of steps, any of its layers any number of times, each in the view of its own rows.
+    """
+    prefetcher, layers, trace = make(4, 2, direct_max_tokens=8, num_drafts=2)
+    target, drafts = layers[:4], layers[4:]
+    forward(prefetcher, target, trace)
+    world = "captured " * captured
+    visit = [*fill_of(0, 4, world), ("compute_wait", f"{world}copy_done0"), ("kernels", 4), *fill_of(0, 0, world)]
+    trace.calls.clear()
+    if captured:
+        prefetcher.before_graph()
+        graph = capture_piece(prefetcher, drafts[:1], trace)
+        assert graph == [*visit, ("compute_wait", "captured copy_done0")]
+        trace.calls.clear()
+        launch(prefetcher, trace, [graph, graph])
+    else:
+        forward(prefetcher, drafts[:1], trace)
+        assert trace.calls == visit
+    forward(prefetcher, [drafts[1], drafts[0], drafts[0]], trace)
+    forward(prefetcher, drafts, trace, tokens=8)
+    assert {draft.view for draft in drafts} == {DIRECT} and prefetcher.counters.drafts == {DIRECT: 2, STREAMED: 4 - captured}
+    for _ in range(2):
+        prefetcher.begin_step(100, exact=False)
+        forward(prefetcher, target, trace)
+        prefetcher.end_step(100)
+    trace.calls[:0] = fill_of(1, 1)  # as the first forward left it
+    assert trace.slots() == prefetcher.held == [0, 1] and prefetcher.counters.refills == 0
 
 
 def test_a_slot_is_what_its_layer_and_its_last_state_allow() -> None:

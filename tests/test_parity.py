@@ -2,6 +2,8 @@
 
 import pytest
 
+import families
+from drafts import add_head
 from harness import Group, generate, reference, stats
 from tiny_models import ENGINE_ARGS
 
@@ -19,10 +21,23 @@ def compare(models, family: str, size: int, options: dict | None = None, num_exp
     with Group(model, size, options, engine=engine) as group:
         answers = group.run(generate, one_by_one=one_by_one)
         found = group.run(stats)
+        assert group.run(alone) == [[]] * size
     assert answers == [expected] * size
     assert [s["rank"] for s in found] == list(range(size))
     assert len({tuple(tokens) for tokens in expected}) > 1, "the model answers everything alike: the test shows nothing"
     return found
+
+
+def alone(llm) -> list[str]:
+    """The groups of vLLM's in which a model's own collective would change anything, or a shared expert be split."""
+    import torch
+    from vllm.distributed import parallel_state
+
+    x = torch.arange(6.0).view(2, 3)
+    groups = [parallel_state.get_world_group(), *(g() for g in parallel_state._groups.values() if g() is not None)]
+    made = {g.unique_name: (g.world_size, g.all_reduce(x), g.all_gather(x, 0), g.reduce_scatter(x, 0)) for g in groups}
+    assert {"tp", "ep", "dp"} <= {name.split(":")[0] for name in made}
+    return [name for name, (size, *results) in made.items() if size > 1 or not all(torch.equal(r, x) for r in results)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -79,8 +94,10 @@ def test_options(models, options: dict) -> None:
             assert s["copy_ms"] > 0 and s["exposed_wait_ms"] >= 0
 
 
-def drafted(llm) -> int:
-    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_draft_tokens")
+def drafted(llm) -> tuple[int, int]:
+    """Tokens that were drafted, and those of them that were right."""
+    found = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    return found["vllm:spec_decode_num_draft_tokens"], found["vllm:spec_decode_num_accepted_tokens"]
 
 
 def test_speculative_decoding(models) -> None:
@@ -90,6 +107,20 @@ def test_speculative_decoding(models) -> None:
                                      "prompt_lookup_min": 1}, "disable_log_stats": False}
     with Group(model, 2, {"dispatch_max_tokens": 16}, engine=engine) as group:  # four requests, four tokens each
         assert group.run(generate) == [reference(model)] * 2
-        assert all(count > 0 for count in group.run(drafted))
+        assert all(count > 0 for count, _ in group.run(drafted))
         for s in group.run(stats):
             assert s["forwards"]["streamed"] > 0 and s["forwards"]["dispatched"] > 5 and s["refills"] == 0
+
+
+def test_draft_head(models, tmp_path) -> None:
+    """A head with experts drafts as in stock vLLM, and as often rightly, whose slots the model's layers get back."""
+    model = add_head(models(families.FAMILIES["glm4_moe"]), tmp_path / "head")
+    engine = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}, "disable_log_stats": False}
+    with Group(model, 0, engine=engine) as stock:
+        expected, acceptance = stock.run(generate)[0], stock.run(drafted)
+    with Group(model, 2, {"dispatch_max_tokens": 12, "direct_max_tokens": 4}, engine=engine) as group:
+        assert group.run(generate) == [expected] * 2
+        assert group.run(drafted) == acceptance * 2 and 0 < acceptance[0][1] < acceptance[0][0]
+        for s in group.run(stats):
+            assert s["forwards"]["streamed"] > 0 and s["forwards"]["dispatched"] > 5 and s["refills"] == 0
+            assert s["drafts"]["streamed"] > 5 and s["drafts"]["direct"] > 5

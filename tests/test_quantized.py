@@ -16,7 +16,7 @@ ENGINE = dict(
 LONG = dict(lengths=[5, 300, 64, 17, 700, 40, 129, 1], tokens=16)
 # Marlin's order of sums seems to change from run to run once an expert has more than a block of 8 tokens.
 SHORT = dict(lengths=[5, 8, 3, 1, 7, 2, 6, 4], tokens=16, one_by_one=True)
-EXPERT_BITS = {"fp8_block": 8, "fp8_channel": 8, "fp8": 8, "int4": 4.5, "awq": 4.5, "gptq": 4.5, "mxfp4": 4.25}
+EXPERT_BITS = {"fp8_block": 8, "fp8_channel": 8, "fp8_static": 8, "fp8": 8, "int4": 4.5, "awq": 4.5, "gptq": 4.5, "mxfp4": 4.25}
 OPTIONS = {
     "streamed": {"direct_max_tokens": 0}, "both views": {"direct_max_tokens": 4}, "resident": {"cache_gib": 1},
 }

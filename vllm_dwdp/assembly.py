@@ -126,6 +126,7 @@ class StreamedModel:
             "direct_max_tokens": prefetcher.direct_max_tokens,
             "prefetch_bytes": counters.prefetched_bytes,
             "forwards": dict(counters.forwards),
+            "drafts": dict(counters.drafts),
             "replays": counters.replays,
             "refills": counters.refills,
             "exposed_wait_ms": prefetcher.exposed_wait_ms,
@@ -191,7 +192,8 @@ def import_peers(placed: Placed, means: Means) -> Imported:
 
 
 def compose(imported: Imported, means: Means) -> Composed:
-    schedule = Schedule(num_layers=len(imported.weights), max_slots=means.options.slots)
+    num_layers = sum(not layer.is_draft for layer in imported.layers)
+    schedule = Schedule(num_layers=num_layers, max_slots=means.options.slots)
     slots = Slots(means.device, imported.weights, schedule, means.group.rank)
     means.undo.callback(slots.close)
     for layer in imported.weights:

@@ -20,6 +20,8 @@ class ExpertLayer:
 
     `module` carries the parameters; those named in `streamed` and `replicated` have the shape [owned, ...].
     `hidden_size`, `top_k` and `itemsize` (bytes) are of the rows that it computes on.
+    `is_draft`: a draft model's. Such layers follow the model's own.
+    `has_agreed_scales`: ranks have converted it with one and the same static activation scale.
     `sources` are their memory, by name, to be gone once the layer shows all experts.
     """
 
@@ -28,6 +30,8 @@ class ExpertLayer:
     placement: Placement
     streamed: tuple[str, ...]
     replicated: tuple[str, ...]
+    is_draft: bool = False
+    has_agreed_scales: bool = False
     sources: Mapping[str, StorageWeakRef] = dataclasses.field(default_factory=dict)
     hidden_size: int = 0
     top_k: int = 0

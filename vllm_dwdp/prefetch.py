@@ -122,12 +122,13 @@ class Prefetcher:
                     self.counters.stream()
             slot = self._slot_of(layer, capturing)
             if not slot.holds(layer.ordinal):
-                if capturing:
-                    raise DWDPError(
-                        f"MoE layers of this model run out of order (layer {layer.ordinal} after {slot.ordinal}), which "
-                        f"a CUDA graph cannot stream: set --max-cudagraph-capture-size {self.direct_max_tokens}"
-                    )
-                self.counters.refill()
+                if not self.schedule.is_draft(layer.ordinal):
+                    if capturing:
+                        raise DWDPError(
+                            f"MoE layers of this model run out of order (layer {layer.ordinal} after {slot.ordinal}), "
+                            f"which a CUDA graph cannot stream: set --max-cudagraph-capture-size {self.direct_max_tokens}"
+                        )
+                    self.counters.refill()
                 self._fill(slot, layer.ordinal)
             must_wait = slot.state is State.FILLED or not capturing
             slot.become(State.READ, layer.ordinal)
@@ -138,15 +139,17 @@ class Prefetcher:
 
     def release(self, layer: Layer, view: View) -> None:
         """`layer`'s kernels are enqueued: its slot is for the next layer that uses it."""
-        is_last = self.schedule.is_last(layer.ordinal)
+        is_last, is_draft = self.schedule.is_last(layer.ordinal), self.schedule.is_draft(layer.ordinal)
         if view == STREAMED:
             capturing = self._stream.is_capturing()
             slot = self._slot_of(layer, capturing)
             slot.become(State.RELEASED, layer.ordinal)
             if self.schedule.is_alone(layer.ordinal):  # no other layer comes: its only copy stays
                 slot.state = State.JOINED if capturing else State.FILLED
-            if is_last:
+            if is_last or is_draft:
                 self._follow(capturing)
+        if is_draft and not self._stream.is_capturing():
+            self.counters.draft(view)
         if is_last:
             self._view = None if self._step is None else self._step.view
 
@@ -178,7 +181,8 @@ class Prefetcher:
         if step is not None and step.view == DISPATCHED:
             self.counters.dispatch()
         elif num_tokens:
-            moving = [layer.copied_bytes for layer in self._layers if not self.schedule.is_alone(layer.ordinal)]
+            ring = self._layers[: self.schedule.num_layers]
+            moving = [layer.copied_bytes for layer in ring if not self.schedule.is_alone(layer.ordinal)]
             self.counters.end_step(sum(moving) if replayed and num_tokens > self.direct_max_tokens else None)
         if self._overlay.strays:
             self._lose_what_graphs_moved()
@@ -202,6 +206,8 @@ class Prefetcher:
 
     def _keep_view(self, layer: Layer, num_rows: int) -> View:
         asked = view_of(num_rows, self.direct_max_tokens)
+        if self.schedule.is_draft(layer.ordinal):  # each is a forward by itself
+            return asked
         is_open = self._step is None or self._step.view is None
         if self._view is None or (is_open and layer.ordinal == 0):
             self._view = asked

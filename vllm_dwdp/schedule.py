@@ -16,7 +16,11 @@ DIRECT_BREAK_EVEN = 0.75
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Layer ordinals count from 0 in the order in which a forward runs the layers. At most `max_slots` slots."""
+    """Layer ordinals count from 0 in the order in which a forward runs the layers. At most `max_slots` slots.
+
+    Ordinals from `num_layers` on are a draft model's layers, of which a forward of its own may run any, any number of
+    times. Such a layer is copied into its slot when it is needed, and the slot then gets back what it held.
+    """
 
     num_layers: int
     max_slots: int
@@ -37,6 +41,9 @@ class Schedule:
         """The layer that uses the slot next: one of this forward, else the slot's first of the next forward."""
         later = ordinal + self.num_slots
         return later if later < self.num_layers else self.slot(ordinal)
+
+    def is_draft(self, ordinal: int) -> bool:
+        return ordinal >= self.num_layers
 
     def is_last(self, ordinal: int) -> bool:
         return ordinal == self.num_layers - 1

@@ -37,9 +37,10 @@ def bind(model: StreamedModel) -> None:
         forward = module.forward_modular
         for name in ("forward_modular", "forward_monolithic"):
             setattr(module, name, _ahead_of_use(getattr(module, name), weights, model.prefetcher))
-        if model.dispatch is not None:
+        if model.dispatch is not None and not layer.is_draft:
             module.forward_modular = _dispatching(
-                module.forward_modular, forward, layer, weights, model.dispatch, is_last=weights is model.weights[-1]
+                module.forward_modular, forward, layer, weights, model.dispatch,
+                is_last=model.prefetcher.schedule.is_last(weights.ordinal),
             )
         _refuse_loading(module)
 

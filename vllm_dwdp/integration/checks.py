@@ -45,8 +45,7 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
         raise DWDPError("--parallel dwdp needs at least two ranks: set --data-parallel-size to 2 or more")
     if model.get_num_experts() > 0:
         Placement(num_experts=model.get_num_experts(), size=options.size, experts_per_rank=options.experts_per_rank)
-    offload, speculative, load = vllm_config.offload_config, vllm_config.speculative_config, vllm_config.load_config
-    draft = speculative and speculative.draft_model_config  # the target model itself where nothing drafts, as for ngram
+    offload, load = vllm_config.offload_config, vllm_config.load_config
     for refused, reason in (
         (parallel.tensor_parallel_size > 1,
          f"--tensor-parallel-size {parallel.tensor_parallel_size}: a DWDP rank is one GPU; set it to 1"),
@@ -85,8 +84,6 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
          "weight transfer: it would rewrite weights that peers have mapped; drop it"),
         (offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0,
          "weight offloading: expert weights already come from peers; drop the offload options"),
-        (draft is not None and draft is not speculative.target_model_config and draft.is_moe,
-         "a speculative draft model with MoE layers: use a dense draft model or ngram"),
         (any(part in str(vllm_config.kernel_config.moe_backend) for part in BYPASSING_BACKENDS),
          f"--moe-backend {vllm_config.kernel_config.moe_backend}: it bypasses RoutedExperts; use auto or triton"),
         (model.architecture in READ_EXPERTS,

@@ -35,12 +35,14 @@ SMALL = 1 / 64
 
 @contextlib.contextmanager
 def sharded(
-    rank: int, size: int, experts_per_rank: int | None, before_reading: Callable[[Shards], None]
+    rank: int, size: int, experts_per_rank: int | None, before_reading: Callable[[Shards], None],
+    gather: Callable[[str, list[float]], list[list[float]]],
 ) -> Iterator[Shards]:
     """While the body builds and loads a model, every RoutedExperts holds only this rank's experts.
 
-    Yields the layers built, in order; `before_reading` gets them before a checkpoint is read. Raises DWDPError, also
-    before that, for a layer that cannot be streamed, and when the model has built none.
+    Yields the layers built, in order; `before_reading` gets them before a checkpoint is read. `gather(what, mine)` is
+    what every rank said. Raises DWDPError, also before reading, for a layer that cannot be streamed, and when the model
+    has built none.
     """
     shards: Shards = {}
 
@@ -57,6 +59,7 @@ def sharded(
             moe_config.num_local_experts = len(owned)
             original(*given.args, **given.kwargs)
             _refuse_unstreamable(layer)
+            _agree_on_scales(layer, gather)
             shards[layer] = placement
 
         return build_shard
@@ -143,12 +146,28 @@ def _refuse_unstreamable(layer: RoutedExperts) -> None:
             f"{f' ({experts.__name__}); try --moe-backend marlin' if experts else ''}; DWDP streams unquantized and "
             f"FP8 experts, and 4-bit ones of the Marlin backend"
         )
-    static = [name for name, _ in layer.named_parameters() if "input" in name and "scale" in name]
-    if static:
-        raise DWDPError(
-            f"{layer.layer_name}: {static[0]} is a static activation scale, which vLLM reduces over the experts that a "
-            f"rank holds, so ranks would differ; use a checkpoint with dynamic activation scales"
-        )
+
+
+def _static_scales(layer: RoutedExperts) -> dict[str, torch.nn.Parameter]:
+    """The scales of activations that a checkpoint fixes."""
+    return {name: p for name, p in layer.named_parameters() if "input" in name and "scale" in name}
+
+
+def _agree_on_scales(layer: RoutedExperts, gather: Callable[[str, list[float]], list[list[float]]]) -> None:
+    """vLLM converts a layer with the largest activation scale of the experts that it holds: let it be all ranks'."""
+    method, scales = layer.quant_method, _static_scales(layer)
+    if not scales:
+        return
+
+    def convert(layer: RoutedExperts) -> None:
+        del method.process_weights_after_loading
+        mine = [float(scale.max()) for scale in scales.values()]
+        everyone = gather(f"activation scales of {layer.layer_name}", mine)
+        for scale, said in zip(scales.values(), zip(*everyone, strict=True), strict=True):
+            scale.data.fill_(max(said))
+        method.process_weights_after_loading(layer)
+
+    method.process_weights_after_loading = convert
 
 
 def _rows(layer: RoutedExperts, num_owned: int) -> dict[str, torch.nn.Parameter]:
@@ -156,21 +175,35 @@ def _rows(layer: RoutedExperts, num_owned: int) -> dict[str, torch.nn.Parameter]
     return {
         name: parameter
         for name, parameter in layer.named_parameters()
-        if name not in NOT_PER_EXPERT and parameter.dim() and parameter.shape[0] == num_owned
+        if name not in (*NOT_PER_EXPERT, *_static_scales(layer)) and parameter.dim() and parameter.shape[0] == num_owned
     }
 
 
-def describe(layer: RoutedExperts, placement: Placement, rank: int) -> ExpertLayer:
-    """The record of a loaded layer. Raises DWDPError when a parameter is not contiguous by expert."""
+def describe(layer: RoutedExperts, placement: Placement, rank: int, *, is_draft: bool = False) -> ExpertLayer:
+    """The record of a loaded layer.
+
+    Raises DWDPError when a parameter is not contiguous by expert, or an activation scale is not one for all experts.
+    """
+    for name, scale in _static_scales(layer).items():
+        if scale.numel() > 1:
+            raise DWDPError(
+                f"{layer.layer_name}: {name} ({type(layer.quant_method).__name__}) is a static activation scale of each "
+                f"expert, which DWDP does not stream; use a checkpoint with dynamic activation scales"
+            )
     rows = _rows(layer, len(placement.owned(rank)))
     row_bytes = {name: p[0].numel() * p.element_size() for name, p in rows.items()}
     streamed = [name for name, nbytes in row_bytes.items() if nbytes > SMALL * max(row_bytes.values())]
     for name, p in rows.items():
-        is_dense = p.stride(0) == p[0].numel() and p.untyped_storage().nbytes() >= p.nbytes
+        span = 1 + sum((n - 1) * stride for n, stride in zip(p.shape[1:], p.stride()[1:], strict=True))
+        is_dense = p.stride(0) == p[0].numel() == span and p.untyped_storage().nbytes() >= p.nbytes
         if p.numel() and not is_dense:
-            raise DWDPError(f"{layer.layer_name}.{name} is padded or strided between experts: DWDP cannot stream it")
+            raise DWDPError(
+                f"{layer.layer_name}.{name} ({type(layer.quant_method).__name__}) is padded or strided: an "
+                f"expert's values do not lie together, which DWDP cannot stream; choose another --moe-backend"
+            )
     return ExpertLayer(
-        name=layer.layer_name, module=layer, placement=placement, streamed=tuple(streamed),
+        name=layer.layer_name, module=layer, placement=placement, is_draft=is_draft, streamed=tuple(streamed),
+        has_agreed_scales=bool(_static_scales(layer)),
         replicated=tuple(name for name in rows if name not in streamed),
         sources={name: StorageWeakRef(p.untyped_storage()) for name, p in rows.items() if p.numel()},
         hidden_size=layer.moe_config.hidden_dim, top_k=layer.moe_config.experts_per_token,

@@ -91,10 +91,11 @@ def prove(layer: ExpertLayer, rank: int, following: Following) -> None:
             raise DWDPError(f"{layer.name}: {name}, {tuple(tensor.shape)}, {reason}: {_ADVICE}")
     config = module.quant_method.moe_quant_config
     for name in _STATIC:
-        if getattr(config, name, None) is not None:
+        scale = getattr(config, name, None)
+        if scale is not None and not (layer.has_agreed_scales and scale.numel() == 1):
             raise DWDPError(
-                f"{layer.name}: {type(config).__name__}.{name} is a static activation scale, which vLLM reduces over the "
-                f"experts that a rank holds, so ranks would differ; use a checkpoint with dynamic activation scales"
+                f"{layer.name}: {type(config).__name__}.{name} is a static activation scale that ranks have not agreed on, "
+                f"so they would differ; use a checkpoint with dynamic activation scales"
             )
 
 

@@ -72,20 +72,27 @@ class DWDPWorker(PlatformWorker):
             with loading.sharded(
                 rank, options.size, options.experts_per_rank,
                 before_reading=lambda shards: loading.refuse_oversize(shards, rank, device, options, limit),
+                gather=group.gather,
             ) as shards:
                 super().load_model(**kwargs)
             loading.refuse_bypass(shards, self.model_config)
-            model = self.model_runner.get_model()
+            model, draft = self.model_runner.get_model(), draft_model(self.model_runner)
+            own, drafts = {id(module) for module in model.modules()}, self.vllm_config.speculative_config is not None
+            layers = [
+                loading.describe(layer, placement, rank, is_draft=drafts and id(layer) not in own)
+                for layer, placement in shards.items()
+            ]
             loaded = assembly.Loaded(
-                layers=[loading.describe(layer, placement, rank) for layer, placement in shards.items()],
+                layers=sorted(layers, key=lambda layer: layer.is_draft),
                 samples=loading.samples(model, shards, rank) if joining.reads_checkpoint(self.vllm_config) else {},
             )
             steps = dispatching.limits(self.vllm_config, options, device, loaded.layers)
             self.dwdp = assembly.assemble(loaded, group, device, options, limit, steps)
             try:
                 binding.bind(self.dwdp)
-                binding.keep_opaque(model)
-                binding.refuse_loading(model)
+                for part in (model, draft):
+                    binding.keep_opaque(part)
+                    binding.refuse_loading(part)
                 self.model_runner.reload_weights = self._refuse
                 self.dwdp.start()
                 group.settle()
@@ -184,6 +191,13 @@ def membership(vllm_config: VllmConfig) -> tuple[config.Options, int]:
     if not rank < options.size:
         raise DWDPError(f"rank={rank} is outside the group of size={options.size}: ranks count from 0")
     return options, rank
+
+
+def draft_model(runner: Any) -> torch.nn.Module:
+    """The model that proposes tokens, in vLLM's older runner or its newer one; empty where none does."""
+    drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+    model = getattr(drafter, "model", None)
+    return model if isinstance(model, torch.nn.Module) else torch.nn.Module()
 
 
 def make_device(device: torch.device) -> Device:
