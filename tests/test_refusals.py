@@ -57,6 +57,7 @@ def assert_refused(raised: pytest.ExceptionInfo, *named: str) -> None:
     [
         ({"data_parallel_size": 1}, {}, "--data-parallel-size"),
         ({"data_parallel_size": 13}, {}, "12 experts"),
+        ({}, {"size": 3}, "--dwdp-size 3 differs from --data-parallel-size 2"),
         ({"tensor_parallel_size": 2}, {}, "--tensor-parallel-size 2"),
         ({"pipeline_parallel_size": 2}, {}, "--pipeline-parallel-size 2"),
         ({"enable_expert_parallel": True}, {}, "--enable-expert-parallel"),
@@ -167,6 +168,7 @@ def test_speculation(configure, models, dense: str, draft: str) -> None:
         ({}, {}),
         ({"data_parallel_external_lb": True, "data_parallel_rank": 1}, {"rendezvous": "127.0.0.1:1"}),
         (APART, {"size": 2, "rank": 0, "rendezvous": "127.0.0.1:1"}),
+        ({}, {"size": 2}),
         ({"data_parallel_size": 12}, {"experts_per_rank": 1}),
         ({}, {"experts_per_rank": 12}),
     ],

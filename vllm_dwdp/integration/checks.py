@@ -43,6 +43,11 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
         raise DWDPError(f"{name} has no MoE layers: there are no experts to stream; drop --parallel dwdp")
     if options.size is None or options.size < 2:
         raise DWDPError("--parallel dwdp needs at least two ranks: set --data-parallel-size to 2 or more")
+    if parallel.data_parallel_size not in (1, options.size):
+        raise DWDPError(
+            f"--dwdp-size {options.size} differs from --data-parallel-size {parallel.data_parallel_size}: the group is "
+            f"vLLM's data-parallel ranks; drop --dwdp-size, which is for ranks that vLLM does not count"
+        )
     if model.get_num_experts() > 0:
         Placement(num_experts=model.get_num_experts(), size=options.size, experts_per_rank=options.experts_per_rank)
     if options.cache_policy == "hot" and options.cache_gib == 0:
