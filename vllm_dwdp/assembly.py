@@ -164,6 +164,8 @@ def agree(loaded: Loaded, means: Means) -> Agreed:
     sizes = [layer.size for layer in loaded.layers]
     cache = min(group.gather("cache", budget.cache_bytes(sizes, device, options, means.limit)))
     plan = budget.plan_cache(sizes, cache, options.cache_policy, device.page_bytes)
+    if cache:
+        logger.info(budget.describe_cache(sizes, cache, options.cache_policy))
     described = [layer.manifest(count) for layer, count in zip(loaded.layers, plan.residents, strict=True)]
     agree_on(group, "manifest", Manifest(page_bytes=device.page_bytes, layers=described))
     agree_where_common(group, "weights", loaded.samples)

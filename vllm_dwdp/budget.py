@@ -1,7 +1,6 @@
 """Budget: what slots and cache take beside the shard, and what there is for them. Refuses what cannot fit."""
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,6 @@ from vllm_dwdp.placement import Placement, spread_residents
 if TYPE_CHECKING:  # its module imports torch, which nothing here needs
     from vllm_dwdp.kernels.device import Device
 
-logger = logging.getLogger("vllm.dwdp.budget")
 GIB = 2**30
 
 
@@ -94,18 +92,18 @@ def plan_cache(layers: Sequence[LayerSize], nbytes: int, policy: str, page_bytes
     """How to spend `nbytes`. An empty cache or one that takes every remote expert has nothing to choose."""
     residents = spread_residents(nbytes // max(sum(layer.expert_bytes) for layer in layers), len(layers))
     is_full = all(count >= layer.remote_experts for count, layer in zip(residents, layers, strict=True))
-    remote = sum(layer.remote_experts for layer in layers)
-    if is_full:
-        logger.info("DWDP cache: all %d remote experts are resident, %s", remote, size_text(nbytes))
-    elif nbytes:
-        logger.info(
-            "DWDP cache: %s, policy %s, room for %d of %d remote experts",
-            size_text(nbytes), policy, sum(residents), remote,
-        )
     if policy == "even" or is_full or not nbytes:
         return CachePlan(residents=residents)
     bundle = bundle_size([nbytes for layer in layers for nbytes in layer.expert_bytes], page_bytes)
     return CachePlan(residents=[0] * len(layers), hot_pages=nbytes // page_bytes, bundle=bundle)
+
+
+def describe_cache(layers: Sequence[LayerSize], nbytes: int, policy: str) -> str:
+    """What `nbytes` of cache hold, in one line."""
+    room = sum(plan_cache(layers, nbytes, "even", 1).residents)
+    if room >= (remote := sum(layer.remote_experts for layer in layers)):
+        return f"DWDP cache: all {remote} remote experts are resident, {size_text(nbytes)}"
+    return f"DWDP cache: {size_text(nbytes)}, policy {policy}, room for {room} of {remote} remote experts"
 
 
 def announce(

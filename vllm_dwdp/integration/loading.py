@@ -18,7 +18,7 @@ from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.experts import ExpertLayer
 from vllm_dwdp.integration import hooks
 from vllm_dwdp.kernels.device import Device
-from vllm_dwdp.placement import Placement, spread_residents
+from vllm_dwdp.placement import Placement
 
 Shards = dict[RoutedExperts, Placement]  # a model's expert layers, in the order in which they were built
 
@@ -160,17 +160,22 @@ def _rows(layer: RoutedExperts, num_owned: int) -> dict[str, torch.nn.Parameter]
     }
 
 
+def _streamed(rows: dict[str, torch.nn.Parameter]) -> tuple[str, ...]:
+    """The names of those that are large; the others are replicated."""
+    row_bytes = {name: p[0].numel() * p.element_size() for name, p in rows.items()}
+    return tuple(name for name, nbytes in row_bytes.items() if nbytes > SMALL * max(row_bytes.values()))
+
+
 def describe(layer: RoutedExperts, placement: Placement, rank: int) -> ExpertLayer:
     """The record of a loaded layer. Raises DWDPError when a parameter is not contiguous by expert."""
     rows = _rows(layer, len(placement.owned(rank)))
-    row_bytes = {name: p[0].numel() * p.element_size() for name, p in rows.items()}
-    streamed = [name for name, nbytes in row_bytes.items() if nbytes > SMALL * max(row_bytes.values())]
+    streamed = _streamed(rows)
     for name, p in rows.items():
         is_dense = p.stride(0) == p[0].numel() and p.untyped_storage().nbytes() >= p.nbytes
         if p.numel() and not is_dense:
             raise DWDPError(f"{layer.layer_name}.{name} is padded or strided between experts: DWDP cannot stream it")
     return ExpertLayer(
-        name=layer.layer_name, module=layer, placement=placement, streamed=tuple(streamed),
+        name=layer.layer_name, module=layer, placement=placement, streamed=streamed,
         replicated=tuple(name for name in rows if name not in streamed),
         sources={name: StorageWeakRef(p.untyped_storage()) for name, p in rows.items() if p.numel()},
         hidden_size=layer.moe_config.hidden_dim, top_k=layer.moe_config.experts_per_token,
@@ -188,13 +193,15 @@ def refuse_oversize(shards: Shards, rank: int, device: Device, options: Options,
         sizes = [
             ExpertLayer(
                 name=layer.layer_name, module=layer, placement=placement, replicated=(),
-                streamed=tuple(_rows(layer, len(placement.owned(rank)))),
+                streamed=_streamed(_rows(layer, len(placement.owned(rank)))),
             ).size
             for layer, placement in shards.items()
         ]
         cache = budget.cache_bytes(sizes, device, options, limit)
-        residents = spread_residents(cache // max(sum(size.expert_bytes) for size in sizes), len(sizes))
-        descriptors.provide(sizes, rank, residents, page_bytes=device.page_bytes, kept=device.keeps_descriptors)
+        plan = budget.plan_cache(sizes, cache, options.cache_policy, device.page_bytes)
+        descriptors.provide(descriptors.needed(
+            sizes, rank, plan, slots=options.slots, page_bytes=device.page_bytes, kept=device.keeps_descriptors,
+        ), rank)
 
 
 def samples(model: torch.nn.Module, shards: Shards, rank: int) -> dict[str, str]:
