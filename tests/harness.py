@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_dwdp.entrypoints.server import free_port
+from vllm_dwdp.channel import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")  # vLLM takes 8 s to import: once for all ranks
 CONTEXT.set_forkserver_preload(

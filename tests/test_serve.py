@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from vllm_dwdp.channel import free_port
 from vllm_dwdp.entrypoints import server
-from vllm_dwdp.entrypoints.server import QUIT_S, free_port
+from vllm_dwdp.entrypoints.server import QUIT_S
 
 from conftest import ROOT
 from harness import await_that
