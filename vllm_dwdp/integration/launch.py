@@ -117,12 +117,22 @@ def _without_waves(original: Callable) -> Callable:
     return init
 
 
+def make_independent(vllm_config: VllmConfig) -> int:
+    """Tell an engine that it has no peers. Returns its rank; docs/operate.md lists who asks for size and rank."""
+    parallel, multimodal = vllm_config.parallel_config, vllm_config.model_config.multimodal_config
+    if multimodal is not None and parallel.data_parallel_size > 1 and not parallel.data_parallel_external_lb:
+        multimodal.mm_processor_cache_gb = 0  # its front end sees several ranks, and keeps the cache to itself
+    on_this_host = parallel.data_parallel_size_local
+    parallel.reconfigure_for_independent_dp_rank()
+    parallel.data_parallel_size_local = on_this_host  # by it threads are shared out
+    return parallel.data_parallel_index
+
+
 class IndependentEngineCore(core.EngineCoreProc):
     """The engine of one DWDP rank: stands in for vLLM's DPEngineCoreProc, and has no peers as far as vLLM knows."""
 
     def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any):
-        rank = vllm_config.parallel_config.data_parallel_index
-        vllm_config.parallel_config.reconfigure_for_independent_dp_rank()
+        rank = make_independent(vllm_config)
         super().__init__(*args, vllm_config=vllm_config, engine_index=rank, **kwargs)
         self._active_s = 0.0  # when this engine last had work or helped
 

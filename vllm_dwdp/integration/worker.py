@@ -154,6 +154,11 @@ class DWDPWorker(PlatformWorker):
             self._update_metrics()
         return helped
 
+    def profile(self, is_start: bool = True, profile_prefix: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Into files with this rank in their names: for vLLM every rank is rank 0."""
+        own = f"dwdp{self._group.rank}"
+        super().profile(is_start, f"{profile_prefix}_{own}" if profile_prefix else own, *args, **kwargs)
+
     def dwdp_stats(self) -> dict[str, Any]:
         """Memory by kind (bytes), bytes prefetched, forwards by view, exposed wait and copy time (ms), refills."""
         return self.dwdp.stats()
