@@ -20,6 +20,11 @@ ENGINE = dict(
     dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8, max_num_batched_tokens=256,
     kv_cache_memory_bytes=64 << 20, distributed_executor_backend="uni", seed=0, disable_log_stats=True,
 )
+ARGUMENTS = [  # of `vllm serve`
+    "--dtype", "float32", "--enforce-eager", "--max-model-len", "1536", "--max-num-seqs", "8",
+    "--hf-overrides", '{"max_position_embeddings": 1536}',
+    "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", str(64 << 20), "--no-enable-prefix-caching",
+]
 START_S = 400.0  # compiled on a GPU
 
 

@@ -20,7 +20,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from vllm_dwdp import config, launcher
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.integration import checks, graphs, hooks, joining
+from vllm_dwdp.integration import checks, graphs, hooks, joining, remote
 from vllm_dwdp.rendezvous import REPORT_S
 
 logger = init_logger("vllm.dwdp.launch")
@@ -52,6 +52,7 @@ def prepare(vllm_config: VllmConfig) -> None:
     if options.rendezvous is None and not checks.is_offline_rank(parallel):
         joining.give_token()
     install()
+    remote.install(vllm_config)
 
 
 def install() -> None:
@@ -135,6 +136,11 @@ class IndependentEngineCore(core.EngineCoreProc):
         rank = make_independent(vllm_config)
         super().__init__(*args, vllm_config=vllm_config, engine_index=rank, **kwargs)
         self._active_s = 0.0  # when this engine last had work or helped
+
+    def process_output_sockets(self, output_paths: list[str], *args: Any, **kwargs: Any) -> None:
+        if any(path.startswith("tcp:") for path in output_paths):  # a front end on another node cannot see this process
+            remote.beat(self.output_queue, len(output_paths))
+        super().process_output_sockets(output_paths, *args, **kwargs)
 
     def _process_input_queue(self) -> None:
         if self.has_work():
