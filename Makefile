@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: types help setup demo check test gpu-test contract clean
+.PHONY: types help setup demo check test gpu-test faults soak contract clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -11,6 +11,8 @@ DONE := .venv/setup-done
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -f $(STUBS) -c $(STUBS)/constraints.txt
 VLLM := 0.32.0
 WITH := 0.33.0
+ONLY ?=
+REQUESTS ?= 20000
 TORCH := torch==2.13.0+cpu
 
 help: ## list these targets
@@ -35,6 +37,12 @@ test: check ## check, then run the tests that start engines; ARGS="-k placement"
 
 gpu-test: ## run what needs CUDA, on one or two GPUs, with the vLLM of PYTHON; writes RECORD
 	DWDP_RECORD=$(RECORD) $(PYTHON) -m pytest -n 3 --dist loadfile -m gpu $(ARGS)
+
+faults: setup ## end and stop every process at every phase; rows go to docs/faults.md: make faults ONLY='kill -9'
+	$(BIN)/python tests/faults.py --only '$(ONLY)'
+
+soak: setup ## many requests with kills in between, on CPU; what grows is said: make soak REQUESTS=20000
+	$(BIN)/python tests/soak.py --requests $(REQUESTS)
 
 contract: export VLLM_TARGET_DEVICE := cpu
 contract: setup ## check that this package finds all that it touches in another vLLM: make contract WITH=0.33.0
