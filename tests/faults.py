@@ -146,7 +146,17 @@ class Matrix:
     def left(self, shared: set[str], session: Session) -> str:
         """What is left of a session that has ended."""
         alive = [process.name() for process in session.members()]
-        return ", ".join([*alive, *sorted(set(os.listdir("/dev/shm")) - shared)]) or "nothing"
+        files = [name for name in sorted(set(os.listdir("/dev/shm")) - shared) if not is_mapped(f"/dev/shm/{name}")]
+        return ", ".join([*alive, *files]) or "nothing"
+
+
+def is_mapped(path: str) -> bool:
+    """Whether a process lives that has the file: then it is another program's, of this machine's."""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            if path in maps.read_text():
+                return True
+    return False
 
 
 def find(session: Session, process: str) -> psutil.Process:
@@ -163,7 +173,8 @@ def find(session: Session, process: str) -> psutil.Process:
 
 def last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    lines = [line for line in lines if "resource_tracker" not in line and not line.startswith("warnings.warn")]
+    aside = ("resource_tracker", "warnings.warn", "[shutdown]")  # of the end, after its reason
+    lines = [line for line in lines if not any(word in line for word in aside)]
     return re.sub(r"^\([^)]*\) (?:\w+ [\d:. -]+\[[\w.:]+\] )?", "", lines[-1]) if lines else "nothing"
 
 

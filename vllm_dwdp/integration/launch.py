@@ -227,6 +227,6 @@ def run_engine_core(*args: Any, **kwargs: Any) -> None:
     try:
         with hooks.LOCKSTEP_ENGINE.during(lambda _: IndependentEngineCore), hooks.START_HANDSHAKE.during(bounded):
             _run_engine_core(*args, **kwargs)
-    except DWDPError as error:
+    except Exception as error:  # vLLM's own too: its launcher says no more than that there was one
         launcher.tell(error)
         raise

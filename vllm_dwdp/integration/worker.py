@@ -32,13 +32,13 @@ HELP_S = 0.01  # between looks whether a large step has ended on the device
 
 
 def _telling(method: Callable) -> Callable:
-    """An error of ours is told to the launcher: an executor in another process passes on less."""
+    """An error is told to the launcher: an executor in another process passes on less."""
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return method(*args, **kwargs)
-        except DWDPError as error:
+        except Exception as error:
             launcher.tell(error)
             raise
 
