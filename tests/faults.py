@@ -99,7 +99,7 @@ class Matrix:
         return bool(self._only.search(" | ".join(key))) and (self._again or key not in self.rows)
 
     def add(self, key: tuple[str, ...], read: str, seconds: float | None, left: str, restart: str = "") -> None:
-        read = re.sub(r"/[\w./-]+/", ".../", read.replace("|", "/"))[:170]
+        read = re.sub(r"/(?!dev/)[\w.-]+/[\w./-]+/", ".../", read.replace("|", "/"))[:170]
         self.rows[key] = [read, "-" if seconds is None else f"{seconds:.1f}", left, restart or "not tried"]
         if not restart:
             self._waiting.append(key)
@@ -146,17 +146,20 @@ class Matrix:
     def left(self, shared: set[str], session: Session) -> str:
         """What is left of a session that has ended."""
         alive = [process.name() for process in session.members()]
-        files = [name for name in sorted(set(os.listdir("/dev/shm")) - shared) if not is_mapped(f"/dev/shm/{name}")]
+        files = [name for name in sorted(set(os.listdir("/dev/shm")) - shared) if not is_mapped(Path("/dev/shm", name))]
         return ", ".join([*alive, *files]) or "nothing"
 
 
-def is_mapped(path: str) -> bool:
-    """Whether a process lives that has the file: then it is another program's, of this machine's."""
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            if path in maps.read_text():
-                return True
-    return False
+def is_mapped(file: Path) -> bool:
+    """Whether a process lives that has the file: then it is another program's. A semaphore is mapped under another name."""
+    with contextlib.suppress(OSError):
+        inode = f" {file.stat().st_ino} "
+        for maps in Path("/proc").glob("[0-9]*/maps"):
+            with contextlib.suppress(OSError):
+                if any(inode in line and "/dev/shm/" in line for line in maps.read_text().splitlines()):
+                    return True
+        return not file.exists()
+    return True
 
 
 def find(session: Session, process: str) -> psutil.Process:

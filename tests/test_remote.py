@@ -166,8 +166,7 @@ def test_a_headless_node_dies(models, tmp_path: Path) -> None:
         waiting = pool.submit(ask, 1, 1500)
         time.sleep(0.5)
         start_s = time.monotonic()
-        for process in node.members():
-            process.kill()
+        node.end()  # kills all
         status, said = waiting.result(60)
         assert status == 503 and "rank 1 has given no sign of life" in said and time.monotonic() - start_s < 12
         assert [ask(None) for _ in range(4)] == [expected] * 4 and head.is_healthy()
