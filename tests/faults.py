@@ -200,7 +200,7 @@ def work(server: Server, phase: str) -> list[Future]:
     """Bring the server into a serving phase."""
     if phase == "prefill":
         return [ask(server, rank, 2, "mixtures " * 150) for rank in (0, 1) for _ in range(3)]
-    waiting = {"idle": [], "decode": [0], "round": [0, 1, 0, 1]}[phase]
+    waiting = {"idle": [], "decode": [0, 1], "round": [0, 1, 0, 1]}[phase]
     asked = [ask(server, rank, 400) for rank in waiting]
     time.sleep(1.0 if asked else 0.0)
     return asked
@@ -219,8 +219,8 @@ def strike(matrix: Matrix, session: Server, key: tuple[str, str, str], asked: li
     seconds = await_end(session, END_S)
     read = last_line(session.log)
     if asked:
-        failed = [each.result() for each in asked if each.done() and "Error" in each.result()]
-        read = f"{failed[0] if failed else 'all answered'}; log: {read}"
+        failed = [text for each in asked if "Error" in (text := each.result())]
+        read = f"{len(failed)} of {len(asked)} requests fail{f', {failed[0]}' if failed else ''}; log: {read}"
     if seconds is None:
         read = f"goes on, /health {200 if session.is_healthy() else 'not 200'}; log: {read}"
     matrix.add(key, read, seconds, matrix.left(shared, session) if seconds is not None else "-")
