@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: types help setup demo check test models gpu-test contract clean
+.PHONY: types help setup demo check test models gpu-test faults soak contract clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -11,6 +11,8 @@ DONE := .venv/setup-done
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -f $(STUBS) -c $(STUBS)/constraints.txt
 VLLM := 0.32.0
 WITH := 0.33.0
+ONLY ?=
+REQUESTS ?= 20000
 TORCH := torch==2.13.0+cpu
 
 help: ## list these targets
@@ -21,11 +23,12 @@ setup: $(DONE) ## install vLLM for CPU and this package into .venv (Python 3.11 
 demo: setup ## serve a tiny model on two ranks and compare every answer with stock vLLM
 	@$(BIN)/python examples/demo.py
 
-check: setup ## lint and run the tests that start no engine, within 90 s
+check: setup ## lint, check types and run the tests that start no engine, within 90 s
 	@$(BIN)/ruff check .
+	@$(MAKE) --no-print-directory types
 	@DWDP_NO_ENGINE=1 $(BIN)/pytest -q -n 2 --dist worksteal -m "not engine and not gpu" $(ARGS)
 
-types: setup ## check types: not yet clean, so not part of check
+types: setup ## check types, as check does
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)  # the package as it is installed
 	@cp -rs $(CURDIR)/vllm_dwdp $(TYPES) && cp -rs $(CURDIR)/kernels $(CURDIR)/entrypoints $(TYPES)/vllm_dwdp
 	@cd $(TYPES) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p vllm_dwdp
@@ -38,6 +41,12 @@ models: setup ## compare every family of tests/families.py with stock vLLM and w
 
 gpu-test: ## run what needs CUDA, on one or two GPUs, with the vLLM of PYTHON; writes RECORD
 	DWDP_RECORD=$(RECORD) $(PYTHON) -m pytest -n 3 --dist loadfile -m gpu $(ARGS)
+
+faults: setup ## end and stop every process at every phase; rows go to docs/faults.md: make faults ONLY='kill -9'
+	$(BIN)/python tests/faults.py --only '$(ONLY)'
+
+soak: setup ## many requests with kills in between, on CPU; what grows is said: make soak REQUESTS=20000
+	$(BIN)/python tests/soak.py --requests $(REQUESTS)
 
 contract: export VLLM_TARGET_DEVICE := cpu
 contract: setup ## check that this package finds all that it touches in another vLLM: make contract WITH=0.33.0

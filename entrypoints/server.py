@@ -5,9 +5,7 @@ import http.client
 import json
 import os
 import re
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+
+from vllm_dwdp.channel import free_port
 
 if TYPE_CHECKING:  # from Python 3.11
     from typing import Self
@@ -156,11 +156,3 @@ def session_members(session: int) -> list[psutil.Process]:
             if mine and process.status() != psutil.STATUS_ZOMBIE:
                 members.append(process)
     return members
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface below those that the kernel hands out by itself."""
-    while True:
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port := 20_000 + secrets.randbelow(10_000)))
-            return port

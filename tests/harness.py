@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_dwdp.entrypoints.server import free_port
+from vllm_dwdp.channel import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")  # vLLM takes 8 s to import: once for all ranks
 CONTEXT.set_forkserver_preload(
@@ -21,6 +21,11 @@ ENGINE = dict(
     kv_cache_memory_bytes=64 << 20, distributed_executor_backend="uni", seed=0, disable_log_stats=True,
     skip_tokenizer_init=True,
 )
+ARGUMENTS = [  # of `vllm serve`
+    "--dtype", "float32", "--enforce-eager", "--max-model-len", "1536", "--max-num-seqs", "8",
+    "--hf-overrides", '{"max_position_embeddings": 1536}',
+    "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", str(64 << 20), "--no-enable-prefix-caching",
+]
 START_S = 400.0  # compiled on a GPU
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_dwdp.budget import GIB, LayerSize, Limit, announce, cache_bytes, plan_cache, table
+from vllm_dwdp.budget import GIB, LayerSize, Limit, announce, cache_bytes, describe_cache, plan_cache, table
 from vllm_dwdp.config import Options
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.placement import Placement
@@ -78,15 +78,12 @@ def test_table() -> None:
     ]
 
 
-def test_cache_says_what_it_took(caplog) -> None:
-    """A cache that takes every remote expert says so; a small one has a size; none says nothing."""
-    caplog.set_level("INFO", "vllm.dwdp.budget")
+def test_cache_says_what_it_took() -> None:
+    """A cache that takes every remote expert says so; a small one has a size."""
     tiny = [LayerSize(placement=Placement(num_experts=8, size=2), expert_bytes=[3 << 10])] * 2
-    for nbytes, said in ((8 * (3 << 10), "all 8 remote experts are resident, 0.02 MiB"), (0, None),
+    for nbytes, said in ((8 * (3 << 10), "all 8 remote experts are resident, 0.02 MiB"),
                          (2 * (3 << 10), "0.01 MiB, room for 2 of 8 remote experts")):
-        caplog.clear()
-        plan_cache(tiny, nbytes)
-        assert caplog.messages == ([] if said is None else [f"DWDP cache: {said}"])
+        assert describe_cache(tiny, nbytes) == f"DWDP cache: {said}"
 
 
 def test_announcement() -> None:

@@ -24,6 +24,8 @@ WORKER, QUANTIZATION = "vllm.v1.worker.gpu_worker:Worker.", "vllm.model_executor
 # What is called, and the parameters that are given.
 CALLED = {
     CORE + "EngineCoreProc.__init__": "vllm_config engine_index",
+    CORE + "EngineCoreProc.process_output_sockets": "output_paths",
+    WORKER + "profile": "is_start profile_prefix",
     CONFIG + "ParallelConfig.reconfigure_for_independent_dp_rank": "self",
     CONFIG + "ModelConfig.get_num_experts": "self",
     CONFIG + "CompilationConfig.post_init_cudagraph_sizes": "self",
@@ -54,15 +56,18 @@ CALLED = {
 # Attributes that are read or set, by the class whose body or constructor names them.
 ATTRIBUTES = {
     CONFIG + "VllmConfig": "model_config parallel_config cache_config kernel_config offload_config lora_config "
-                           "speculative_config weight_transfer_config compilation_config load_config additional_config",
+                           "kv_transfer_config speculative_config weight_transfer_config compilation_config load_config additional_config",
     CONFIG + "ParallelConfig": "worker_cls tensor_parallel_size pipeline_parallel_size prefill_context_parallel_size "
                                "decode_context_parallel_size enable_expert_parallel enable_eplb enable_elastic_ep "
                                "use_ubatching enable_fault_tolerance distributed_executor_backend data_parallel_backend data_parallel_size data_parallel_size_local "  # noqa: E501
                                "data_parallel_rank_local data_parallel_index data_parallel_external_lb "
                                "data_parallel_hybrid_lb data_parallel_master_ip data_parallel_master_port "
-                               "_coord_store_port",
+                               "_coord_store_port local_engines_only",
     CONFIG + "ModelConfig": "is_moe model architecture dtype quantization hf_config hf_text_config enforce_eager "
-                            "enable_sleep_mode enable_cumem_allocator",
+                            "enable_sleep_mode enable_cumem_allocator multimodal_config runner_type",
+    CONFIG + "MultiModalConfig": "mm_processor_cache_gb",
+    "vllm.v1.engine.core_client:DPLBAsyncMPClient": "engine_ranks_managed core_engines reqs_in_flight engine_inflight "
+                                                    "outputs_queue lb_engines _abort_requests",
     CONFIG + "CompilationConfig": "cudagraph_mode cudagraph_capture_sizes max_cudagraph_capture_size",
     CONFIG + "CUDAGraphMode": "NONE",
     CONFIG + "CacheConfig": "gpu_memory_utilization kv_cache_memory_bytes",

@@ -54,7 +54,7 @@ def test_nothing_is_wrong_here(models, capsys) -> None:
     printed = json.loads(capsys.readouterr().out)
     assert printed["ok"] and [each["name"] for each in printed["checks"]] == [c.__name__ for c in checks.CHECKS]
     (limits,) = [each["figures"] for each in printed["checks"] if each["name"] == "descriptors"]
-    assert limits["needed"] == NEEDED + 24  # four layers of two tensors, a block a rank; two slots of two with two sides
+    assert limits["needed"] == NEEDED + 20 + 12  # four layers of two tensors, a block a rank; two slots of two; two ranks
 
 
 def test_two_gpus_are_well() -> None:

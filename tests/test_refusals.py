@@ -5,7 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+from vllm.config import KVTransferConfig
+from vllm.config.engram import EngramConfig
 from vllm.engine.arg_utils import EngineArgs
 
 import vllm_dwdp.entrypoints.plugin as plugin
@@ -16,6 +19,7 @@ from vllm_dwdp.integration import checks
 from quantized import quantize
 
 APART = {"data_parallel_size": 1}
+MORIIO = {"kv_connector": "MoRIIOConnector", "kv_role": "kv_both"}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,7 @@ def assert_refused(raised: pytest.ExceptionInfo, *named: str) -> None:
     [
         ({"data_parallel_size": 1}, {}, "--data-parallel-size"),
         ({"data_parallel_size": 13}, {}, "12 experts"),
+        ({}, {"size": 3}, "--dwdp-size 3 differs from --data-parallel-size 2"),
         ({"tensor_parallel_size": 2}, {}, "--tensor-parallel-size 2"),
         ({"pipeline_parallel_size": 2}, {}, "--pipeline-parallel-size 2"),
         ({"enable_expert_parallel": True}, {}, "--enable-expert-parallel"),
@@ -70,6 +75,7 @@ def assert_refused(raised: pytest.ExceptionInfo, *named: str) -> None:
          "--distributed-executor-backend external_launcher"),
         ({"load_format": "sharded_state"}, {}, "--load-format sharded_state"),
         ({"load_format": "ipc_cache"}, {}, "--load-format ipc_cache"),
+        ({"load_format": "modelexpress"}, {}, "--load-format modelexpress"),
         ({"moe_backend": "mega_moe"}, {}, "--moe-backend mega_moe"),
         ({"moe_backend": "deep_gemm_mega_moe"}, {}, "--moe-backend deep_gemm_mega_moe"),
         ({"data_parallel_external_lb": True, "data_parallel_rank": 0}, {}, "--dwdp-rendezvous"),
@@ -146,6 +152,36 @@ def test_settings_of_other_platforms(configure, monkeypatch, part: str, field: s
     assert_refused(raised, named)
 
 
+@pytest.mark.parametrize(
+    "connector",
+    [MORIIO, MORIIO | {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": [MORIIO]}}],
+    ids=["alone", "inside"],
+)
+def test_a_connector_that_numbers_ports_by_rank(configure, monkeypatch, connector: dict) -> None:
+    """Is refused where one command has the ranks, and served where each has its own ports."""
+    made = configure()
+    options = config.parse(made.additional_config)
+    monkeypatch.setattr(made, "kv_transfer_config", KVTransferConfig(**connector))
+    with pytest.raises(DWDPError) as raised:
+        checks.refuse_unsupported(made, options)
+    assert_refused(raised, "MoRIIOConnector", "--dwdp-rank")
+    monkeypatch.setattr(made.parallel_config, "data_parallel_size", 1)
+    checks.refuse_unsupported(made, msgspec.structs.replace(options, rank=0, rendezvous="127.0.0.1:1"))
+
+
+@pytest.mark.parametrize("shared", ["dp_shared_memory", "embedding_across_dp"])
+def test_tables_that_ranks_share(configure, monkeypatch, shared: str) -> None:
+    """An Engram table of the group's is refused, one of the rank's own is not."""
+    made, engram = configure(), EngramConfig(cpu_offload=True, dp_shared_memory=False)
+    monkeypatch.setattr(made, "engram_config", engram)
+    options = config.parse(made.additional_config)
+    checks.refuse_unsupported(made, options)
+    monkeypatch.setattr(engram, shared, True)
+    with pytest.raises(DWDPError) as raised:
+        checks.refuse_unsupported(made, options)
+    assert_refused(raised, shared)
+
+
 @pytest.mark.parametrize("draft", ["moe", "dense", "ngram"])
 def test_speculation(configure, models, dense: str, draft: str) -> None:
     """Draft models pass, with experts of their own or without, as does ngram, which has no model."""
@@ -161,6 +197,8 @@ def test_speculation(configure, models, dense: str, draft: str) -> None:
         ({}, {}),
         ({"data_parallel_external_lb": True, "data_parallel_rank": 1}, {"rendezvous": "127.0.0.1:1"}),
         (APART, {"size": 2, "rank": 0, "rendezvous": "127.0.0.1:1"}),
+        ({}, {"size": 2}),
+        ({"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"}}, {}),
         ({"data_parallel_size": 12}, {"experts_per_rank": 1}),
         ({}, {"experts_per_rank": 12}),
     ],

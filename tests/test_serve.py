@@ -14,19 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from vllm_dwdp.channel import free_port
 from vllm_dwdp.entrypoints import server
-from vllm_dwdp.entrypoints.server import QUIT_S, free_port
+from vllm_dwdp.entrypoints.server import QUIT_S
 
 from conftest import ROOT
-from harness import await_that
+from harness import ARGUMENTS, await_that
 
 pytestmark = pytest.mark.engine
-
-ARGUMENTS = [
-    "--dtype", "float32", "--enforce-eager", "--max-model-len", "1536", "--max-num-seqs", "8",
-    "--hf-overrides", '{"max_position_embeddings": 1536}',
-    "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", str(64 << 20), "--no-enable-prefix-caching",
-]
 
 
 class Server(server.Server):

@@ -3,6 +3,7 @@
 The same bodies run over shared memory here and, marked `gpu`, over CUDA memory with ranks dealt out to the GPUs.
 """
 
+import os
 import signal
 import socket
 import traceback
@@ -10,6 +11,8 @@ import traceback
 import pytest
 import torch
 
+from vllm_dwdp.budget import LayerSize
+from vllm_dwdp.descriptors import needed
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.exchange import exchange, replicate
 from vllm_dwdp.experts import ExpertLayer
@@ -116,6 +119,30 @@ def check_views(rank: int, size: int, port: int, kind: str, **shape) -> None:
     assert shards.device.allocated_bytes == 0
 
 
+def check_descriptors(rank: int, size: int, port: int, kind: str, **shape) -> None:
+    """The most that are open after any call that opens one, beside those from before, against what was foretold."""
+    counts, before = [], len(os.listdir("/proc/self/fd"))
+    device = make_device(kind, rank)
+
+    def counted(call):
+        def count(*args, **kwargs):
+            made = call(*args, **kwargs)
+            counts.append(len(os.listdir("/proc/self/fd")) - before)
+            return made
+
+        return count
+
+    for name in ("allocate", "export", "adopt"):
+        setattr(type(device), name, counted(getattr(type(device), name)))
+    shards = Shards(rank, size, port, kind, **shape)
+    placement = shards.layers[0].tensors[0].spec.layout.placement
+    layers = [LayerSize(placement=placement, expert_bytes=[4 * n for n in shape["rows"].values()])] * len(shards.layers)
+    residents = [shape.get("residents", 0)] * len(layers)
+    foretold = needed(layers, rank, residents, slots=2, page_bytes=device.page_bytes, kept=device.keeps_descriptors)
+    assert 0.85 * foretold < max(counts) <= foretold, (max(counts), foretold)
+    shards.close()
+
+
 def check_replicas(rank: int, size: int, port: int, kind: str) -> None:
     group = Group.connect(rank=rank, size=size, address=("127.0.0.1", port), secret=b"", timeout_s=60)
     placement = Placement(num_experts=7, size=size)
@@ -188,6 +215,19 @@ def test_views_are_exact(kind: str, size: int, shape: dict) -> None:
     if kind == "cuda":  # pages of 2 MiB: the same layouts 512 times as large
         shape = shape | {"rows": {name: 512 * row + 13 for name, row in shape["rows"].items()}}
     run(check_views, size, kind, **shape)
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        (2, {"num_experts": 8, "rows": {"w13": 4096, "w2": 1024}, "num_layers": 24}),
+        (3, {"num_experts": 10, "rows": {"w13": 1500, "w2": 700}, "residents": 2, "num_layers": 12}),
+    ],
+    ids=["pages", "residents"],
+)
+def test_descriptors_are_foretold(size: int, shape: dict) -> None:
+    """A rank never has more open than `needed` says, and hardly fewer: it asks for no limit that it can do without."""
+    run(check_descriptors, size, "host", **shape)
 
 
 def check_graphs(rank: int, size: int, port: int, kind: str, pieces: int, **shape) -> None:

@@ -157,6 +157,8 @@ def agree(loaded: Loaded, means: Means) -> Agreed:
     sizes = [layer.size for layer in loaded.layers]
     cache = min(group.gather("cache", budget.cache_bytes(sizes, device, options, means.limit)))
     residents = budget.plan_cache(sizes, cache)
+    if cache:
+        logger.info(budget.describe_cache(sizes, cache))
     described = [layer.manifest(count) for layer, count in zip(loaded.layers, residents, strict=True)]
     agree_on(group, "manifest", Manifest(page_bytes=device.page_bytes, layers=described))
     agree_where_common(group, "weights", loaded.samples)

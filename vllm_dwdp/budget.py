@@ -1,7 +1,6 @@
 """Budget: what slots and cache take beside the shard, and what there is for them. Refuses what cannot fit."""
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,6 @@ from vllm_dwdp.placement import Placement, spread_residents
 if TYPE_CHECKING:  # its module imports torch, which nothing here needs
     from vllm_dwdp.kernels.device import Device
 
-logger = logging.getLogger("vllm.dwdp.budget")
 GIB = 2**30
 
 
@@ -82,16 +80,15 @@ def cache_bytes(layers: Sequence[LayerSize], device: "Device", options: Options,
 
 def plan_cache(layers: Sequence[LayerSize], nbytes: int) -> list[int]:
     """How many experts are resident in each layer, for `nbytes`."""
-    residents = spread_residents(nbytes // max(sum(layer.expert_bytes) for layer in layers), len(layers))
-    is_full = all(count >= layer.remote_experts for count, layer in zip(residents, layers, strict=True))
-    remote = sum(layer.remote_experts for layer in layers)
-    if is_full:
-        logger.info("DWDP cache: all %d remote experts are resident, %s", remote, size_text(nbytes))
-    elif nbytes:
-        logger.info(
-            "DWDP cache: %s, room for %d of %d remote experts", size_text(nbytes), sum(residents), remote,
-        )
-    return residents
+    return spread_residents(nbytes // max(sum(layer.expert_bytes) for layer in layers), len(layers))
+
+
+def describe_cache(layers: Sequence[LayerSize], nbytes: int) -> str:
+    """What `nbytes` of cache hold, in one line."""
+    room = sum(plan_cache(layers, nbytes))
+    if room >= (remote := sum(layer.remote_experts for layer in layers)):
+        return f"DWDP cache: all {remote} remote experts are resident, {size_text(nbytes)}"
+    return f"DWDP cache: {size_text(nbytes)}, room for {room} of {remote} remote experts"
 
 
 def announce(

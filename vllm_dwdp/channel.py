@@ -210,3 +210,11 @@ def _read(connection: socket.socket, nbytes: int) -> bytes:
 
 def _sign(secret: bytes, role: bytes, server_nonce: bytes, client_nonce: bytes) -> bytes:
     return hmac.digest(secret, role + server_nonce + client_nonce, hashlib.sha256)
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface below those that the kernel hands out by itself."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port := 20_000 + secrets.randbelow(10_000)))
+            return port

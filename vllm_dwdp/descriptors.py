@@ -10,25 +10,45 @@ from vllm_dwdp.budget import LayerSize
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.layout import Layout
 
-OTHERS = 64  # sockets, libraries and logs that are opened later
+OTHERS = 64  # libraries and logs that are opened later
+PER_PEER = 6  # its inbox, sockets to it and from it while memory is handed over, the rendezvous
 
 
-def provide(layers: Sequence[LayerSize], rank: int, residents: Sequence[int], *, page_bytes: int, kept: bool) -> None:
-    """Raise this process's limit to what memory handles need, where it is lower and may be raised.
+def needed(
+    layers: Sequence[LayerSize], rank: int, residents: Sequence[int], *, slots: int, page_bytes: int, kept: bool
+) -> int:
+    """Descriptors that `rank` has open at most for experts' memory, and for its peers.
 
-    With `kept` a block holds a descriptor as long as it lives, else while it is handed over, a layer at a time.
-    Raises DWDPError naming the number needed.
+    A layer's are handed to all peers at once, and come from one. With `kept` a block of memory holds one for life: of
+    the shard, of its peers' shards, of residents and slots.
     """
-    by_layer = []
+    ranks, blocks, handed, sides = range(layers[0].placement.size), 0, 0, 0
     for layer, count in zip(layers, residents, strict=True):
         layouts = [
             Layout(placement=layer.placement, expert_bytes=nbytes, page_bytes=page_bytes, residents=count)
-            for nbytes in layer.expert_bytes if nbytes
+            for nbytes in layer.expert_bytes
         ]
-        # Slots are at most two blocks a tensor, residents two more.
-        by_layer.append(sum(4 + sum(len(each.segments(r)) for r in range(layer.placement.size)) for each in layouts))
-    need = (sum(by_layer) if kept else 0) + 2 * max(by_layer) + OTHERS
-    need += len(os.listdir("/proc/self/fd"))
+        shards = [sum(len(layout.segments(each)) for layout in layouts) for each in ranks]
+        blocks += sum(shards) + sum(_residents(layout, rank) for layout in layouts)
+        handed = max(handed, len(ranks[1:]) * shards[rank] + max(shards))
+        sides = max(sides, sum(bool(pages) for layout in layouts for pages in layout.missing(rank)))
+    peers = PER_PEER * len(ranks)
+    if not kept:
+        return handed + peers
+    return blocks + max(handed, min(slots, len(layers)) * sides) + peers
+
+
+def _residents(layout: Layout, rank: int) -> int:
+    held, owned = layout.held_pages(rank), layout.owned_pages(rank)
+    return (held.start < owned.start) + (held.stop > owned.stop)
+
+
+def provide(number: int, rank: int) -> None:
+    """Raise this process's limit, where it is lower and may be raised, so that `number` more can be open.
+
+    Raises DWDPError naming the number needed.
+    """
+    need = number + OTHERS + len(os.listdir("/proc/self/fd"))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft in (resource.RLIM_INFINITY, -1) or soft >= need:
         return

@@ -18,6 +18,7 @@ from vllm_dwdp.errors import DWDPError
 logger = logging.getLogger("vllm.dwdp.launcher")
 LAUNCHER = "DWDP_LAUNCHER"  # an environment variable, which children inherit: the launcher's process id and a secret
 _FOLLOWS = "dwdp-parent"
+_MOST = 1000  # characters of a reason
 _QUIT_S = 5.0  # for a clean end, before the process is cut off
 
 
@@ -54,7 +55,8 @@ def tell(error: BaseException) -> None:
     if secret and launcher() != os.getpid():
         with contextlib.suppress(OSError, DWDPError):
             channel = Channel.connect(private(secret.encode(), b"launcher"), secret.encode(), _QUIT_S)
-            channel.send(" ".join(str(error).split()).encode())
+            kind = "" if isinstance(error, DWDPError) else f"{type(error).__name__}: "
+            channel.send(" ".join(f"{kind}{error}".split())[:_MOST].encode())
             channel.recv()
             channel.close()
 

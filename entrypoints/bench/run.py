@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from vllm_dwdp.channel import free_port
 from vllm_dwdp.entrypoints.bench.checks import refuse_impossible
 from vllm_dwdp.entrypoints.bench.comparison import Comparison
 from vllm_dwdp.entrypoints.bench.engines import EngineFailure, Engines
@@ -16,7 +17,6 @@ from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, visible_
 from vllm_dwdp.entrypoints.bench.origin import cuda_devices, origin, query_gpus
 from vllm_dwdp.entrypoints.bench.rank import Held
 from vllm_dwdp.entrypoints.bench.report import FORMATS, POINTS, UNITS, Reading, chart, less, reading, summarize, table, total
-from vllm_dwdp.entrypoints.server import free_port
 
 WARMUP_STEPS = 2
 RELEASE_S = 20.0

@@ -5,13 +5,12 @@ from typing import Literal
 
 import msgspec
 
-from vllm_dwdp.budget import GIB
+from vllm_dwdp.budget import GIB, LayerSize
 from vllm_dwdp.config import Options
+from vllm_dwdp.descriptors import needed
 from vllm_dwdp.entrypoints.doctor.facts import SHM, Facts
 from vllm_dwdp.entrypoints.plan import memory as plan
-from vllm_dwdp.entrypoints.plan.model import Model
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.layout import Layout
 from vllm_dwdp.placement import Placement
 
 # Descriptors beside experts' memory: a rank offline on CPU has 75; a server has its sockets, CUDA its driver.
@@ -160,28 +159,18 @@ def handles(facts: Facts) -> Verdict:
 def descriptors(facts: Facts) -> Verdict:
     need, whom = OWN_DESCRIPTORS, "a rank"
     if facts.model and (placement := placed(facts)):
-        need, whom = need + block_descriptors(facts.model, placement, facts.is_cpu), f"a rank of {facts.model.name}"
+        layers = [LayerSize(placement=placement, expert_bytes=facts.model.expert_bytes)] * facts.model.num_moe_layers
+        page_bytes, empty = mmap.PAGESIZE if facts.is_cpu else plan.PAGE_BYTES, [0] * len(layers)
+        need += max(
+            needed(layers, rank, empty, slots=Options().slots, page_bytes=page_bytes, kept=facts.is_cpu)
+            for rank in range(facts.size)
+        )
+        whom = f"a rank of {facts.model.name}"
     figures = dict(limit=facts.descriptors, needed=need)
     if 0 <= facts.descriptors < need:
         return fail(f"{facts.descriptors} open files are allowed, {whom} needs {need}",
                     f"run `ulimit -n {max(need, 65536)}` before, or raise LimitNOFILE or a container's nofile", **figures)
     return ok(f"{facts.descriptors} open files are allowed, {whom} needs {need}", **figures)
-
-
-def block_descriptors(model: Model, placement: Placement, is_cpu: bool) -> int:
-    """Descriptors of experts' memory that the busiest rank has open at once.
-
-    On CPU a block has one for life: of the shard, of its peers' shards, of slots. On CUDA those of one layer are open
-    while they are handed over, to every peer and from one.
-    """
-    page_bytes = mmap.PAGESIZE if is_cpu else plan.PAGE_BYTES
-    counts = [0] * placement.size
-    for nbytes in model.expert_bytes:
-        layout = Layout(placement=placement, expert_bytes=nbytes, page_bytes=page_bytes)
-        counts = [count + len(layout.segments(rank)) for rank, count in enumerate(counts)]
-    if not is_cpu:
-        return placement.size * max(counts)
-    return model.num_moe_layers * sum(counts) + 2 * Options().slots * len(model.expert_bytes)
 
 
 def shared_memory(facts: Facts) -> Verdict:

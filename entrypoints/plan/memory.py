@@ -31,7 +31,7 @@ def dwdp(model: Model, placement: Placement, *, slots: int, cache_gib: float, to
     """Whole pages, as the layout cuts them; `cache_gib` is spent evenly over the layers."""
     layers = [LayerSize(placement=placement, expert_bytes=model.expert_bytes)] * model.num_moe_layers
     wanted = min(int(cache_gib * GIB), sum(layer.remote_bytes for layer in layers))
-    counts = plan_cache(layers, wanted, "even", PAGE_BYTES).residents
+    counts = plan_cache(layers, wanted)
     each = {count: pages(model, placement, count) for count in set(counts)}
     shard = sum(each[count][0] for count in counts)
     residents = sum(each[count][1] for count in counts) - shard

@@ -1,7 +1,7 @@
 """Checks: what DWDP does not work with, said in one line before anything is loaded."""
 
 from vllm import envs
-from vllm.config import VllmConfig
+from vllm.config import KVTransferConfig, VllmConfig
 
 from vllm_dwdp.config import Options
 from vllm_dwdp.errors import DWDPError
@@ -14,7 +14,7 @@ BYPASSING_BACKENDS = ("mega_moe", "moe_ep", "moonep")
 # Models whose own kernels read a RoutedExperts' weights without calling it.
 READ_EXPERTS = ("FlintForCausalLM",)
 # Load formats that copy tensors as they were saved, past the loaders that keep a rank's share.
-WHOLE_TENSORS = ("ipc_cache", "runai_streamer_sharded", "sharded_state", "tensorizer")
+WHOLE_TENSORS = ("ipc_cache", "modelexpress", "runai_streamer_sharded", "sharded_state", "tensorizer")
 # The workers that DWDP's extends, and its own, which a config may have from before.
 WORKERS = (
     "vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker", "vllm_dwdp.integration.worker.DWDPWorker",
@@ -43,9 +43,15 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
         raise DWDPError(f"{name} has no MoE layers: there are no experts to stream; drop --parallel dwdp")
     if options.size is None or options.size < 2:
         raise DWDPError("--parallel dwdp needs at least two ranks: set --data-parallel-size to 2 or more")
+    if parallel.data_parallel_size not in (1, options.size):
+        raise DWDPError(
+            f"--dwdp-size {options.size} differs from --data-parallel-size {parallel.data_parallel_size}: the group is "
+            f"vLLM's data-parallel ranks; drop --dwdp-size, which is for ranks that vLLM does not count"
+        )
     if model.get_num_experts() > 0:
         Placement(num_experts=model.get_num_experts(), size=options.size, experts_per_rank=options.experts_per_rank)
     offload, load = vllm_config.offload_config, vllm_config.load_config
+    engram = getattr(vllm_config, "engram_config", None)
     for refused, reason in (
         (parallel.tensor_parallel_size > 1,
          f"--tensor-parallel-size {parallel.tensor_parallel_size}: a DWDP rank is one GPU; set it to 1"),
@@ -86,6 +92,12 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
          "weight offloading: expert weights already come from peers; drop the offload options"),
         (any(part in str(vllm_config.kernel_config.moe_backend) for part in BYPASSING_BACKENDS),
          f"--moe-backend {vllm_config.kernel_config.moe_backend}: it bypasses RoutedExperts; use auto or triton"),
+        (parallel.data_parallel_size > 1 and "MoRIIOConnector" in _connectors(vllm_config.kv_transfer_config),
+         "--kv-transfer-config with MoRIIOConnector: it numbers ports by a data-parallel rank, which is 0 in every "
+         "independent engine; start each rank with --dwdp-size and --dwdp-rank, and ports of its own"),
+        (engram is not None and (engram.dp_shared_memory or engram.embedding_across_dp),
+         "an Engram table that data-parallel ranks share (dp_shared_memory, embedding_across_dp): each rank is an "
+         "engine of its own; set both to false in --engram-config"),
         (model.architecture in READ_EXPERTS,
          f"{model.architecture}: its decode kernels read experts past the layer that waits for them; drop it"),
     ):
@@ -98,6 +110,14 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
         )
     if parallel.data_parallel_size == 1 and options.rank is None:
         raise DWDPError("an engine started as one rank of a DWDP group must be told which: set rank beside size")
+
+
+def _connectors(transfer: KVTransferConfig | None) -> set[str | None]:
+    """The names of a KV transfer's connector and of those inside it."""
+    if transfer is None:
+        return set()
+    inside = transfer.kv_connector_extra_config.get("connectors", [])
+    return {transfer.kv_connector, *(each.get("kv_connector") for each in inside)}
 
 
 def _ranks_start_apart(parallel) -> bool:

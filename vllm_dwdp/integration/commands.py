@@ -2,12 +2,12 @@
 
 import functools
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from vllm_dwdp import config, launcher
+from vllm_dwdp.channel import free_port
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import hooks, joining
 from vllm_dwdp.launcher import Reasons
@@ -58,15 +58,13 @@ def _supervise(original: Callable) -> Callable:
     @functools.wraps(original)
     async def run(self: Any) -> None:
         args = self.args
-        if not config.is_on(args.additional_config):
+        options = config.parse(args.additional_config)
+        if options is None:
             return await original(self)
         reasons = lead()
-        options = config.parse(args.additional_config)
         if options.rendezvous is None and args.data_parallel_size_local == args.data_parallel_size:
             joining.give_token()
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                there = {"rendezvous": f"127.0.0.1:{probe.getsockname()[1]}"}
+            there = {"rendezvous": f"127.0.0.1:{free_port()}"}
             args.additional_config = args.additional_config | {config.KEY: args.additional_config[config.KEY] | there}
         await original(self)
         _raise_first(reasons)

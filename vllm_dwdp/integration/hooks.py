@@ -81,6 +81,7 @@ class Hook:
 
 
 _ARGUMENTS, _CORE, _UTILS = "vllm.engine.arg_utils", "vllm.v1.engine.core", "vllm.v1.engine.utils"
+_CLIENT = "vllm.v1.engine.core_client"
 _GPT_OSS = "vllm.model_executor.models.gpt_oss"
 
 ADD_CLI_ARGS = Hook(_ARGUMENTS, "EngineArgs.add_cli_args", ("parser",))
@@ -95,7 +96,11 @@ RUN_COORDINATOR = Hook("vllm.v1.engine.coordinator", "DPCoordinatorProc.run_coor
 RUN_HEADLESS = Hook("vllm.entrypoints.cli.serve", "run_headless", ("args",))
 SUPERVISE = Hook("vllm.entrypoints.launchers.dp_supervisor", "DPSupervisor.run", ("self",))
 START_HANDSHAKE = Hook(_CORE, "EngineCoreProc.startup_handshake", ("local_client",))
-SYNC_CLIENT = Hook("vllm.v1.engine.core_client", "SyncMPClient.__init__", ("vllm_config",))
+SYNC_CLIENT = Hook(_CLIENT, "SyncMPClient.__init__", ("vllm_config",))
+CHOOSE_ENGINE = Hook(_CLIENT, "DPLBAsyncMPClient.get_core_engine_for_request", ("self", "request"))
+ENGINE_OUTPUTS = Hook(_CLIENT, "DPLBAsyncMPClient.process_engine_outputs", ("self", "outputs"))
+CALL_UTILITY = Hook(_CLIENT, "AsyncMPClient._call_utility_async", ("self", "method", "engine"))
+GENERATE = Hook("vllm.v1.engine.async_llm", "AsyncLLM.generate", ("self",))
 WORKER_LOOP = Hook("vllm.v1.executor.multiproc_executor", "WorkerProc.worker_busy_loop", ("self",))
 CHOOSE_GRAPH = Hook("vllm.v1.worker.gpu.model_runner", "dispatch_cg_and_sync_dp", ("num_reqs", "num_tokens", "need_eager"))
 BUILD_EXPERTS = Hook(

@@ -36,7 +36,7 @@ def give_token() -> None:
     os.environ[TOKEN] = secrets.token_hex(32)
 
 
-def connect(vllm_config: VllmConfig, options: config.Options, rank: int) -> Group:
+def connect(vllm_config: VllmConfig, options: config.Options, rank: int, size: int) -> Group:
     """Join the group: at `rendezvous` if given, else where the launcher's secret says, else at vLLM's DP master."""
     parallel, secret = vllm_config.parallel_config, os.environ.get(TOKEN, "").encode()
     address: Address
@@ -54,7 +54,7 @@ def connect(vllm_config: VllmConfig, options: config.Options, rank: int) -> Grou
             "the start and pose as a rank; give all ranks the same random one", rank, TOKEN, name(address),
         )
     return Group.connect(
-        rank=rank, size=options.size, address=address, secret=secret, timeout_s=options.startup_timeout_s,
+        rank=rank, size=size, address=address, secret=secret, timeout_s=options.startup_timeout_s,
         until_s=vllm_gives_up_at(parallel),
     )
 
@@ -75,22 +75,22 @@ def meet(group: Group, vllm_config: VllmConfig, options: config.Options, device:
 
     Raises DWDPError on every rank, naming what differs.
     """
-    mine = introduce(vllm_config, options, group.rank, device)
+    mine = introduce(vllm_config, options, group, device)
     everyone = agree(group, "hello", mine, own=Hello.OWN)
     choose_handles(device, everyone)
     warn_of_hidden_peers(device, mine, everyone)
     agree_on_checkpoint(group, vllm_config)
 
 
-def introduce(vllm_config: VllmConfig, options: config.Options, rank: int, device: Device) -> Hello:
+def introduce(vllm_config: VllmConfig, options: config.Options, group: Group, device: Device) -> Hello:
     model = vllm_config.model_config
     said = json.loads(model.hf_config.to_json_string()) | {
         "dtype": str(model.dtype), "quantization": str(model.quantization),
         "load_format": str(vllm_config.load_config.load_format),
     }
     return Hello(
-        rank=rank,
-        size=options.size,
+        rank=group.rank,
+        size=group.size,
         plugin=vllm_dwdp.__version__,
         vllm=vllm.__version__,
         model=said,

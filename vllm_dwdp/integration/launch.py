@@ -20,7 +20,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from vllm_dwdp import config, launcher
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.integration import checks, graphs, hooks, joining
+from vllm_dwdp.integration import checks, graphs, hooks, joining, remote
 from vllm_dwdp.rendezvous import REPORT_S
 
 logger = init_logger("vllm.dwdp.launch")
@@ -52,6 +52,7 @@ def prepare(vllm_config: VllmConfig) -> None:
     if options.rendezvous is None and not checks.is_offline_rank(parallel):
         joining.give_token()
     install()
+    remote.install(vllm_config)
 
 
 def install() -> None:
@@ -117,14 +118,29 @@ def _without_waves(original: Callable) -> Callable:
     return init
 
 
+def make_independent(vllm_config: VllmConfig) -> int:
+    """Tell an engine that it has no peers. Returns its rank; docs/operate.md lists who asks for size and rank."""
+    parallel, multimodal = vllm_config.parallel_config, vllm_config.model_config.multimodal_config
+    if multimodal is not None and parallel.data_parallel_size > 1 and not parallel.data_parallel_external_lb:
+        multimodal.mm_processor_cache_gb = 0  # its front end sees several ranks, and keeps the cache to itself
+    on_this_host = parallel.data_parallel_size_local
+    parallel.reconfigure_for_independent_dp_rank()
+    parallel.data_parallel_size_local = on_this_host  # by it threads are shared out
+    return parallel.data_parallel_index
+
+
 class IndependentEngineCore(core.EngineCoreProc):
     """The engine of one DWDP rank: stands in for vLLM's DPEngineCoreProc, and has no peers as far as vLLM knows."""
 
     def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any):
-        rank = vllm_config.parallel_config.data_parallel_index
-        vllm_config.parallel_config.reconfigure_for_independent_dp_rank()
+        rank = make_independent(vllm_config)
         super().__init__(*args, vllm_config=vllm_config, engine_index=rank, **kwargs)
         self._active_s = 0.0  # when this engine last had work or helped
+
+    def process_output_sockets(self, output_paths: list[str], *args: Any, **kwargs: Any) -> None:
+        if any(path.startswith("tcp:") for path in output_paths):  # a front end on another node cannot see this process
+            remote.beat(self.output_queue, len(output_paths))
+        super().process_output_sockets(output_paths, *args, **kwargs)
 
     def _process_input_queue(self) -> None:
         if self.has_work():
@@ -211,6 +227,6 @@ def run_engine_core(*args: Any, **kwargs: Any) -> None:
     try:
         with hooks.LOCKSTEP_ENGINE.during(lambda _: IndependentEngineCore), hooks.START_HANDSHAKE.during(bounded):
             _run_engine_core(*args, **kwargs)
-    except DWDPError as error:
+    except Exception as error:  # vLLM's own too: its launcher says no more than that there was one
         launcher.tell(error)
         raise

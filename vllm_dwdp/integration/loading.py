@@ -18,7 +18,7 @@ from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.experts import ExpertLayer
 from vllm_dwdp.integration import hooks
 from vllm_dwdp.kernels.device import Device
-from vllm_dwdp.placement import Placement, spread_residents
+from vllm_dwdp.placement import Placement
 
 Shards = dict[RoutedExperts, Placement]  # a model's expert layers, in the order in which they were built
 
@@ -179,6 +179,12 @@ def _rows(layer: RoutedExperts, num_owned: int) -> dict[str, torch.nn.Parameter]
     }
 
 
+def _streamed(rows: dict[str, torch.nn.Parameter]) -> tuple[str, ...]:
+    """The names of those that are large; the others are replicated."""
+    row_bytes = {name: p[0].numel() * p.element_size() for name, p in rows.items()}
+    return tuple(name for name, nbytes in row_bytes.items() if nbytes > SMALL * max(row_bytes.values()))
+
+
 def describe(layer: RoutedExperts, placement: Placement, rank: int, *, is_draft: bool = False) -> ExpertLayer:
     """The record of a loaded layer.
 
@@ -191,8 +197,7 @@ def describe(layer: RoutedExperts, placement: Placement, rank: int, *, is_draft:
                 f"expert, which DWDP does not stream; use a checkpoint with dynamic activation scales"
             )
     rows = _rows(layer, len(placement.owned(rank)))
-    row_bytes = {name: p[0].numel() * p.element_size() for name, p in rows.items()}
-    streamed = [name for name, nbytes in row_bytes.items() if nbytes > SMALL * max(row_bytes.values())]
+    streamed = _streamed(rows)
     for name, p in rows.items():
         span = 1 + sum((n - 1) * stride for n, stride in zip(p.shape[1:], p.stride()[1:], strict=True))
         is_dense = p.stride(0) == p[0].numel() == span and p.untyped_storage().nbytes() >= p.nbytes
@@ -202,7 +207,7 @@ def describe(layer: RoutedExperts, placement: Placement, rank: int, *, is_draft:
                 f"expert's values do not lie together, which DWDP cannot stream; choose another --moe-backend"
             )
     return ExpertLayer(
-        name=layer.layer_name, module=layer, placement=placement, is_draft=is_draft, streamed=tuple(streamed),
+        name=layer.layer_name, module=layer, placement=placement, is_draft=is_draft, streamed=streamed,
         has_agreed_scales=bool(_static_scales(layer)),
         replicated=tuple(name for name in rows if name not in streamed),
         sources={name: StorageWeakRef(p.untyped_storage()) for name, p in rows.items() if p.numel()},
@@ -221,13 +226,15 @@ def refuse_oversize(shards: Shards, rank: int, device: Device, options: Options,
         sizes = [
             ExpertLayer(
                 name=layer.layer_name, module=layer, placement=placement, replicated=(),
-                streamed=tuple(_rows(layer, len(placement.owned(rank)))),
+                streamed=_streamed(_rows(layer, len(placement.owned(rank)))),
             ).size
             for layer, placement in shards.items()
         ]
         cache = budget.cache_bytes(sizes, device, options, limit)
-        residents = spread_residents(cache // max(sum(size.expert_bytes) for size in sizes), len(sizes))
-        descriptors.provide(sizes, rank, residents, page_bytes=device.page_bytes, kept=device.keeps_descriptors)
+        residents = budget.plan_cache(sizes, cache)
+        descriptors.provide(descriptors.needed(
+            sizes, rank, residents, slots=options.slots, page_bytes=device.page_bytes, kept=device.keeps_descriptors,
+        ), rank)
 
 
 def samples(model: torch.nn.Module, shards: Shards, rank: int) -> dict[str, str]:

@@ -32,13 +32,13 @@ HELP_S = 0.01  # between looks whether a large step has ended on the device
 
 
 def _telling(method: Callable) -> Callable:
-    """An error of ours is told to the launcher: an executor in another process passes on less."""
+    """An error is told to the launcher: an executor in another process passes on less."""
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return method(*args, **kwargs)
-        except DWDPError as error:
+        except Exception as error:
             launcher.tell(error)
             raise
 
@@ -60,9 +60,9 @@ class DWDPWorker(PlatformWorker):
         """
         if launcher.launcher() != os.getpid():  # else this is a person's own process, with the engine inside
             launcher.follow_parent()
-        options, rank = membership(self.vllm_config)
+        options, rank, size = membership(self.vllm_config)
         device = make_device(self.device)
-        self._group = group = joining.connect(self.vllm_config, options, rank)
+        self._group = group = joining.connect(self.vllm_config, options, rank, size)
         with group.reporting(), descriptors.named():
             joining.meet(group, self.vllm_config, options, device)
             cache = self.vllm_config.cache_config
@@ -70,7 +70,7 @@ class DWDPWorker(PlatformWorker):
                 gpu_memory_utilization=cache.gpu_memory_utilization, kv_cache_memory_bytes=cache.kv_cache_memory_bytes
             )
             with loading.sharded(
-                rank, options.size, options.experts_per_rank,
+                rank, size, options.experts_per_rank,
                 before_reading=lambda shards: loading.refuse_oversize(shards, rank, device, options, limit),
                 gather=group.gather,
             ) as shards:
@@ -159,6 +159,11 @@ class DWDPWorker(PlatformWorker):
             self._update_metrics()
         return helped
 
+    def profile(self, is_start: bool = True, profile_prefix: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Into files with this rank in their names: for vLLM every rank is rank 0."""
+        own = f"dwdp{self._group.rank}"
+        super().profile(is_start, f"{profile_prefix}_{own}" if profile_prefix else own, *args, **kwargs)
+
     def dwdp_stats(self) -> dict[str, Any]:
         """Memory by kind (bytes), bytes prefetched, forwards by view, exposed wait and copy time (ms), refills."""
         return self.dwdp.stats()
@@ -176,8 +181,8 @@ class DWDPWorker(PlatformWorker):
     save_sharded_state = save_tensorized_model = sleep = wake_up = discard = checkpoint_prepare = add_lora = _refuse
 
 
-def membership(vllm_config: VllmConfig) -> tuple[config.Options, int]:
-    """This engine's options and its rank. Raises DWDPError when vLLM did not start it as an independent rank."""
+def membership(vllm_config: VllmConfig) -> tuple[config.Options, int, int]:
+    """This engine's options, its rank and the group's size. Raises DWDPError when vLLM did not start it as an independent rank."""
     options = config.parse(vllm_config.additional_config)
     parallel = vllm_config.parallel_config
     if options is None or options.size is None:
@@ -190,7 +195,7 @@ def membership(vllm_config: VllmConfig) -> tuple[config.Options, int]:
     rank = parallel.data_parallel_index if options.rank is None else options.rank
     if not rank < options.size:
         raise DWDPError(f"rank={rank} is outside the group of size={options.size}: ranks count from 0")
-    return options, rank
+    return options, rank, options.size
 
 
 def draft_model(runner: Any) -> torch.nn.Module:
