@@ -17,6 +17,7 @@ from test_tokens import Ranks, run
 from vllm_dwdp.kernels.tokens import InboxMap, RoundLayout
 
 E, TOP_K, HIDDEN, WIDTH, LAYERS, REPLAYS = 128, 8, 2048, 768, 12, 40
+GRAPH_ROWS = 512
 
 
 def measure(rank: int, size: int, kind: str, pipes: dict, batches: list[int], out: str) -> None:
@@ -30,7 +31,7 @@ def measure(rank: int, size: int, kind: str, pipes: dict, batches: list[int], ou
     weights = [(torch.randn(E, 2 * WIDTH, HIDDEN, device=device, dtype=torch.bfloat16) * 0.02,
                 torch.randn(E, HIDDEN, WIDTH, device=device, dtype=torch.bfloat16) * 0.1) for _ in range(LAYERS)]
     guarded = torch.arange(-1, E, dtype=torch.int32, device=device)
-    expert_map, number, found = guarded[1:], 0, []
+    expert_map, number = guarded[1:], 0
 
     def everyone() -> None:
         for pipe in pipes.values():
@@ -38,61 +39,66 @@ def measure(rank: int, size: int, kind: str, pipes: dict, batches: list[int], ou
         for pipe in pipes.values():
             pipe.recv()
 
-    with set_current_vllm_config(VllmConfig()):
-        for batch in batches:
-            torch.manual_seed(10 + rank)
-            x = torch.randn(batch, HIDDEN, device=device, dtype=torch.bfloat16)
-            ids = torch.rand(batch, E, device=device).argsort(1)[:, :TOP_K].to(torch.int32).contiguous()
-            scores = torch.full((batch, TOP_K), 1 / TOP_K, device=device)
+    def point(batch: int) -> dict[str, float]:
+        """Times of a layer of `batch` rows a rank; those that vLLM captures have as many places."""
+        nonlocal number
+        places = batch if batch <= GRAPH_ROWS else 0
+        torch.manual_seed(10 + rank)
+        x = torch.randn(batch, HIDDEN, device=device, dtype=torch.bfloat16)
+        ids = torch.rand(batch, E, device=device).argsort(1)[:, :TOP_K].to(torch.int32).contiguous()
+        scores = torch.full((batch, TOP_K), 1 / TOP_K, device=device)
 
-            def local() -> torch.Tensor:
-                for w in weights:
-                    y = fused_experts(x, *w, scores, ids)
-                return y
+        def local() -> torch.Tensor:
+            for w in weights:
+                y = fused_experts(x, *w, scores, ids)
+            return y
 
-            def dispatched(compute: bool = True) -> torch.Tensor:
-                for layer, w in enumerate(weights):
-                    gathered, gathered_scores, gathered_ids = tokens.dispatch(layer, x, scores, ids, batch)
-                    part = gathered
-                    if compute:
-                        part = fused_experts(gathered, *w, gathered_scores, gathered_ids, global_num_experts=E,
-                                             expert_map=expert_map)
-                    y = tokens.combine(layer, part, batch, batch)
-                return y
+        def dispatched(compute: bool = True) -> torch.Tensor:
+            for layer, w in enumerate(weights):
+                gathered, gathered_scores, gathered_ids = tokens.dispatch(layer, x, scores, ids, places)
+                part = gathered
+                if compute:
+                    part = fused_experts(gathered, *w, gathered_scores, gathered_ids, global_num_experts=E,
+                                         expert_map=expert_map)
+                y = tokens.combine(layer, part, batch, places)
+            return y
 
-            row = {"rows": batch, "rank": rank}
+        row = {"rows": batch, "rank": rank}
+        tokens.begin(RoundLayout(number=number, members=(rank,), tokens=(batch,) * size))
+        wanted = local().float()
+        row["error alone"] = float((dispatched().float() - wanted).norm() / wanted.norm())
+        for name, body in (("local", local), ("dispatched", dispatched), ("exchanges", lambda: dispatched(False))):
             tokens.begin(RoundLayout(number=number, members=(rank,), tokens=(batch,) * size))
-            wanted = local().float()
-            row["error alone"] = float((dispatched().float() - wanted).norm() / wanted.norm())
-            for name, body in (("local", local), ("dispatched", dispatched), ("exchanges", lambda: dispatched(False))):
-                tokens.begin(RoundLayout(number=number, members=(rank,), tokens=(batch,) * size))
-                body()
-                torch.cuda.synchronize()
-                stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    y = body()
-                for who in ("alone", "together"):
-                    times = []
-                    for _ in range(REPLAYS):
-                        number += 1
-                        members = tuple(range(size)) if who == "together" else (rank,)
-                        everyone()
-                        with torch.cuda.stream(stream):
-                            tokens.begin(RoundLayout(number=number, members=members, tokens=(batch,) * size))
-                            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                            start.record()
-                            graph.replay()
-                            end.record()
-                        torch.cuda.synchronize()
-                        times.append(start.elapsed_time(end) * 1e3 / LAYERS)
-                    if name != "local" or who == "together":
-                        row[f"{name}, {who}"] = round(statistics.median(times), 1)
-                if name == "dispatched":
-                    row["error"] = float((y.float() - wanted).norm() / wanted.norm())
-                del graph
-            tokens.check()
-            found.append(row)
-            print(json.dumps(row), flush=True)
+            body()
+            torch.cuda.synchronize()
+            stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                y = body()
+            for who in ("alone", "together"):
+                times = []
+                for _ in range(REPLAYS):
+                    number += 1
+                    members = tuple(range(size)) if who == "together" else (rank,)
+                    everyone()
+                    with torch.cuda.stream(stream):
+                        tokens.begin(RoundLayout(number=number, members=members, tokens=(batch,) * size))
+                        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                        start.record()
+                        graph.replay()
+                        end.record()
+                    torch.cuda.synchronize()
+                    times.append(start.elapsed_time(end) * 1e3 / LAYERS)
+                if name != "local" or who == "together":
+                    row[f"{name}, {who}"] = round(statistics.median(times), 1)
+            if name == "dispatched":
+                row["error"] = float((y.float() - wanted).norm() / wanted.norm())
+            del graph
+        tokens.check()
+        print(json.dumps(row), flush=True)
+        return row
+
+    with set_current_vllm_config(VllmConfig()):
+        found = [point(batch) for batch in batches]
     Path(f"{out}.{rank}").write_text(json.dumps(found, indent=1))
 
 

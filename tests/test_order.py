@@ -1,6 +1,7 @@
 """Invariant: a slot is filled after its last reader and read after its fill; the whole order of calls is compared."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 from torch.profiler import profile
@@ -352,7 +353,7 @@ def test_layers_out_of_order_are_not_captured() -> None:
     """A graph of them would leave other layers in the slots than it found."""
     prefetcher, layers, trace = make(4, 2, direct_max_tokens=8)
     trace.graph = []
-    with pytest.raises(DWDPError, match="layer 2 after 0.*--max-cudagraph-capture-size 8"):
+    with pytest.raises(DWDPError, match=r"layer 2 after 0.*--max-cudagraph-capture-size 8"):
         prefetcher.acquire(layers[2], 9)
 
 
@@ -379,7 +380,7 @@ def test_a_forward_keeps_its_view(tokens: int, later: int, in_step: bool) -> Non
     prefetcher, layers, trace = make(4, 2, direct_max_tokens=8)
     if in_step:
         prefetcher.begin_step(tokens, exact=True)
-        with pytest.raises(DWDPError, match="MoE layer 0. has"):
+        with pytest.raises(DWDPError, match=r"MoE layer 0. has"):
             prefetcher.acquire(layers[0], later)
     forward(prefetcher, layers[:3], trace, tokens)
     bound = layers[3].view
@@ -412,6 +413,17 @@ class Injected(Exception):
     pass
 
 
+def forward_that_fails(prefetcher: Prefetcher, places: Iterator[int], part: list[FakeLayer]) -> None:
+    """Fails before or after a layer's kernels, as soon as there are no more `places`."""
+    for layer in part:
+        view = prefetcher.acquire(layer, 100)
+        if next(places, None) is None:
+            raise Injected
+        prefetcher.release(layer, view)
+        if next(places, None) is None:
+            raise Injected
+
+
 @pytest.mark.parametrize("pieces", [1, 2, 3])
 @pytest.mark.parametrize("afterwards", ["eager", "step", "capture"])
 def test_a_capture_that_fails_changes_no_slot(pieces: int, afterwards: str) -> None:
@@ -419,21 +431,11 @@ def test_a_capture_that_fails_changes_no_slot(pieces: int, afterwards: str) -> N
     for fail_at in range(15):
         prefetcher, layers, trace = make(5, 2)
         places = iter(range(fail_at + 1))
-
-        def forward_that_fails(part: list[FakeLayer]) -> None:
-            for layer in part:
-                view = prefetcher.acquire(layer, 100)
-                if next(places, None) is None:
-                    raise Injected
-                prefetcher.release(layer, view)
-                if next(places, None) is None:
-                    raise Injected
-
         with pytest.raises(Injected):
             for piece in range(pieces):
                 prefetcher.before_graph()
                 trace.graph = []
-                forward_that_fails(layers[5 * piece // pieces : 5 * (piece + 1) // pieces])
+                forward_that_fails(prefetcher, places, layers[5 * piece // pieces : 5 * (piece + 1) // pieces])
                 prefetcher.join_graph()
                 trace.graph = None
                 if next(places, None) is None:

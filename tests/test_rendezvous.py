@@ -190,7 +190,7 @@ def test_why_a_peer_cannot_hand_over(kind: str) -> None:
 
     server = PeerServer(Peer(), **{kind: fail})
     client = PeerClient(Peer(), 1, server.address, server.key)
-    with pytest.raises(PeerStopped, match="^rank 1 stopped: too many open files$"):
+    with pytest.raises(PeerStopped, match=r"^rank 1 stopped: too many open files$"):
         if kind == "contents":
             client.read(3)
         with client.fetch(3, 2):
@@ -242,7 +242,7 @@ def test_a_peer_that_ends_without_a_word_is_heard_at_once() -> None:
     host, peer = Group.connect(rank=0, **at), Group.connect(rank=1, **at)
     peer.close()
     start = time.monotonic()
-    with pytest.raises(PeerStopped, match="^rank 1 ended without a word: see its log$"):
+    with pytest.raises(PeerStopped, match=r"^rank 1 ended without a word: see its log$"):
         host.gather("pages", 1)
     assert time.monotonic() - start < 5
     host.close()

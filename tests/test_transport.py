@@ -313,7 +313,7 @@ def test_shared_memory_is_read_only(view: str, expert: int) -> None:
 def test_memory_that_is_not_there_is_refused() -> None:
     """More than the GPU has is refused with the figures, and what was taken before is given back."""
     device = make_device("cuda", 0)
-    with pytest.raises(DWDPError, match="cannot allocate .* MiB .* are free"):
+    with pytest.raises(DWDPError, match=r"cannot allocate .* MiB .* are free"):
         device.allocate(2**50 // device.page_bytes * device.page_bytes)
     assert device.allocated_bytes == 0
 

@@ -204,9 +204,9 @@ class Group:
     def raise_reported(self) -> None:
         """Raises PeerStopped with the reason of a peer that has stopped."""
         for peer in self.peers:
-            if self._client.has(STOPPED.format(peer)):
-                if reason := self._client.get(STOPPED.format(peer)).decode():
-                    raise PeerStopped(reason)
+            key = STOPPED.format(peer)
+            if self._client.has(key) and (reason := self._client.get(key).decode()):
+                raise PeerStopped(reason)
 
     @contextlib.contextmanager
     def _hearing(self) -> Iterator[None]:

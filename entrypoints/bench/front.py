@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from vllm_dwdp.entrypoints.bench.loads import FIGURES
 from vllm_dwdp.entrypoints.bench.report import aligned, color
 
 HEADER = ("in:out:rate:count", "mode", "requests/s", "tokens/s/GPU", "tokens/s/user", "TTFT ms", "TTFT p99", "TPOT ms",
@@ -48,15 +49,13 @@ def summarize(modes: Sequence[str], loads: Sequence[str], measured: Sequence[Mea
         for mode in modes:
             own = [m for m in measured if (m.load, m.mode) == (load, mode)]
             if own:
-                def median(name: str) -> float:
-                    return statistics.median(getattr(m, name) for m in own)
-
-                tpot_ms = median("median_tpot_ms")
+                medians = {name: statistics.median(getattr(m, name) for m in own) for name in FIGURES}
+                tpot_ms = medians["median_tpot_ms"]
                 rows.append(Row(
-                    mode=mode, load=load, requests_per_s=median("request_throughput"),
-                    tokens_per_s_per_gpu=median("total_token_throughput") / num_gpus,
+                    mode=mode, load=load, requests_per_s=medians["request_throughput"],
+                    tokens_per_s_per_gpu=medians["total_token_throughput"] / num_gpus,
                     tokens_per_s_per_user=1e3 / tpot_ms if tpot_ms > 0 else None,
-                    latencies_ms=[median("median_ttft_ms"), median("p99_ttft_ms"), tpot_ms, median("p99_tpot_ms")],
+                    latencies_ms=[medians[name] for name in FIGURES[2:]],
                 ))
     return rows
 
