@@ -17,9 +17,12 @@ from vllm_dwdp.entrypoints.bench.engines import EngineFailure, Engines, last_exc
 from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, visible_devices
 from vllm_dwdp.entrypoints.bench.rank import Held, Ran, make_prompts, prompt_lengths
 from vllm_dwdp.entrypoints.bench.report import GIB, chart, less, reading, summarize, table, total
+from vllm_dwdp.entrypoints.bench.room import too_large, weight_bytes
+from vllm_dwdp.entrypoints.plan.model import parse
 from vllm_dwdp.errors import DWDPError
 
 from harness import await_that, processes_in
+from plan_models import QWEN3
 
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 64, "head_dim": 32,
@@ -132,6 +135,35 @@ def test_modes_start_the_ranks_that_they_are_made_of():
     assert visible_devices("ep", ["4", "5"], 2) == ["4,5", "4,5"] and visible_devices("tp", None, 2) == [None]
     beside = settings("--side-by-side", "--gpu-memory-utilization", "0.9")
     assert abs(sum(map(beside.memory_share, beside.modes)) - 0.9) < 1e-9
+
+
+def test_modes_that_cannot_fit_are_known_from_sizes():
+    """Qwen3-30B-A3B in bf16 on two GPUs of 40 GiB: 2.9 GiB that every rank holds, 54 of experts, half of them a rank."""
+    model = parse("qwen3", QWEN3)
+    found = {
+        mode: round(weight_bytes(settings("--modes", mode), model, mode) / GIB, 1)
+        for mode in ("dwdp", "dwdp+slots=4", "dwdp+cache_gib=10", "ep", "tp", "single")
+    }
+    assert found == {
+        "dwdp": 31.0, "dwdp+slots=4": 32.1, "dwdp+cache_gib=10": 40.6, "ep": 29.9, "tp": 28.4, "single": 56.9
+    }
+    why = too_large(settings("--modes", "dwdp,ep,dwdp+cache_gib=10,single"), model, 40 * GIB)
+    assert set(why) == {"dwdp+cache_gib=10", "single"}
+    assert why["single"].startswith("its weights take 56.9 GiB a GPU, which has 36.0 GiB for them within gpu_memory_util")
+    beside = settings("--modes", "ep", "--engine-args", f'{{"kv_cache_memory_bytes": {11 * GIB}}}')
+    assert "beside a KV cache of 11.0 GiB" in too_large(beside, model, 40 * GIB)["ep"]
+
+
+def test_a_mode_that_cannot_fit_is_not_loaded(pretenders, monkeypatch, capsys):
+    (pretenders / "large").mkdir()
+    (pretenders / "large" / "config.json").write_text(json.dumps(QWEN3))
+    monkeypatch.setattr(bench, "cuda_devices", lambda size: ["0", "1"])
+    monkeypatch.setattr(bench, "query_gpus", lambda fields, devices=None: ["40960", "40960"])
+    asked = ["--input-len", "100", "--num-prompts", "4", "--modes", "single", "--out", "out"]
+    assert cli.main(["bench", "--model", str(pretenders / "large"), *asked]) == 1
+    said = capsys.readouterr().out
+    assert ": load\n" not in said and "single: its weights take 56.9 GiB a GPU" in said
+    assert "its weights take" in json.loads((pretenders / "out" / "bench.json").read_text())["rows"][0]["failed"]
 
 
 def test_decode_has_defaults_of_its_own():

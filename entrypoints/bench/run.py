@@ -17,6 +17,9 @@ from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, visible_
 from vllm_dwdp.entrypoints.bench.origin import cuda_devices, origin, query_gpus
 from vllm_dwdp.entrypoints.bench.rank import Held
 from vllm_dwdp.entrypoints.bench.report import FORMATS, POINTS, UNITS, Reading, chart, less, reading, summarize, table, total
+from vllm_dwdp.entrypoints.bench.room import smallest, too_large
+from vllm_dwdp.entrypoints.plan.model import load
+from vllm_dwdp.errors import DWDPError
 
 WARMUP_STEPS = 2
 RELEASE_S = 20.0
@@ -39,6 +42,19 @@ class Bench(Comparison):
         self.measured: list[Reading] = []
         self.held: dict[tuple[str, int], Held] = {}  # per GPU
         self.failures: dict[tuple[str, int], str] = {}
+        if self.devices is not None:
+            self._leave_out_what_cannot_fit(smallest(query_gpus("memory.total", self.devices)))
+
+    def _leave_out_what_cannot_fit(self, gpu_bytes: int) -> None:
+        settings = self.settings
+        try:
+            model = load(settings.model, settings.hf_overrides)
+        except DWDPError:  # sizes that the plan cannot read: vLLM will say
+            return
+        for mode, why in too_large(settings, model, gpu_bytes).items():
+            self.say(f"{mode}: {why}")
+            points = settings.decode or settings.max_num_batched_tokens
+            self.failures |= {(mode, point): why for point in points}
 
     def measure(self) -> None:
         """Give each mode its turns, A B A B. Nothing that was started outlives this."""
@@ -46,9 +62,10 @@ class Bench(Comparison):
         try:
             for tokens in settings.max_num_batched_tokens:
                 if settings.load_together:
-                    for mode in settings.modes:
+                    able = [mode for mode in settings.modes if (mode, self._points(tokens)[0]) not in self.failures]
+                    for mode in able:
                         self._start(tokens, mode)
-                    for mode in settings.modes:
+                    for mode in able:
                         with self._noting_failure(tokens, mode, f"{tokens} tokens a step, {mode}") as where:
                             self._load(tokens, mode, where)
                 for round in range(1, settings.rounds + 1):

@@ -1,0 +1,51 @@
+"""Room: the modes whose weights cannot fit a GPU, known from the model's sizes before anything loads."""
+
+from collections.abc import Mapping
+
+from vllm_dwdp import config
+from vllm_dwdp.budget import GIB
+from vllm_dwdp.entrypoints.bench.modes import Settings, is_dwdp, kind
+from vllm_dwdp.entrypoints.plan import memory
+from vllm_dwdp.entrypoints.plan.model import Model
+from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.placement import Placement
+
+
+def too_large(settings: Settings, model: Model, gpu_bytes: int) -> dict[str, str]:
+    """Why, by mode, for those that need more of a GPU of `gpu_bytes` than vLLM would take. Activations are left out."""
+    kv_bytes, found = settings.engine_args.get("kv_cache_memory_bytes", 0), {}
+    for mode in settings.modes:
+        share = settings.memory_share(mode)
+        room = gpu_bytes - kv_bytes if kv_bytes else int(share * gpu_bytes)
+        of = f"beside a KV cache of {kv_bytes / GIB:.1f} GiB" if kv_bytes else f"within gpu_memory_utilization={share:g}"
+        need = weight_bytes(settings, model, mode)
+        if need > room:
+            found[mode] = (
+                f"its weights take {need / GIB:.1f} GiB a GPU, which has {room / GIB:.1f} GiB for them {of}: not loaded; "
+                f"use more GPUs or fewer layers (--hf-overrides)"
+            )
+    return found
+
+
+def weight_bytes(settings: Settings, model: Model, mode: str) -> int:
+    """Of one GPU, slots and residents included."""
+    if is_dwdp(mode):
+        given: Mapping = settings.dwdp_options(mode, rank=0, port=1)
+        options = config.parse({config.KEY: given})
+        assert options is not None
+        placement = Placement(
+            num_experts=model.num_experts, size=settings.size, experts_per_rank=options.experts_per_rank
+        )
+        cache_gib = options.cache_gib if options.cache_gib != "auto" else 0.0
+        return memory.dwdp(model, placement, slots=options.slots, cache_gib=cache_gib, tokens=0).total
+    if kind(mode) == "tp":
+        return (model.replicated_bytes + model.all_expert_bytes) // settings.size
+    return memory.expert_parallel(model, settings.size if kind(mode) == "ep" else 1, 0).total
+
+
+def smallest(lines: list[str]) -> int:
+    """Bytes of the smallest GPU, of nvidia-smi's MiB a line. Raises DWDPError where it says none."""
+    try:
+        return min(int(float(line)) for line in lines) * 2**20
+    except ValueError:
+        raise DWDPError("nvidia-smi does not say how much memory the GPUs have: update the driver") from None
