@@ -29,6 +29,7 @@ def test_room() -> None:
     assert cache_bytes(LAYERS, device(40), Options(size=2, cache_gib=20), LIMIT) == 20 * GIB
     auto = Options(size=2, cache_gib="auto", cache_floor_gib=10)
     assert abs(cache_bytes(LAYERS, device(40), auto, LIMIT) - (room - 10 * GIB)) <= 1
+    assert abs(cache_bytes(LAYERS, device(40), auto, LIMIT, 3 * GIB) - (room - 13 * GIB)) <= 1, "beside an inbox"
     assert cache_bytes(LAYERS, device(75), Options(size=2, cache_gib=60), LIMIT) == 48 * REMOTE, "all that is remote"
     assert cache_bytes(LAYERS, device(12), auto, LIMIT) == 0
 

@@ -155,7 +155,9 @@ def assemble(
 def agree(loaded: Loaded, means: Means) -> Agreed:
     group, device, options = means.group, means.device, means.options
     sizes = [layer.size for layer in loaded.layers]
-    cache = min(group.gather("cache", budget.cache_bytes(sizes, device, options, means.limit)))
+    inbox = inbox_map(loaded.layers, means)
+    mine = budget.cache_bytes(sizes, device, options, means.limit, inbox.nbytes if inbox else 0)
+    cache = min(group.gather("cache", mine))
     residents = budget.plan_cache(sizes, cache)
     if cache:
         logger.info(budget.describe_cache(sizes, cache))
@@ -214,14 +216,10 @@ def start(composed: Composed, means: Means) -> StreamedModel:
         direct_max_tokens=(options.direct_max_tokens or 0) if is_remote else EVERYTHING,
     )
     means.undo.callback(prefetcher.close)
-    dispatch = None
-    if means.steps is not None:
-        rows = InboxMap(
-            size=means.group.size, rows=means.steps.max_tokens, hidden=max(layer.hidden_size for layer in composed.layers),
-            top_k=max(layer.top_k for layer in composed.layers), itemsize=max(layer.itemsize for layer in composed.layers),
-        )
+    dispatch, inbox = None, inbox_map(composed.layers, means)
+    if inbox is not None and means.steps is not None:
         placements = [layer.placement for layer in composed.layers]
-        dispatch = Dispatch(*open_inboxes(means.group, means.device, means.undo, rows, placements), stream, means.steps)
+        dispatch = Dispatch(*open_inboxes(means.group, means.device, means.undo, inbox, placements), stream, means.steps)
     mine = memory_bytes(
         layers, composed.replicas, rank, slots=composed.slots.nbytes,
         inbox=dispatch.inbox.nbytes if dispatch else 0,
@@ -230,6 +228,16 @@ def start(composed: Composed, means: Means) -> StreamedModel:
     if rank == 0:
         logger.info("DWDP expert memory\n%s", budget.table(everyone))
     return StreamedModel(composed, prefetcher, dispatch, means)
+
+
+def inbox_map(layers: Sequence[ExpertLayer], means: Means) -> InboxMap | None:
+    """What a rank's inbox holds, for the largest step that dispatches; None where none does."""
+    if means.steps is None:
+        return None
+    return InboxMap(
+        size=means.group.size, rows=means.steps.max_tokens, hidden=max(layer.hidden_size for layer in layers),
+        top_k=max(layer.top_k for layer in layers), itemsize=max(layer.itemsize for layer in layers),
+    )
 
 
 def memory_bytes(

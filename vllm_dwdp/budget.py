@@ -50,14 +50,16 @@ class Limit:
         return min(free, share), setting, "a higher --gpu-memory-utilization"
 
 
-def cache_bytes(layers: Sequence[LayerSize], device: "Device", options: Options, limit: Limit) -> int:
-    """Bytes of cache that `cache_gib` asks for and that fit beside the shard, which is allocated, and the slots.
+def cache_bytes(
+    layers: Sequence[LayerSize], device: "Device", options: Options, limit: Limit, inbox_bytes: int = 0
+) -> int:
+    """Bytes of cache that `cache_gib` asks for and that fit beside the shard, which is allocated, slots and inbox.
 
     Raises DWDPError when slots or cache do not fit, naming what is missing or the largest cache that would fit.
     """
     room, setting, remedy = limit.room(device)
     remote = max(layer.remote_bytes for layer in layers)
-    room -= options.slots * remote
+    room -= options.slots * remote + inbox_bytes
     within = f"beside the shard within {setting}"
     if room < 0:
         raise DWDPError(
