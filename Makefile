@@ -26,7 +26,7 @@ demo: setup ## serve a tiny model on two ranks and compare every answer with sto
 check: setup ## lint, check types and run the tests that start no engine, within 90 s
 	@$(BIN)/ruff check .
 	@$(MAKE) --no-print-directory types
-	@DWDP_NO_ENGINE=1 $(BIN)/pytest -q -n 2 --dist worksteal -m "not engine and not gpu" $(ARGS)
+	@DWDP_NO_ENGINE=1 $(BIN)/pytest -q -n 2 --dist worksteal -m "not engine and not gpu and not slow" $(ARGS)
 
 types: setup ## check types, as check does
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)  # the package as it is installed
@@ -34,7 +34,7 @@ types: setup ## check types, as check does
 	@cd $(TYPES) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p vllm_dwdp
 
 test: check ## check, then run the tests that start engines; ARGS="-k placement" goes to pytest
-	@$(BIN)/pytest -m "engine and not gpu" $(ARGS)
+	@$(BIN)/pytest -m "(engine or slow) and not gpu" $(ARGS)
 
 models: setup ## compare every family of tests/families.py with stock vLLM and write docs/models.md; ARGS="--only 'qwen*'" refreshes rows
 	@$(BIN)/python tests/models.py $(ARGS)

@@ -290,6 +290,7 @@ def test_the_reason_is_the_root_cause_in_the_log():
     assert last_exception("all is well") is None
 
 
+@pytest.mark.slow
 def test_modes_that_fail_do_not_end_the_bench(pretenders, capsys):
     asked = ["--input-len", "100", "--num-prompts", "4", "--timeout", "4", "--out", "out", "--repeats", "2"]
     assert cli.main(["bench", "--model", "m", *asked]) == 1

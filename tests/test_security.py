@@ -175,6 +175,7 @@ def test_another_user_gets_nothing_from_a_running_group(ranks: Ranks) -> None:
                                                                               "BrokenPipeError")
 
 
+@pytest.mark.slow
 def test_random_messages_change_nothing(ranks: Ranks) -> None:
     """10,000 to each socket and port of a starting group, by the same user, whom the kernel lets in everywhere."""
     before = threading.active_count()

@@ -344,6 +344,7 @@ def test_what_a_gpu_lacks_is_named(monkeypatch, call: str, answers, named: str) 
             block.close()
 
 
+@pytest.mark.slow
 def test_rendezvous_port_in_use_is_named() -> None:
     """Rank 0 says which address it could not open."""
     with socket.socket() as taken:
