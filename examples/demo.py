@@ -46,18 +46,20 @@ REQUESTS = (
 
 def main() -> int:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    run_to_end("Making the model", [sys.executable, ROOT / "examples" / "tiny_models.py", "qwen3_moe", MODEL], ENV)
-    # Without plugins this is vLLM as it comes: one rank, every expert in its own memory.
-    run_to_end("Answers of stock vLLM on one rank", [sys.executable, __file__, "--reference"],
-               ENV | {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
-    expected = {(kind, prompt): text for kind, prompt, text in json.loads(ANSWERS.read_text())}
-
+    making = [sys.executable, ROOT / "examples" / "tiny_models.py", "qwen3_moe", MODEL]
+    with ended(start("Making the model", making, ENV)) as session:
+        wait_for_end("Making the model", session)
     options = list(PARALLEL)
     for option, value in ENGINE.items():
         options += [f"--{option.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    server, title = Server(MODEL, options, FOLDER / "server.log", environment=ENV, folder=FOLDER), "Two ranks load"
+    # Without plugins this is vLLM as it comes: one rank, every expert in its own memory.
+    stock, title = "Answers of stock vLLM on one rank", "Two ranks load meanwhile"
+    without_plugins = ENV | {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    server = Server(MODEL, options, FOLDER / "server.log", environment=ENV, folder=FOLDER)
     print(f"$ vllm {shlex.join(server.command[len(VLLM):])}")
-    with ended(server):
+    with ended(server), ended(start(stock, [sys.executable, __file__, "--reference"], without_plugins)) as reference:
+        wait_for_end(stock, reference)
+        expected = {(kind, prompt): text for kind, prompt, text in json.loads(ANSWERS.read_text())}
         say(title, server.wait_until_ready(START_TIMEOUT_S, progress(title, server.log)))
         print("\n".join(f"  {line}" for line in sorted(re.findall("DWDP on: .*", server.log.read_text()))))
         equal = one_by_one(server, expected) & all_at_once(server, expected)
@@ -158,11 +160,13 @@ def ended(session: Session) -> Iterator[Session]:
         raise SessionFailure(f"still running after SIGKILL: {left}")
 
 
-def run_to_end(title: str, command: list, environment: dict[str, str]) -> None:
-    log = FOLDER / f"{title.split()[0].lower()}.log"
-    with ended(Session(command, log, environment=environment, folder=FOLDER)) as session:
-        show = progress(title, log)
-        say(title, session.wait_until(lambda: session.process.poll() == 0, title, START_TIMEOUT_S, show))
+def start(title: str, command: list, environment: dict[str, str]) -> Session:
+    return Session(command, FOLDER / f"{title.split()[0].lower()}.log", environment=environment, folder=FOLDER)
+
+
+def wait_for_end(title: str, session: Session) -> None:
+    show = progress(title, session.log)
+    say(title, session.wait_until(lambda: session.process.poll() == 0, title, START_TIMEOUT_S, show))
 
 
 def progress(title: str, log: Path) -> Callable[[float], None]:
