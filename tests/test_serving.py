@@ -36,14 +36,18 @@ def test_side_by_side(models, tmp_path: Path) -> None:
     """One load on real servers, a tokenizer made for them. A server that does not start is named, and the rest goes on."""
     command = [
         sys.executable, "-m", "vllm_dwdp.entrypoints.cli", "bench", "--serve", "--model",
-        bare(models("qwen3_moe"), tmp_path), "--modes", f"dwdp,{BROKEN}", "--side-by-side", "--loads", "64:8:inf:16",
+        bare(models("qwen3_moe"), tmp_path), "--modes", f"dwdp,{BROKEN}", "--side-by-side",
+        "--loads", "64:8:inf:16,64:1:inf:8@1+16:8:4:8@0",
         "--serve-args", SERVE_ARGS, "--timeout", "120", "--out", "out",
     ]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=tmp_path)
     assert ended.returncode == 1, ended.stdout + ended.stderr
     written = json.loads((tmp_path / "out" / "serving.json").read_text())
-    (measured,) = written["measured"]
-    assert (measured["mode"], measured["load"]) == ("dwdp", "64:8:inf:16")
+    measured, prompts, chat = written["measured"]
+    assert [(each["mode"], each["load"]) for each in written["measured"]] == [
+        ("dwdp", "64:8:inf:16"), ("dwdp", "64:1:inf:8@1 beside 16:8:4:8@0"), ("dwdp", "16:8:4:8@0 beside 64:1:inf:8@1"),
+    ]
+    assert chat["median_tpot_ms"] > 0 == prompts["median_tpot_ms"] and chat["request_throughput"] < 6
     assert measured["median_ttft_ms"] > 0 < measured["request_throughput"] and measured["dwdp"]["prefetch_bytes"] > 0
     assert written["versions"]["vllm"] and written["devices"] and "--serve" in written["command"]
     assert list(written["failed"]) == [BROKEN] and f"serve-{BROKEN}.log" in written["failed"][BROKEN]
@@ -80,10 +84,10 @@ def idle_servers(models, tmp_path, monkeypatch):
 def test_a_sweep_gives_all_modes_the_rates_of_the_first(idle_servers, monkeypatch, side_by_side) -> None:
     asked = []
 
-    def put_under_load(server, load, **rest):
+    def put_under_load(server, mix, **rest):
         mode = "tp" if "--tensor-parallel-size" in server.command else "dwdp"
-        asked.append((mode, load.rate))
-        return figures(8.0 if mode == "dwdp" else 4.0)
+        asked.extend((mode, load.rate) for load in mix)
+        return [figures(8.0 if mode == "dwdp" else 4.0)]
 
     monkeypatch.setattr(serve, "put_under_load", put_under_load)
     settings = ServeSettings(model=idle_servers, modes=("dwdp", "tp"), sweep="64:8:32", side_by_side=side_by_side)
@@ -96,10 +100,10 @@ def test_a_sweep_gives_all_modes_the_rates_of_the_first(idle_servers, monkeypatc
 @pytest.mark.parametrize(("raised", "status"), [(KeyboardInterrupt(), 130), (SessionFailure("gone"), 1)], ids=str)
 def test_what_was_measured_is_reported(idle_servers, monkeypatch, capsys, raised, status) -> None:
     """An interrupt or a failure at the second load leaves the first load's figures."""
-    def put_under_load(server, load, **rest):
-        if load.output_len == 9:
+    def put_under_load(server, mix, **rest):
+        if mix[0].output_len == 9:
             raise raised
-        return figures(8.0)
+        return [figures(8.0)]
 
     monkeypatch.setattr(serve, "put_under_load", put_under_load)
     assert Serving(ServeSettings(model=idle_servers, modes=("dwdp",), loads=("64:8:inf:1", "64:9:inf:1"))).run() == status
@@ -124,8 +128,10 @@ def test_a_signal_ends_the_servers(models, tmp_path: Path) -> None:
     ("given", "named"),
     [
         ([], "--serve needs --loads IN:OUT:RATE:COUNT,... or --sweep"),
-        (["--loads", "64:8:16"], "--loads has '64:8:16': it must be IN:OUT:RATE:COUNT"),
+        (["--loads", "64:8:16"], "--loads has '64:8:16': it must be IN:OUT:RATE:COUNT[@RANK]"),
         (["--loads", "64:8:0:16"], "--loads has '64:8:0:16'"),
+        (["--loads", "64:8:1:16@1+64:8:1:16@2"], "--loads has 64:8:1:16@2: ranks of --size 2 count from 0 to 1"),
+        (["--loads", "64:8:1:16@x"], "--loads has '64:8:1:16@x': it must be IN:OUT:RATE:COUNT[@RANK]"),
         (["--sweep", "64:8:inf:16"], "--sweep has '64:8:inf:16': it must be IN:OUT:COUNT"),
         (["--sweep", "64:8:1", "--ratio", "0.5"], "--ratio does not go with --serve"),
         (["--sweep", "64:8:1", "--modes", "single"], "--modes has single, which is none of dwdp"),
@@ -156,5 +162,5 @@ def test_the_front_has_a_line_a_mode(tmp_path: Path) -> None:
 
 
 def test_a_load_reads_as_it_is_written() -> None:
-    for text in ("2048:256:inf:400", "64:8:0.5:7"):
+    for text in ("2048:256:inf:400", "64:8:0.5:7", "64:8:0.5:7@1"):
         assert str(Load.of(text)) == text

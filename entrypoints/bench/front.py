@@ -10,7 +10,7 @@ from vllm_dwdp.entrypoints.bench.loads import FIGURES
 from vllm_dwdp.entrypoints.bench.report import aligned, color
 
 HEADER = ("in:out:rate:count", "mode", "requests/s", "tokens/s/GPU", "tokens/s/user", "TTFT ms", "TTFT p99", "TPOT ms",
-          "TPOT p99")
+          "TPOT p99", "ITL p99")
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,6 +28,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     p99_ttft_ms: float
     median_tpot_ms: float
     p99_tpot_ms: float
+    p99_itl_ms: float
     dwdp: dict[str, float]
 
 

@@ -1,5 +1,6 @@
 """A load on a server: what it asks for, its figures by `vllm bench serve`, and the loads of a sweep."""
 
+import contextlib
 import json
 import math
 from collections import defaultdict
@@ -12,41 +13,56 @@ from vllm_dwdp.entrypoints.server import VLLM, Server, Session, SessionFailure
 from vllm_dwdp.errors import DWDPError
 
 FIGURES = ("request_throughput", "total_token_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms",
-           "p99_tpot_ms")
+           "p99_tpot_ms", "p99_itl_ms")
 SHARES = (0.25, 0.5, 0.75)  # of saturation
 WARMUP_REQUESTS, WARMUP_TOKENS = 16, 8
 
 
 class Load(msgspec.Struct, frozen=True):
-    """Random prompts of `input_len` tokens, `output_len` to generate, requests/s (inf: all at once), requests."""
+    """Random prompts of `input_len` tokens, `output_len` to generate, requests/s (inf: all at once), requests.
+
+    For one rank, if that is named, else for those that the server's balancer chooses.
+    """
 
     input_len: int
     output_len: int
     rate: float
     count: int
+    rank: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.input_len}:{self.output_len}:{self.rate:g}:{self.count}"
+        text = f"{self.input_len}:{self.output_len}:{self.rate:g}:{self.count}"
+        return text if self.rank is None else f"{text}@{self.rank}"
 
     @classmethod
     def of(cls, text: str, option: str = "--loads") -> "Load":
-        """From in:out:rate:count, for --sweep from in:out:count. Raises DWDPError for another text."""
-        parts = text.split(":")
+        """From in:out:rate:count[@rank], for --sweep from in:out:count. Raises DWDPError for another text."""
+        body, _, rank = text.partition("@")
+        parts = body.split(":")
         if option == "--sweep":
             parts[2:2] = ["inf"]
         try:
-            load = cls(int(parts[0]), int(parts[1]), float(parts[2]), int(parts[3]))
-            if len(parts) == 4 and load.rate > 0 and min(load.input_len, load.output_len, load.count) > 0:
+            load = cls(int(parts[0]), int(parts[1]), float(parts[2]), int(parts[3]), int(rank) if rank else None)
+            is_right = load.rate > 0 and min(load.input_len, load.output_len, load.count, (load.rank or 0) + 1) > 0
+            if is_right and len(parts) == 4 and (load.rank is None or option == "--loads"):
                 return load
         except (ValueError, IndexError):
             pass
-        form = "IN:OUT:COUNT" if option == "--sweep" else "IN:OUT:RATE:COUNT"
+        form = "IN:OUT:COUNT" if option == "--sweep" else "IN:OUT:RATE:COUNT[@RANK]"
         raise DWDPError(f"{option} has {text!r}: it must be {form}, numbers above 0 (RATE may be inf)")
 
     def below(self, saturation: float) -> "list[Load]":
         """The same requests at quarter, half and three quarters of `saturation`, in requests/s."""
         rates = (float(f"{share * saturation:.3g}") for share in SHARES)
         return [msgspec.structs.replace(self, rate=rate) for rate in rates]
+
+
+Mix = tuple[Load, ...]  # loads that come at the same time
+
+
+def names(mix: Mix) -> list[str]:
+    """Of each load, with those that it comes beside."""
+    return [" beside ".join(map(str, (load, *(other for other in mix if other is not load)))) for load in mix]
 
 
 def warm_up(server: Server, load: Load, model: str) -> None:
@@ -65,28 +81,36 @@ def warm_up(server: Server, load: Load, model: str) -> None:
 
 
 def put_under_load(
-    server: Server, load: Load, *, seed: int, model: str, tokenizer: str, log: Path, timeout_s: float
-) -> dict[str, float]:
-    """FIGURES of one run of `vllm bench serve`, whose log and JSON carry the name `log`. Another seed meets no cache.
+    server: Server, mix: Mix, *, seed: int, model: str, tokenizer: str, logs: Path, timeout_s: float
+) -> list[dict[str, float]]:
+    """FIGURES of each load, all put on the server at once, by `vllm bench serve`. Another seed meets no cache.
 
-    Raises SessionFailure unless every request completes within `timeout_s`.
+    Its logs and JSON are `logs` and the load's name. Raises SessionFailure unless every request completes within `timeout_s`.
     """
-    result = log.with_suffix(".json")
-    command = [
-        *VLLM, "bench", "serve", "--base-url", server.url, "--model", model, "--tokenizer", tokenizer,
-        "--dataset-name", "random", "--ignore-eos", "--random-input-len", str(load.input_len),
-        "--random-output-len", str(load.output_len), "--request-rate", "inf" if math.isinf(load.rate) else str(load.rate),
-        "--num-prompts", str(load.count), "--seed", str(seed), "--percentile-metrics", "ttft,tpot", "--disable-tqdm",
-        "--save-result", "--result-dir", str(log.parent), "--result-filename", result.name,
-    ]
-    with Session(command, log) as client:
-        client.wait_until(lambda: client.process.poll() is not None, "load", timeout_s)
-        if client.process.returncode:
-            raise SessionFailure(f"`vllm bench serve` ended with {client.process.returncode}, see {log}")
-    figures = json.loads(result.read_text())
-    if figures["completed"] != load.count:
-        raise SessionFailure(f"{figures['completed']} of {load.count} requests were completed, see {log}")
-    return {name: figures[name] for name in FIGURES}
+    found = []
+    with contextlib.ExitStack() as clients:
+        running = []
+        for number, load in enumerate(mix):
+            log = logs.with_name(f"{logs.name}-{str(load).replace(':', '-')}.log")
+            command = [
+                *VLLM, "bench", "serve", "--base-url", server.url, "--model", model, "--tokenizer", tokenizer,
+                "--dataset-name", "random", "--ignore-eos", "--random-input-len", str(load.input_len),
+                "--random-output-len", str(load.output_len),
+                "--request-rate", "inf" if math.isinf(load.rate) else str(load.rate), "--num-prompts", str(load.count),
+                "--seed", str(10 * seed + number), "--percentile-metrics", "ttft,tpot,itl", "--disable-tqdm", "--save-result",
+                "--result-dir", str(log.parent), "--result-filename", log.with_suffix(".json").name,
+                *([] if load.rank is None else ["--header", f"X-data-parallel-rank={load.rank}"]),
+            ]
+            running.append((load, log, clients.enter_context(Session(command, log))))
+        for load, log, client in running:
+            client.wait_until(lambda client=client: client.process.poll() is not None, "load", timeout_s)
+            if client.process.returncode:
+                raise SessionFailure(f"`vllm bench serve` ended with {client.process.returncode}, see {log}")
+            figures = json.loads(log.with_suffix(".json").read_text())
+            if figures["completed"] != load.count:
+                raise SessionFailure(f"{figures['completed']} of {load.count} requests were completed, see {log}")
+            found.append({name: figures[name] for name in FIGURES})
+    return found
 
 
 def counted(server: Server) -> dict[str, float]:

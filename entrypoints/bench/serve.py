@@ -1,7 +1,6 @@
 """`vllm-dwdp bench --serve`: `vllm serve` in each mode on the same GPUs, under the same loads of `vllm bench serve`."""
 
 import contextlib
-import math
 import shlex
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from vllm_dwdp import config
 from vllm_dwdp.entrypoints.bench import front
 from vllm_dwdp.entrypoints.bench.checks import model_config, refuse_impossible
 from vllm_dwdp.entrypoints.bench.comparison import Comparison
-from vllm_dwdp.entrypoints.bench.loads import Load, counted, put_under_load, warm_up
+from vllm_dwdp.entrypoints.bench.loads import Load, Mix, counted, names, put_under_load, warm_up
 from vllm_dwdp.entrypoints.bench.modes import Positive, is_dwdp, own_options, refuse_misspelt
 from vllm_dwdp.entrypoints.bench.origin import cuda_devices, origin
 from vllm_dwdp.entrypoints.bench.tokenizer import tokenizer_for
@@ -34,7 +33,8 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
     loads: Annotated[
         tuple[str, ...],
         Meta(description="with --serve: loads IN:OUT:RATE:COUNT: random prompts of IN tokens, OUT to generate, "
-                         "requests per second (inf: all at once), requests"),
+                         "requests per second (inf: all at once), requests; @RANK gives them to one rank, + joins loads "
+                         "that come at the same time"),
     ] = ()
     sweep: Annotated[
         str | None,
@@ -58,15 +58,17 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
             config.parse({config.KEY: own_options(mode)}, lambda name: f"{name} in --modes")
         if self.size < 2:
             raise DWDPError(f"--size is {self.size}: every mode needs at least 2")
-        if not self.first_loads:
+        if beyond := [load for mix in self.first_mixes for load in mix if (load.rank or 0) >= self.size]:
+            raise DWDPError(f"--loads has {beyond[0]}: ranks of --size {self.size} count from 0 to {self.size - 1}")
+        if not self.first_mixes:
             raise DWDPError("--serve needs --loads IN:OUT:RATE:COUNT,... or --sweep IN:OUT:COUNT")
         return self
 
     @property
-    def first_loads(self) -> list[Load]:
+    def first_mixes(self) -> list[Mix]:
         """Those that need no reading: of a sweep, saturation."""
-        sweep = [Load.of(self.sweep, "--sweep")] if self.sweep else []
-        return [*map(Load.of, self.loads), *sweep]
+        mixes = [tuple(map(Load.of, text.split("+"))) for text in self.loads]
+        return [*mixes, (Load.of(self.sweep, "--sweep"),)] if self.sweep else mixes
 
     def arguments(self, mode: str) -> list[str]:
         """What `vllm serve` is told beside the model, in this mode."""
@@ -86,15 +88,15 @@ class Serving(Comparison):
 
     def __init__(self, settings: ServeSettings):
         """Raises DWDPError for what cannot run here."""
-        loads = settings.first_loads
-        longest = max(load.input_len + load.output_len for load in loads)
+        mixes = settings.first_mixes
+        longest = max(load.input_len + load.output_len for mix in mixes for load in mix)
         spelt = "--sweep" if settings.sweep and not settings.loads else "--loads"
         refuse_impossible(settings.modes, settings.model, longest, {}, spelt)
         self.devices = cuda_devices(settings.size)
         super().__init__(settings.out)
         self.settings = settings
         self.tokenizer = tokenizer_for(settings.model, model_config(settings.model, {}), self.out)
-        self.loads = loads
+        self.mixes = mixes
         self.sweeps = settings.sweep is not None
         self.measured: list[front.Measured] = []
         self.failures: dict[str, str] = {}
@@ -109,10 +111,10 @@ class Serving(Comparison):
                     with self._noting_failure(mode, server):
                         self._prepare(mode, server)
                 for repeat in range(1, self.settings.repeats + 1):
-                    for index, load in enumerate(self.loads):  # which a sweep's first reading makes longer
+                    for index, mix in enumerate(self.mixes):  # which a sweep's first reading makes longer
                         for mode in [mode for mode in group if mode not in self.failures]:
                             with self._noting_failure(mode, servers[mode]):
-                                self._read(mode, servers[mode], load, repeat, seed=1000 * repeat + index)
+                                self._read(mode, servers[mode], mix, repeat, seed=1000 * repeat + index)
                             self.write()
 
     @contextlib.contextmanager
@@ -142,30 +144,33 @@ class Serving(Comparison):
 
         took_s = server.wait_until_ready(self.settings.timeout, waiting)
         self.say(f"{mode}: serves after {took_s:.0f} s; warm up")
-        warm_up(server, self.loads[0], self.settings.model)
+        warm_up(server, self.mixes[0][0], self.settings.model)
 
-    def _read(self, mode: str, server: Server, load: Load, repeat: int, seed: int) -> None:
+    def _read(self, mode: str, server: Server, mix: Mix, repeat: int, seed: int) -> None:
         """Measure once; a sweep's saturation decides its other loads, for all modes."""
         streams = is_dwdp(mode)
         before = counted(server) if streams else {}
         figures = put_under_load(
-            server, load, seed=seed, model=self.settings.model, tokenizer=self.tokenizer,
-            log=self.logs / f"{mode}-{str(load).replace(':', '-')}-{repeat}.log", timeout_s=self.settings.timeout,
+            server, mix, seed=seed, model=self.settings.model, tokenizer=self.tokenizer,
+            logs=self.logs / f"{mode}-{repeat}", timeout_s=self.settings.timeout,
         )
         spent = {name: value - before.get(name, 0) for name, value in counted(server).items()} if streams else {}
-        self.measured.append(read := front.Measured(
-            mode=mode, load=str(load), repeat=repeat, dwdp=spent, **figures,
-        ))
-        self.say(f"{mode}, {load}, {repeat} of {self.settings.repeats}: {read.request_throughput:.2f} requests/s, "
-                 f"TTFT {read.median_ttft_ms:.0f} ms, TPOT {read.median_tpot_ms:.1f} ms")
-        if self.sweeps and math.isinf(load.rate) and load == self.settings.first_loads[-1]:
+        for name, own in zip(names(mix), figures, strict=True):
+            self.measured.append(read := front.Measured(mode=mode, load=name, repeat=repeat, dwdp=spent, **own))
+            self.say(f"{mode}, {name}, {repeat} of {self.settings.repeats}: {read.request_throughput:.2f} requests/s, "
+                     f"TTFT {read.median_ttft_ms:.0f} ms, TPOT {read.median_tpot_ms:.1f} ms")
+        if self.sweeps and mix == self.settings.first_mixes[-1]:
             self.sweeps = False
-            self.loads += load.below(read.request_throughput)
+            self.mixes += [(load,) for load in mix[0].below(figures[0]["request_throughput"])]
+
+    @property
+    def names(self) -> list[str]:
+        return [name for mix in self.mixes for name in names(mix)]
 
     def write(self) -> None:
         """serving.json: everything measured so far."""
         content = msgspec.json.encode(origin(self.devices) | {
-            "settings": self.settings, "loads": list(map(str, self.loads)), "measured": self.measured,
+            "settings": self.settings, "loads": self.names, "measured": self.measured,
             "failed": self.failures,
         })
         (self.out / "serving.json").write_bytes(msgspec.json.format(content, indent=2))
@@ -174,7 +179,7 @@ class Serving(Comparison):
         """Print the table and say where the files are."""
         settings = self.settings
         self.write()
-        rows = front.summarize(settings.modes, list(map(str, self.loads)), self.measured, settings.size)
+        rows = front.summarize(settings.modes, self.names, self.measured, settings.size)
         title = f"{Path(settings.model).name}, vllm serve on {settings.size} {'ranks on CPU' if self.devices is None else 'GPUs'}"
         if "--enforce-eager" in settings.serve_args:
             title += ", eager"
