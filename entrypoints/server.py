@@ -71,6 +71,9 @@ class Session:
             time.sleep(POLL_S)
         return time.monotonic() - start_s
 
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
     def members(self) -> list[psutil.Process]:
         return session_members(self.process.pid)
 

@@ -103,7 +103,7 @@ def put_under_load(
             ]
             running.append((load, log, clients.enter_context(Session(command, log))))
         for load, log, client in running:
-            client.wait_until(lambda client=client: client.process.poll() is not None, "load", timeout_s)
+            client.wait_until(client.has_ended, "load", timeout_s)
             if client.process.returncode:
                 raise SessionFailure(f"`vllm bench serve` ended with {client.process.returncode}, see {log}")
             figures = json.loads(log.with_suffix(".json").read_text())
