@@ -18,7 +18,7 @@ import json, os, sys
 from harness import generate
 from vllm import LLM
 if __name__ == "__main__":
-    llm = LLM(sys.argv[1], skip_tokenizer_init=True, additional_config={"dwdp": {}}, **json.loads(sys.argv[2]))
+    llm = LLM(sys.argv[1], additional_config={"dwdp": {}}, **json.loads(sys.argv[2]))
     said = {"tokens": generate(llm, tokens=8)}
     try:
         llm.sleep()

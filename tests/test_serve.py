@@ -249,12 +249,12 @@ def test_what_fails_after_launch_is_the_last_line(models) -> None:
         "rank 1 waits for the server of rank 0 at 127.0.0.1:": ["--parallel", "dwdp", *rank_1],
         "ranks started by separate commands need a meeting point": [*MULTI_PORT, str(free_port()),
                                                                      "--data-parallel-size", "4"],
-        "open files for the memory that ranks hand over, and may have 400": [
+        "open files for the memory that ranks hand over, and may have 300": [
             "--parallel", "dwdp", "--data-parallel-size", "2", "--api-server-count", "1"],
     }
 
     def end(said: str) -> tuple[int, str]:
-        few = "ulimit -n 400; " if "400" in said else ""
+        few = "ulimit -n 300; " if "300" in said else ""
         model = models("qwen3_moe", num_hidden_layers=48) if few else models("qwen3_moe")
         command = [*server.VLLM, "serve", model, "--port", str(free_port()), *ARGUMENTS, "--data-parallel-address",
                    "127.0.0.1", *ways[said]]
