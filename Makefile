@@ -50,7 +50,7 @@ soak: setup ## many requests with kills in between, on CPU; what grows is said: 
 
 contract: export VLLM_TARGET_DEVICE := cpu
 contract: setup ## check that this package finds all that it touches in another vLLM: make contract WITH=0.33.0
-	$(BIN)/pip install -qq --disable-pip-version-check --no-deps --upgrade --target .venv/vllm-$(WITH) vllm==$(WITH)
+	$(BIN)/pip install -qq --disable-pip-version-check --no-deps --upgrade --target .venv/vllm-$(WITH) vllm==$(WITH) orjson  # which 0.33 adds
 	PYTHONPATH=.venv/vllm-$(WITH) $(BIN)/pytest tests/test_contract.py $(ARGS)
 
 clean: ## remove everything that make made, .venv included

@@ -109,9 +109,11 @@ def poison(ranks: Ranks, senders: Sequence[int], offset: int, row_bytes: int) ->
         ranks.mine[start : start + ROWS * row_bytes].fill_(0xFF)
 
 
-def check_rounds(rank: int, size: int, kind: str, pipes: dict, dtype: torch.dtype, count: int, per_rank: int | None) -> None:
+def check_rounds(
+    rank: int, size: int, kind: str, pipes: dict, dtype: torch.dtype, count: int, per_rank: int | None, num_layers: int
+) -> None:
     at = InboxMap(size=size, rows=ROWS, hidden=HIDDEN, top_k=TOP_K, itemsize=dtype.itemsize)
-    ranks = Ranks(rank, size, kind, pipes, at=at, per_rank=per_rank)
+    ranks = Ranks(rank, size, kind, pipes, at=at, per_rank=per_rank, num_layers=num_layers)
     where, rng, found = torch_device(ranks.device), random.Random(rank), []
     for layout in rounds(size, count):
         if rank not in layout.members:
@@ -121,8 +123,8 @@ def check_rounds(rank: int, size: int, kind: str, pipes: dict, dtype: torch.dtyp
         places = layout.padded and layout.padded + rng.choice([0, 8])  # the graph of one rank may have more than agreed
         own = places or layout.tokens[rank]
         senders = [member for member in layout.members if layout.tokens[member]]
-        for layer in range(LAYERS):
-            seed = layout.number * LAYERS + layer
+        for layer in range(num_layers):
+            seed = layout.number * num_layers + layer
             rows = rows_of(seed, rank, layout.tokens[rank], dtype)
             hidden, weights, ids = (
                 torch.cat([r, r.new_full((own - r.shape[0], r.shape[1]), -1)]).to(where) for r in rows
@@ -175,10 +177,16 @@ def run(function, size: int, kind: str, timeout_s: float = 120, **keywords) -> d
 
 
 @pytest.mark.parametrize("kind", DEVICES)
-@pytest.mark.parametrize(("size", "dtype", "per_rank"), [(2, torch.bfloat16, None), (3, torch.float32, 5), (4, torch.bfloat16, None)])
-def test_sums_are_exact(kind: str, size: int, dtype: torch.dtype, per_rank: int | None) -> None:
-    """Members, row counts and layouts change from round to round; ranks that stay away compute alone meanwhile."""
-    outcomes = run(check_rounds, size, kind, dtype=dtype, count=60, per_rank=per_rank)
+@pytest.mark.parametrize(
+    ("size", "dtype", "per_rank", "num_layers"),
+    [(2, torch.bfloat16, None, LAYERS), (3, torch.float32, 5, LAYERS), (4, torch.bfloat16, None, LAYERS), (2, torch.float32, None, 1)],
+)
+def test_sums_are_exact(kind: str, size: int, dtype: torch.dtype, per_rank: int | None, num_layers: int) -> None:
+    """Members, row counts and layouts change from round to round; ranks that stay away compute alone meanwhile.
+
+    With one layer the flags of two rounds differ by the round alone.
+    """
+    outcomes = run(check_rounds, size, kind, dtype=dtype, count=60, per_rank=per_rank, num_layers=num_layers)
     assert outcomes == dict.fromkeys(range(size)), "\n".join(filter(None, outcomes.values()))
 
 
