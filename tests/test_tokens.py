@@ -197,6 +197,13 @@ def test_sums_are_exact(kind: str, size: int, dtype: torch.dtype, per_rank: int 
     assert outcomes == dict.fromkeys(range(size)), "\n".join(filter(None, outcomes.values()))
 
 
+def test_members_share_what_both_own() -> None:
+    """Experts that two members own are computed by one each; those of no member by each rank for itself."""
+    table = owners_of([range(6), range(4, 10)], 10)
+    assert table[0b11] == [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]
+    assert table[0b01] == [0] * 6 + [-1] * 4 and table[0b10] == [-1] * 4 + [1] * 6
+
+
 @pytest.mark.parametrize("phase", ["rows", "sums"])
 @pytest.mark.parametrize("alive", [False, True])
 def test_a_member_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch, alive: bool, phase: str) -> None:
