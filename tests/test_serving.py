@@ -97,6 +97,20 @@ def test_a_sweep_gives_all_modes_the_rates_of_the_first(idle_servers, monkeypatc
     assert [mode for mode, _ in asked] == (["dwdp", "tp"] * 4 if side_by_side else ["dwdp"] * 4 + ["tp"] * 4)
 
 
+def test_loads_of_a_rank_go_to_all_where_ranks_are_one(idle_servers, monkeypatch) -> None:
+    asked = []
+
+    def put_under_load(server, mix, **rest):
+        asked.append([load.rank for load in mix])
+        return [figures(8.0) for _ in mix]
+
+    monkeypatch.setattr(serve, "put_under_load", put_under_load)
+    settings = ServeSettings(model=idle_servers, modes=("dwdp", "tp"), loads=("64:8:inf:1@0+64:1:2:1@1",))
+    assert Serving(settings).run() == 0 and asked == [[0, 1], [None, None]]
+    measured = json.loads(Path("dwdp-bench/serving.json").read_text())["measured"]
+    assert [each["load"] for each in measured] == ["64:8:inf:1@0 beside 64:1:2:1@1", "64:1:2:1@1 beside 64:8:inf:1@0"] * 2
+
+
 @pytest.mark.parametrize(("raised", "status"), [(KeyboardInterrupt(), 130), (SessionFailure("gone"), 1)], ids=str)
 def test_what_was_measured_is_reported(idle_servers, monkeypatch, capsys, raised, status) -> None:
     """An interrupt or a failure at the second load leaves the first load's figures."""

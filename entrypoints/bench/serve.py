@@ -15,7 +15,7 @@ from vllm_dwdp.entrypoints.bench import front
 from vllm_dwdp.entrypoints.bench.checks import model_config, refuse_impossible
 from vllm_dwdp.entrypoints.bench.comparison import Comparison
 from vllm_dwdp.entrypoints.bench.loads import Load, Mix, counted, names, put_under_load, warm_up
-from vllm_dwdp.entrypoints.bench.modes import Positive, is_dwdp, own_options, refuse_misspelt
+from vllm_dwdp.entrypoints.bench.modes import Positive, is_dwdp, kind, own_options, refuse_misspelt
 from vllm_dwdp.entrypoints.bench.origin import cuda_devices, origin
 from vllm_dwdp.entrypoints.bench.tokenizer import tokenizer_for
 from vllm_dwdp.entrypoints.server import Server, SessionFailure
@@ -72,12 +72,11 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     def arguments(self, mode: str) -> list[str]:
         """What `vllm serve` is told beside the model, in this mode."""
-        kind = mode.split("+")[0]
         own = {
             "dwdp": ["--data-parallel-size", str(self.size), "--parallel", "dwdp"],
             "ep": ["--data-parallel-size", str(self.size), "--enable-expert-parallel"],
             "tp": ["--tensor-parallel-size", str(self.size)],
-        }[kind]
+        }[kind(mode)]
         prefix = "--dwdp-" if is_dwdp(mode) else "--"
         flags = [f"{prefix}{name.replace('_', '-')}={value}" for name, value in own_options(mode).items()]
         return [*shlex.split(self.serve_args), *own, *flags]
@@ -150,8 +149,9 @@ class Serving(Comparison):
         """Measure once; a sweep's saturation decides its other loads, for all modes."""
         streams = is_dwdp(mode)
         before = counted(server) if streams else {}
+        whole = tuple(msgspec.structs.replace(load, rank=None) for load in mix)  # to tensor parallelism all ranks are one
         figures = put_under_load(
-            server, mix, seed=seed, model=self.settings.model, tokenizer=self.tokenizer,
+            server, whole if kind(mode) == "tp" else mix, seed=seed, model=self.settings.model, tokenizer=self.tokenizer,
             logs=self.logs / f"{mode}-{repeat}", timeout_s=self.settings.timeout,
         )
         spent = {name: value - before.get(name, 0) for name, value in counted(server).items()} if streams else {}
