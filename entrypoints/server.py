@@ -63,7 +63,7 @@ class Session:
         start_s = time.monotonic()
         while not done():
             elapsed_s = time.monotonic() - start_s
-            if self.process.poll() is not None and not done():
+            if self.has_ended() and not done():
                 raise SessionFailure(f"{what}: the process ended with status {self.process.returncode}, see {self.log}")
             if elapsed_s > timeout_s:
                 raise SessionFailure(f"{what}: not done after {timeout_s:g} s, see {self.log}")

@@ -99,7 +99,7 @@ class Engines:
         while pending:
             wait([rank.connection for rank in pending.values()], POLL_S)
             for index, rank in list(pending.items()):
-                ended = rank.process.poll() is not None  # asked first: what it said before it ended counts
+                ended = rank.has_ended()  # asked first: what it said before it ended counts
                 reply = rank.receive()
                 if isinstance(reply, Failed) or (ended and reply is None):
                     raise EngineFailure(f"rank {index}, {phase}: {rank.reason(reply.reason if isinstance(reply, Failed) else None)}")

@@ -67,12 +67,16 @@ def total(before: Sequence[Ran], after: Sequence[Ran]) -> dict[str, float]:
         longest = max(after, key=lambda ran: ran.end_s - ran.first_s)
         begin_s, end_s = longest.first_s, longest.end_s
     steps = [sum(begin_s < step_s <= end_s for step_s in ran.steps_s) for ran in after]
-    names = {name for ran in after for name in ran.stats}
-    return {name: sum(ran.stats.get(name, 0) for ran in after) - sum(ran.stats.get(name, 0) for ran in before) for name in names} | {
+    return less(summed(after), summed(before)) | {
         "elapsed_s": max(ran.end_s for ran in after) - min(ran.start_s for ran in after),
         "decode_s": end_s - begin_s, "decode_steps": statistics.mean(filter(None, steps)) if any(steps) else 0,
         "prompt_tokens": sum(ran.prompt_tokens for ran in after), "output_tokens": sum(ran.output_tokens for ran in after),
     }
+
+
+def summed(ranks: Sequence[Ran]) -> dict[str, float]:
+    """Their statistics, added up."""
+    return {name: sum(ran.stats.get(name, 0) for ran in ranks) for name in {name for ran in ranks for name in ran.stats}}
 
 
 def less(spent: Mapping[str, float], first: Mapping[str, float]) -> dict[str, float]:

@@ -1,13 +1,10 @@
 """Room: the modes whose weights cannot fit a GPU, known from the model's sizes before anything loads."""
 
-from collections.abc import Mapping
-
 from vllm_dwdp import config
 from vllm_dwdp.budget import GIB
 from vllm_dwdp.entrypoints.bench.modes import Settings, is_dwdp, kind
 from vllm_dwdp.entrypoints.plan import memory
 from vllm_dwdp.entrypoints.plan.model import Model
-from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.placement import Placement
 
 
@@ -30,8 +27,7 @@ def too_large(settings: Settings, model: Model, gpu_bytes: int) -> dict[str, str
 def weight_bytes(settings: Settings, model: Model, mode: str) -> int:
     """Of one GPU, slots and residents included."""
     if is_dwdp(mode):
-        given: Mapping = settings.dwdp_options(mode, rank=0, port=1)
-        options = config.parse({config.KEY: given})
+        options = config.parse({config.KEY: settings.dwdp_options(mode, rank=0, port=1)})
         assert options is not None
         placement = Placement(
             num_experts=model.num_experts, size=settings.size, experts_per_rank=options.experts_per_rank
@@ -41,11 +37,3 @@ def weight_bytes(settings: Settings, model: Model, mode: str) -> int:
     if kind(mode) == "tp":
         return (model.replicated_bytes + model.all_expert_bytes) // settings.size
     return memory.expert_parallel(model, settings.size if kind(mode) == "ep" else 1, 0).total
-
-
-def smallest(lines: list[str]) -> int:
-    """Bytes of the smallest GPU, of nvidia-smi's MiB a line. Raises DWDPError where it says none."""
-    try:
-        return min(int(float(line)) for line in lines) * 2**20
-    except ValueError:
-        raise DWDPError("nvidia-smi does not say how much memory the GPUs have: update the driver") from None

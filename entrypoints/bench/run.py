@@ -17,7 +17,7 @@ from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, visible_
 from vllm_dwdp.entrypoints.bench.origin import cuda_devices, origin, query_gpus
 from vllm_dwdp.entrypoints.bench.rank import Held
 from vllm_dwdp.entrypoints.bench.report import FORMATS, POINTS, UNITS, Reading, chart, less, reading, summarize, table, total
-from vllm_dwdp.entrypoints.bench.room import smallest, too_large
+from vllm_dwdp.entrypoints.bench.room import too_large
 from vllm_dwdp.entrypoints.plan.model import load
 from vllm_dwdp.errors import DWDPError
 
@@ -37,21 +37,23 @@ class Bench(Comparison):
         super().__init__(settings.out)
         self.settings = settings
         self.decode = bool(settings.decode)
-        self.used_mib = self._used_mib()
+        self.used_mib = self._mib("memory.used")
         self.running: dict[str, Engines] = {}
         self.measured: list[Reading] = []
         self.held: dict[tuple[str, int], Held] = {}  # per GPU
         self.failures: dict[tuple[str, int], str] = {}
         if self.devices is not None:
-            self._leave_out_what_cannot_fit(smallest(query_gpus("memory.total", self.devices)))
+            self._leave_out_what_cannot_fit(self.devices)
 
-    def _leave_out_what_cannot_fit(self, gpu_bytes: int) -> None:
-        settings = self.settings
+    def _leave_out_what_cannot_fit(self, devices: list[str]) -> None:
+        settings, total_mib = self.settings, self._mib("memory.total")
+        if len(total_mib) < len(devices):
+            raise DWDPError("nvidia-smi does not say how much memory the GPUs have: update the driver")
         try:
             model = load(settings.model, settings.hf_overrides)
         except DWDPError:  # sizes that the plan cannot read: vLLM will say
             return
-        for mode, why in too_large(settings, model, gpu_bytes).items():
+        for mode, why in too_large(settings, model, min(total_mib) * 2**20).items():
             self.say(f"{mode}: {why}")
             points = settings.decode or settings.max_num_batched_tokens
             self.failures |= {(mode, point): why for point in points}
@@ -160,14 +162,14 @@ class Bench(Comparison):
             self.running[mode].close(orderly=orderly)
             del self.running[mode]
 
-    def _used_mib(self) -> list[int]:
-        used = query_gpus("memory.used", self.devices) if self.devices else []
-        return [int(mib) for mib in used if mib.isdigit()]
+    def _mib(self, field: str) -> list[int]:
+        lines = query_gpus(field, self.devices) if self.devices else []
+        return [int(mib) for mib in lines if mib.isdigit()]
 
     def _wait_for_memory(self) -> None:
         """Wait until the driver has taken back what the ended processes held."""
         deadline = time.monotonic() + RELEASE_S
-        while any(now > first + RELEASE_SLACK_MIB for now, first in zip(self._used_mib(), self.used_mib, strict=False)):
+        while any(now > first + RELEASE_SLACK_MIB for now, first in zip(self._mib("memory.used"), self.used_mib, strict=False)):
             if time.monotonic() > deadline:
                 return self.say(f"GPU memory is still held after {RELEASE_S:.0f} s; going on")
             time.sleep(0.5)
