@@ -11,13 +11,15 @@ import json
 import multiprocessing
 import os
 import queue
+import secrets
 
 PROMPTS = ["The capital of France is", "A mixture of experts is", "Once upon a time", "Seven times six is"]
 
 
 def run_rank(rank: int, args: argparse.Namespace, answers: multiprocessing.Queue) -> None:
-    own_first = [*range(rank, args.size), *range(rank)]  # copies from a GPU that is not visible would take the SMs
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, own_first))
+    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.size)))).split(",")
+    own_first = gpus[rank:] + gpus[:rank]  # copies from a GPU that is not visible would take the SMs
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own_first)
     from vllm import LLM, SamplingParams  # after the device is chosen
 
     group = {"size": args.size, "rank": rank, "rendezvous": f"127.0.0.1:{args.port}"}
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--engine-args", type=json.loads, default={}, help="JSON of further LLM arguments")
     args = parser.parse_args()
 
+    os.environ.setdefault("DWDP_GROUP_TOKEN", secrets.token_hex(32))  # by it the ranks know each other
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     ranks = [context.Process(target=run_rank, args=(rank, args, answers)) for rank in range(args.size)]

@@ -96,7 +96,7 @@ def judge(family: str, folder: Path, runs: list[str]) -> str:
         expected, kind = stock[str(engine)]
         wanted = ["streamed", "direct" if "dispatch" in options else "dispatched"]
         try:
-            with Group(model, size, options, engine=settings, setup=be_patient) as group:
+            with Group(model, size, options, engine=settings) as group:
                 found, missed = [], wanted
                 for _ in range(4):  # on a busy machine ranks may miss each other
                     if missed:
@@ -118,13 +118,6 @@ def judge(family: str, folder: Path, runs: list[str]) -> str:
         equal.append(name)
     only = [f"all in {ENGINES[family]['dtype']}"] if "dtype" in ENGINES[family] else []
     return row(family, kind, "equal", ranks, ", ".join(equal), "; ".join([kinds, *only, *notes]))
-
-
-def be_patient(rank: int) -> None:
-    """On a busy machine ranks come to a round later than they wait for each other."""
-    from vllm_dwdp.integration import dispatching
-
-    dispatching.HOST_PATIENCE_S = 0.5
 
 
 def answer(llm: Any, **question: Any) -> tuple[list[list[int]], str]:

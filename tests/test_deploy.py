@@ -1,14 +1,20 @@
 """Invariant: the commands of docs/deploy.md are ones that vLLM's and this package's parsers take; its snippets parse."""
 
+import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 
+import pytest
 import yaml
 
+from vllm_dwdp.channel import free_port
 from vllm_dwdp.entrypoints import cli
 
 from conftest import ROOT
+from harness import ENGINE, refuse_unmarked
 
 PAGE = (ROOT / "docs/deploy.md").read_text()
 
@@ -46,6 +52,29 @@ def test_commands_are_taken(serve_parser) -> None:
             serve_parser.parse_args(words[1:])
         else:
             cli.parser().parse_args(words[1:])
+
+
+def test_recipes_set_up_what_their_commands_need() -> None:
+    """Ranks that meet over TCP share a secret; each folder of metrics is made, and emptied, before a server starts."""
+    for heading in re.findall(r"^## (.+)$", PAGE, re.M):
+        text = snippet(heading)
+        assert ("--dwdp-rendezvous" in text) == ("export DWDP_GROUP_TOKEN=" in text), heading
+        for folder in re.findall(r"PROMETHEUS_MULTIPROC_DIR=(\S+)", text):
+            assert re.search(rf"^rm -rf .*{folder}\b.*; mkdir .*{folder}\b", text, re.M), folder
+
+
+@pytest.mark.engine
+def test_the_offline_example(models) -> None:
+    """Each rank answers its prompts; ranks see the GPUs that the person gave, their own first."""
+    refuse_unmarked()
+    engine = {**ENGINE, "skip_tokenizer_init": False, "max_model_len": 64}
+    command = [sys.executable, ROOT / "examples/offline_inference.py", models("qwen3_moe"), "--port", str(free_port()),
+               "--engine-args", json.dumps(engine), "--max-tokens", "4"]
+    done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": "4,5"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert sorted(re.findall(r"^rank (\d): '(\w+)", done.stdout, re.M)) == [("0", "Once"), ("0", "The"), ("1", "A"), ("1", "Seven")]
+    assert "runs without a token" not in done.stdout + done.stderr
+    print([line for line in done.stdout.splitlines() if "DWDP" in line])
 
 
 def test_bash_reads_the_slurm_script() -> None:

@@ -175,6 +175,11 @@ def test_the_front_has_a_line_a_mode(tmp_path: Path) -> None:
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_point_has_the_rate_of_its_own_load() -> None:
+    mix = tuple(map(Load.of, ("8192:8:inf:64@0", "512:256:2:16@1")))
+    assert [front.label(name) for name in names(mix)] == ["all at once", "2.0/s"]
+
+
 def test_a_load_reads_as_it_is_written() -> None:
     for text in ("2048:256:inf:400", "64:8:0.5:7", "64:8:0.5:7@1"):
         assert str(Load.of(text)) == text

@@ -71,6 +71,12 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(aligned([HEADER, *lines]))
 
 
+def label(load: str) -> str:
+    """A point's: how many requests come a second."""
+    rate = load.split(":")[2]
+    return "all at once" if rate == "inf" else f"{rate}/s"
+
+
 def picture(rows: Sequence[Row], title: str, path: Path) -> None:
     """The front: a panel for each length of prompts and outputs, a line a mode, a point a rate.
 
@@ -90,7 +96,7 @@ def picture(rows: Sequence[Row], title: str, path: Path) -> None:
             axes.plot(users, gpus, "o-", color=color(mode, modes), label=mode)
             for row in own:
                 axes.annotate(
-                    f"{row.load.split(':')[2]}/s" if "inf" not in row.load else "all at once",
+                    label(row.load),
                     (row.tokens_per_s_per_user, row.tokens_per_s_per_gpu), (4, 4), textcoords="offset points", fontsize=7,
                 )
         axes.set(xlabel="tokens/s per user (1000 / median TPOT in ms)", ylabel="tokens/s per GPU, prompts included",

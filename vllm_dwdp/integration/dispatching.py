@@ -20,7 +20,7 @@ from vllm_dwdp.integration.graphs import has_graphs
 from vllm_dwdp.kernels.device import Device
 
 logger = init_logger("vllm.dwdp.dispatching")
-HOST_PATIENCE_S = 0.05  # on CPU, whose costs are not known: some steps of a tiny model
+HOST_PATIENCE_S = 0.5  # on CPU, whose costs are not known: some steps of a busy machine, and a peer that stops costs it once
 
 
 def limits(
