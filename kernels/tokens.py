@@ -16,7 +16,7 @@ it has the receiver's rows of that layer, which the receiver sends when it has a
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+import functools
 
 import torch
 
@@ -100,18 +100,24 @@ class RoundLayout:
         return sum(1 << rank for rank in self.members)
 
 
-def owners_of(owned: Sequence[range], num_experts: int) -> list[list[int]]:
+@functools.cache
+def owners_of(owned: tuple[range, ...], num_experts: int) -> list[list[int]]:
     """[member mask][expert]: the member that computes an expert for everybody, -1 where each rank does for itself.
 
-    Where several members own an expert, those with an even number of it take the first of them, others the last, which
-    halves overlaps.
+    `owned` are the ranks' ranges, which begin and end in the order of the ranks. Each member in turn takes its share of the
+    experts that are left, the first of its range, and all that no later member owns.
     """
     table = []
     for mask in range(1 << len(owned)):
-        row = []
-        for expert in range(num_experts):
-            owners = [rank for rank, experts in enumerate(owned) if mask >> rank & 1 and expert in experts]
-            row.append(owners[-(expert % 2)] if owners else -1)
+        members = [rank for rank in range(len(owned)) if mask >> rank & 1]
+        row, left = [-1] * num_experts, sorted(set().union(*(owned[rank] for rank in members)))
+        for number, rank in enumerate(members):
+            mine, later = [expert for expert in left if expert in owned[rank]], members[number + 1 :]
+            alone = sum(not any(expert in owned[other] for other in later) for expert in mine)
+            taken = mine[: max(-(-len(left) // (1 + len(later))), alone)]
+            for expert in taken:
+                row[expert] = rank
+            left = [expert for expert in left if expert not in taken]
         table.append(row)
     return table
 

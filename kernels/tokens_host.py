@@ -67,7 +67,7 @@ class HostTokens(TokenExchange):
         self._meet(0, layer, told=self._peers if mine else (), awaited=self._senders)
         total, start = padded * at.size or layout.num_rows, layout.starts_of(padded)
         owners = self._owners[layer][layout.mask]
-        spare = int((owners == me).nonzero()[0])
+        spare = next(iter((owners == me).nonzero().flatten().tolist()), 0)
         rows, new_weights = hidden.new_zeros(total, width), weights.new_zeros(total, top_k)
         new_ids = ids.new_full((total, top_k), spare)
         for sender in layout.members:

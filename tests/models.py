@@ -18,7 +18,7 @@ from typing import Any
 
 from conftest import ROOT  # and vLLM's environment on CPU
 from families import ENGINES, FAMILIES
-from harness import Group, generate, make_prompts, stats, streamed_model
+from harness import Group, generate, keep_step, make_prompts, stats, streamed_model
 from tiny_models import make_model
 
 PAGE = ROOT / "docs/models.md"
@@ -96,7 +96,7 @@ def judge(family: str, folder: Path, runs: list[str]) -> str:
         expected, kind = stock[str(engine)]
         wanted = ["streamed", "direct" if "dispatch" in options else "dispatched"]
         try:
-            with Group(model, size, options, engine=settings) as group:
+            with Group(model, size, options, engine=settings, setup=keep_step) as group:
                 found, missed = [], wanted
                 for _ in range(4):  # on a busy machine ranks may miss each other
                     if missed:

@@ -1,7 +1,7 @@
 """Invariant: ranks agree on every round, owe nothing when they launch, and wait only for who will come: over all interleavings.
 
 The world below is what really happened; it knows nothing of the record. Every rank does, in every order, whatever an engine may
-do: join, wait, lose patience, launch a large step and see it end, help, die. After each operation the record's answer is
+do: join, wait, lose patience, launch a large step and see it end, help, leave, die. After each operation the record's answer is
 held against the world. Runs have no length: round numbers count from the last round, so the states are finitely many.
 """
 
@@ -57,7 +57,7 @@ def actions(world: World, sizes: tuple[int, ...]) -> Iterator[tuple]:
             yield rank, "give_up", 0
         else:
             yield from ((rank, "join", tokens, soon) for tokens in sizes for soon in (False, True))
-            yield from ((rank, what, 0) for what in ("large", "idle"))
+            yield from ((rank, what, 0) for what in ("large", "idle", "leave"))
         if world.loaded[rank] or does == "help":
             yield rank, "large_done", 0
         if world.deaths:
@@ -122,7 +122,7 @@ def act(rules: types.ModuleType, world: World, action: tuple) -> World:
             ending = [r for r in everyone if r != rank and loaded[r] and what == "join" and soon[0]]
             check(loaded[rank] or not ending, "goes alone before a large step that ends soon")
             does = put(does, rank, "run" if what != "large_done" else world.does[rank])
-            comes = put(comes, rank, True)
+            comes = put(comes, rank, what != "leave" or loaded[rank])
         if what == "give_up":
             offers = [does[r] in ("wait", "help") and not owes[r] for r in range(len(does))]
             comes = tuple(c and (r == rank or offers[r]) for r, c in enumerate(comes))
@@ -206,6 +206,10 @@ LEAVES = "record = _depart(_enter(record, rank, State.IDLE), alive)"
         ("idle", OWED, ""),
         ("join", LOADED, "    if False:"),
         ("idle", LOADED, "    if False:"),
+        ("leave", OWED, ""),
+        ("leave", LOADED, "    if False:"),
+        ("leave", "_depart(_enter(record, rank, State.AWAY), alive)", "_enter(record, rank, State.AWAY)"),
+        ("leave", "State.AWAY", "State.BUSY"),
         ("join", "ending or _waited_for(record, alive)", "True"),
         ("join", "ending or ", ""),
         ("join", " and ends_soon(r)", ""),

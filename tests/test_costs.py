@@ -96,6 +96,12 @@ def test_members() -> None:
     assert four.dispatched_us(16, 16, 2) < costs[1], "an idle peer brings no rows"
 
 
+def test_no_round_changes_what_is_asked_to_be_invariant(monkeypatch) -> None:
+    monkeypatch.setattr(dispatching.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+    reason = dispatching.why_not(SimpleNamespace(), Options(size=2), SimpleNamespace(handle_kind="fd"), [])
+    assert reason and reason.startswith("VLLM_BATCH_INVARIANT=1: ")
+
+
 def test_rates_of() -> None:
     assert rates_of("NVIDIA H100 80GB HBM3") is H100
     assert rates_of("something new") is H100
@@ -124,9 +130,9 @@ def test_limits(monkeypatch, hidden: int, batched: int, given: int | None, most:
         module=module, size=LayerSize(placement=placement, expert_bytes=expert_bytes), placement=placement,
         hidden_size=hidden, top_k=8, itemsize=2,
     )
-    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=batched))
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=batched), speculative_config=None)
     options = Options(size=2, dispatch_max_tokens=given)
-    limits = dispatching.limits(config, options, SimpleNamespace(handle_kind="fd"), [layer] * 48)
+    limits = dispatching.limits(config, options, SimpleNamespace(handle_kind="fd"), [layer] * 48, 1)
     assert len(lines) == 1 and said in lines[0]
     assert (limits and limits.max_tokens) == most
     if limits:

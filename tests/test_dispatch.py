@@ -17,13 +17,16 @@ from typing import Any
 
 import pytest
 from test_serve import Server
+from vllm.config import CUDAGraphMode
 from vllm.v1.outputs import AsyncModelRunnerOutput
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
 from vllm_dwdp import dispatch as module
 from vllm_dwdp.convoy import Round
 from vllm_dwdp.dispatch import Dispatch, Limits
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.integration.dispatching import HOST_PATIENCE_S, checked, fit_to_round
+from vllm_dwdp.integration import dispatching
+from vllm_dwdp.integration.dispatching import HOST_PATIENCE_S, checked, dispatched_sizes, fit_to_round
 from vllm_dwdp.integration.hooks import CHOOSE_GRAPH
 from vllm_dwdp.kernels.tokens import RoundLayout, did_not_come
 from vllm_dwdp.meeting import Stats
@@ -63,6 +66,9 @@ class Fakes:
     def join(self, num_tokens: int, patience_s: float) -> Round | None:
         return self._next("join", num_tokens, patience_s, otherwise=self._joined)
 
+    def leave(self) -> Round | None:
+        return self._next("leave")
+
     def help(self, timeout_s: float, wake: Callable[[], bool]) -> Round | None:
         return self._next("help", timeout_s)
 
@@ -92,6 +98,7 @@ def make(fakes: Fakes, graph_sizes: tuple[int, ...] = (4, 8)) -> Dispatch:
     limits = Limits(max_tokens=MOST, graph_sizes=graph_sizes, patience_s=lambda tokens: tokens / 1000, large_s=lambda _: 7.0)
     made = Dispatch(fakes, fakes, fakes, fakes, limits)
     made.help_out = lambda: fakes.note("help out", made.padded, made.places(1))
+    made.meets = True
     return made
 
 
@@ -117,6 +124,21 @@ def test_a_small_step_first_launches_what_it_owes_then_joins_again() -> None:
     ]
     made.begin_step(MOST)
     assert fakes.said()[1] == ("join", MOST, MOST / 1000), "the largest of the small"
+
+
+def test_a_rank_that_leaves_first_launches_what_it_owes() -> None:
+    fakes = Fakes(HELP)
+    make(fakes).leave()
+    assert fakes.said() == [("leave",), *HELPED[0], ("leave",), *HELPED[1], ("leave",)]
+
+
+def test_an_engine_that_warms_up_meets_nobody() -> None:
+    """Its small steps are in graphs or not, as later those that go alone."""
+    fakes = Fakes(HELP, OURS)
+    made = make(fakes)
+    made.meets = False
+    assert not made.begin_step(LARGE) and made.begin_step(SMALL)
+    assert fakes.said() == [("check",), ("check",), ("begin", 0, (0,), (SMALL, 0), 4)]
 
 
 @pytest.mark.parametrize("is_graph", [False, True])
@@ -164,9 +186,13 @@ def test_an_idle_rank_never_waits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "rows", "need_eager"), [(6, 8, False), (8, 8, False), (9, SMALL, True), (None, SMALL, False)]
+    ("sizes", "tokens", "rows", "need_eager"),
+    [((4, 8), 6, 8, False), ((4, 8), 8, 8, False), ((4, 8), 9, SMALL, True), ((4, 8), None, 4, False),
+     ((), 6, SMALL, True), ((), None, SMALL, False)],  # where all graphs are larger than what dispatches
 )
-def test_vllm_runs_the_graph_that_a_round_has_agreed_on_or_none(tokens: int | None, rows: int, need_eager: bool) -> None:
+def test_vllm_runs_the_graph_that_a_round_has_agreed_on_or_none(
+    sizes: tuple[int, ...], tokens: int | None, rows: int, need_eager: bool
+) -> None:
     """All members' kernels have the same places: a graph of the largest step's, or no graph where none has as many."""
     asked = []
 
@@ -176,13 +202,45 @@ def test_vllm_runs_the_graph_that_a_round_has_agreed_on_or_none(tokens: int | No
     with pytest.MonkeyPatch.context() as patch:
         runner = types.SimpleNamespace(dispatch_cg_and_sync_dp=choose)
         patch.setitem(sys.modules, CHOOSE_GRAPH.module, runner)
-        made = make(Fakes(joined=tokens and Round(9, (0, 1), (SMALL, tokens))))
+        patch.setattr(dispatching, "has_graphs", lambda _: True)
+        made = make(Fakes(joined=tokens and Round(9, (0, 1), (SMALL, tokens))), sizes)
         fit_to_round(None, made)
         for _ in range(2):
             made.begin_step(SMALL)
             runner.dispatch_cg_and_sync_dp(None, 2, SMALL, None, need_eager=False)
             made.end_step()
-    assert asked == [(2, rows if tokens else 4, need_eager)] * 2
+    assert asked == [(2, rows, need_eager)] * 2
+
+
+@pytest.mark.parametrize(("length", "dynamic"), [*((n, False) for n in range(1, 6)), (2, True), (3, True), (5, True)])
+@pytest.mark.parametrize("most", [100, 256, 512, 600])
+def test_no_graph_that_dispatches_is_chosen_for_a_step_that_does_not(most: int, length: int, dynamic: bool) -> None:
+    """Nor the other way round, among vLLM's graphs of requests that decode `length` tokens each, or up to as many."""
+    sizes, lengths = [1, 2, 4, *range(8, 513, 8)], range(1, length + 1) if dynamic else [length]
+    manager = object.__new__(CudaGraphManager)
+    speculative = types.SimpleNamespace(
+        uses_dynamic_speculative_decoding=lambda: dynamic, num_speculative_tokens_per_batch_size=[
+            (4 * i + 1, 4 * i + 4, length - i - 1) for i in range(length)],
+    )
+    vars(manager).update(
+        compilation_config=types.SimpleNamespace(cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=512),
+        cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE, max_num_reqs=1024, decode_query_len=length, varlen_decode=False,
+        lora_capture_cases=[0], ubatch_runner=None, _candidates={}, _capture_descs={}, _graphs_captured=True,
+        _lora_dispatch_map={}, _max_lora_case=0, vllm_config=types.SimpleNamespace(
+            speculative_config=speculative, num_speculative_tokens=length - 1,
+            cache_config=types.SimpleNamespace(use_kda_recoverssm=False)),
+    )
+    manager._init_candidates()
+    made = make(Fakes(), tuple(dispatched_sizes(sizes, most, lengths)))
+    assert made.limits.graph_sizes or (most == 100 and dynamic)
+    for tokens in range(1, 513):
+        places = made.limits.places(tokens)
+        for each in (None, *lengths):
+            if each is None or tokens % each == 0:
+                rows = max(places, tokens)
+                graph = manager.dispatch(rows // (each or 1), rows, each if rows % (each or 1) == 0 else None, 0)
+                assert graph.cg_mode != CUDAGraphMode.NONE
+                assert (made.places(graph.num_tokens) is None) == (places == 0), (tokens, graph)
 
 
 @pytest.mark.parametrize(("graph_sizes", "alone"), [((4, 8), 4), ((), None)])

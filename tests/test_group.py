@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import harness
 from harness import Group, Rank, free_port
 
 pytestmark = pytest.mark.engine
@@ -83,6 +84,10 @@ def kill_rank_1(rank: int) -> None:
         while_loading(rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
+def smaller_steps(rank: int) -> None:
+    harness.ENGINE["max_num_batched_tokens"] -= 64 * rank
+
+
 def other_weights(model: str, folder: Path, name: str) -> str:
     """The same model with one tensor tuned further."""
     from safetensors.torch import load_file, save_file
@@ -100,6 +105,7 @@ def other_weights(model: str, folder: Path, name: str) -> str:
         ("option", "ranks disagree in hello: options is slots: 4 and 3 on rank 0 and rank 1"),
         ("model", "ranks disagree in hello: model is num_local_experts: 12 and 10"),
         ("version", "ranks disagree in hello: plugin is '0.1.0.0' and '0.1.0.1' on rank 0 and rank 1"),
+        ("steps", "ranks disagree in manifest: dispatch is dispatch_max_tokens: 128 and 96 on rank 0 and rank 1"),
         (NORM, f"ranks disagree in checkpoint file model.safetensors: {NORM} is "),
         (EXPERT, f"ranks disagree in checkpoint file model.safetensors: {EXPERT} is "),
     ],
@@ -114,7 +120,7 @@ def test_disagreement(models, tmp_path: Path, differs: str, named: str) -> None:
         folders[1] = models("qwen3_moe", num_experts=10)
     elif differs in (NORM, EXPERT):
         folders[1] = other_weights(model, tmp_path / "other", differs)
-    with ranks(folders, own, another_version if differs == "version" else None) as group:
+    with ranks(folders, own, {"version": another_version, "steps": smaller_steps}.get(differs)) as group:
         for outcome in group.outcomes(120):
             assert named in outcome and "\n" not in outcome
 

@@ -22,13 +22,15 @@ def wander(fd: int, rank: int, size: int, seed: int, steps: int, out) -> None:
     """Random steps of every kind. Says of each launch what it was, and the longest operation beyond its patience."""
     meeting, rng, late = Meeting(fd, rank, size), random.Random(seed), 0.0
     for _ in range(steps):
-        what, patience, tokens = rng.choice(["join"] * 4 + ["large", "help"]), rng.choice([0.001, 0.005, 0.02]), rng.randint(1, 99)
+        what, patience, tokens = rng.choice(["join"] * 4 + ["large", "help", "leave"]), rng.choice([0.001, 0.005, 0.02]), rng.randint(1, 99)
         while True:
             began = time.monotonic()
             if what == "join":
                 made = meeting.join(tokens, patience)
             elif what == "large":
                 made, patience = meeting.large(rng.choice([0.0, 0.01, math.inf])), 0
+            elif what == "leave":
+                made, patience = meeting.leave(), 0
             else:
                 made, patience = meeting.help(0.002), 0.002
             late = max(late, time.monotonic() - began - patience)
@@ -128,10 +130,12 @@ def test_idle_rank_helps_before_its_own_step(pair) -> None:
     assert b.stats.helper_rounds == 1
 
 
-@pytest.mark.parametrize("step", ["large", "close"])
-def test_no_wait_for_who_does_not_come(pair, step: str) -> None:
+@pytest.mark.parametrize("was", ["busy", "idle"])
+@pytest.mark.parametrize("step", ["large", "leave", "close"])
+def test_no_wait_for_who_does_not_come(pair, step: str, was: str) -> None:
+    """Nor is it counted on."""
     a, b = pair
-    b.join(1, 0)
+    b.join(1, 0) if was == "busy" else b.idle()
     assert getattr(b, step)() is None
     began = time.monotonic()
     assert a.join(1, 5) is None
@@ -155,7 +159,11 @@ def test_the_end_of_a_large_step_is_met(pair) -> None:
         began = time.monotonic()
         assert a.join(4, patience_s) is None, "b does not end its step"
         assert waits_s <= time.monotonic() - began < waits_s + 0.05
+        began = time.monotonic()
+        assert a.join(4, patience_s) is None
+        assert time.monotonic() - began < 0.05, "it is waited for once"
         b.large_done()
+    assert a.stats.timeouts == [0, 1]
     assert b.large(0.1) is None and b.large(10) is None, "one follows the other on the device"
     began = time.monotonic()
     assert a.join(4, 0.3) is None and time.monotonic() - began < 0.05
@@ -176,6 +184,30 @@ def test_stopped_with_the_lock(pair, monkeypatch) -> None:
     assert b.join(9, 5) is None
     with pytest.raises(PermissionError):
         os.pwrite(b._fd, b"x", 0)
+
+
+def test_who_leaves_first_launches_what_it_owes(pair) -> None:
+    a, b = pair
+    b.idle()
+    made = a.join(7, 0)
+    assert b.leave() == made and b.leave() is None
+
+
+def test_a_lock_that_changes_hands_is_waited_for(pair, monkeypatch) -> None:
+    """Nobody has stopped: the page is not sealed, however often others were faster."""
+    a, b = pair
+    monkeypatch.setattr(page, "LOCK_TIMEOUT_S", 0.1)
+    a.idle()
+    lock, end = a._lock, time.monotonic() + 0.4
+
+    def unlucky(byte: int) -> bool:
+        if byte == 0 and time.monotonic() < end:
+            b.join(1, 0)
+            return False
+        return lock(byte)
+
+    monkeypatch.setattr(a, "_lock", unlucky)
+    assert a.leave() is not None and a._final is None and b._final is None
 
 
 def test_a_child_does_not_hold_the_place() -> None:

@@ -203,6 +203,20 @@ def test_a_draft_gives_its_slot_back(captured: bool) -> None:
     assert trace.slots() == prefetcher.held == [0, 1] and prefetcher.counters.refills == 0
 
 
+def test_a_draft_s_graph_waits_for_copies_that_a_step_before_has_left() -> None:
+    """Although the step dispatches, which touches no slot."""
+    prefetcher, layers, trace = make(4, 2, num_drafts=1)
+    prefetcher.before_graph()
+    graph = capture_piece(prefetcher, layers[4:], trace)
+    prefetcher.begin_step(100, exact=True)
+    forward(prefetcher, layers[:4], trace)
+    prefetcher.end_step(100)
+    prefetcher.begin_step(1, exact=True, dispatched=True)
+    trace.calls.clear()
+    launch(prefetcher, trace, [graph])
+    assert trace.calls[:2] == [("compute_wait", "copy_done0"), ("compute_wait", "copy_done1")]
+
+
 def test_a_slot_is_what_its_layer_and_its_last_state_allow() -> None:
     """Waiting checks the layer that the event protects."""
     slot = Slot(is_captured=False, copy_done=0, slot_free=0, ordinal=2, state=State.FILLED)

@@ -4,7 +4,7 @@ import pytest
 
 import families
 from drafts import add_head
-from harness import Group, generate, reference, stats
+from harness import Group, generate, keep_step, reference, stats
 from tiny_models import ENGINE_ARGS
 
 pytestmark = pytest.mark.engine
@@ -18,7 +18,7 @@ def compare(models, family: str, size: int, options: dict | None = None, num_exp
     model, engine = models(family, **overrides), ENGINE_ARGS.get(family, {})
     one_by_one = family.startswith("deepseek")  # concurrent runs of the stock engine differ among themselves
     expected = reference(model, engine, one_by_one=one_by_one)
-    with Group(model, size, options, engine=engine) as group:
+    with Group(model, size, options, engine=engine, setup=keep_step) as group:
         answers = group.run(generate, one_by_one=one_by_one)
         found = group.run(stats)
         assert group.run(alone) == [[]] * size
@@ -105,7 +105,7 @@ def test_speculative_decoding(models) -> None:
     model = models("qwen3_moe")
     engine = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3,
                                      "prompt_lookup_min": 1}, "disable_log_stats": False}
-    with Group(model, 2, {"dispatch_max_tokens": 16}, engine=engine) as group:  # four requests, four tokens each
+    with Group(model, 2, {"dispatch_max_tokens": 16}, engine=engine, setup=keep_step) as group:  # four requests, four tokens each
         assert group.run(generate) == [reference(model)] * 2
         assert all(count > 0 for count, _ in group.run(drafted))
         for s in group.run(stats):
@@ -118,7 +118,7 @@ def test_draft_head(models, tmp_path) -> None:
     engine = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}, "disable_log_stats": False}
     with Group(model, 0, engine=engine) as stock:
         expected, acceptance = stock.run(generate)[0], stock.run(drafted)
-    with Group(model, 2, {"dispatch_max_tokens": 12, "direct_max_tokens": 4}, engine=engine) as group:
+    with Group(model, 2, {"dispatch_max_tokens": 12, "direct_max_tokens": 4}, engine=engine, setup=keep_step) as group:
         assert group.run(generate) == [expected] * 2
         assert group.run(drafted) == acceptance * 2 and 0 < acceptance[0][1] < acceptance[0][0]
         for s in group.run(stats):

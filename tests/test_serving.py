@@ -13,7 +13,7 @@ import pytest
 
 from vllm_dwdp.entrypoints import cli
 from vllm_dwdp.entrypoints.bench import front, serve
-from vllm_dwdp.entrypoints.bench.loads import FIGURES, Load
+from vllm_dwdp.entrypoints.bench.loads import FIGURES, Load, names
 from vllm_dwdp.entrypoints.bench.serve import ServeSettings, Serving
 from vllm_dwdp.entrypoints.server import Session, SessionFailure
 
@@ -177,7 +177,7 @@ def test_the_front_has_a_line_a_mode(tmp_path: Path) -> None:
 
 def test_a_point_has_the_rate_of_its_own_load() -> None:
     mix = tuple(map(Load.of, ("8192:8:inf:64@0", "512:256:2:16@1")))
-    assert [front.label(name) for name in names(mix)] == ["all at once", "2.0/s"]
+    assert [front.label(name) for name in names(mix)] == ["all at once", "2/s"]
 
 
 def test_a_load_reads_as_it_is_written() -> None:

@@ -45,7 +45,7 @@ class Ranks:
             self.regions.append(region := self.device.reserve(nbytes))
             region.map(0, self.blocks[peer], writable=True)
         placement = Placement(num_experts=experts, size=size, experts_per_rank=per_rank)
-        self.owners = owners_of([placement.owned(r) for r in range(size)], experts)
+        self.owners = owners_of(tuple(placement.owned(r) for r in range(size)), experts)
         inboxes = [region.address for region in self.regions]
         self.mine = self.regions[rank].tensor(0, (nbytes,), (1,), torch.uint8)
         self.mine.zero_()
@@ -186,7 +186,8 @@ def run(function, size: int, kind: str, timeout_s: float = 120, **keywords) -> d
 @pytest.mark.parametrize("kind", DEVICES)
 @pytest.mark.parametrize(
     ("size", "dtype", "per_rank", "num_layers"),
-    [(2, torch.bfloat16, None, LAYERS), (3, torch.float32, 5, LAYERS), (4, torch.bfloat16, None, LAYERS), (2, torch.float32, None, 1)],
+    [(2, torch.bfloat16, None, LAYERS), (3, torch.float32, 5, LAYERS), (3, torch.float32, EXPERTS, LAYERS),
+     (4, torch.bfloat16, None, LAYERS), (2, torch.float32, None, 1)],
 )
 def test_sums_are_exact(kind: str, size: int, dtype: torch.dtype, per_rank: int | None, num_layers: int) -> None:
     """Members, row counts and layouts change from round to round; ranks that stay away compute alone meanwhile.
@@ -199,9 +200,20 @@ def test_sums_are_exact(kind: str, size: int, dtype: torch.dtype, per_rank: int 
 
 def test_members_share_what_both_own() -> None:
     """Experts that two members own are computed by one each; those of no member by each rank for itself."""
-    table = owners_of([range(6), range(4, 10)], 10)
+    table = owners_of((range(6), range(4, 10)), 10)
     assert table[0b11] == [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]
     assert table[0b01] == [0] * 6 + [-1] * 4 and table[0b10] == [-1] * 4 + [1] * 6
+
+
+@pytest.mark.parametrize(("size", "experts", "each"), [(4, 128, 64), (8, 256, 64), (3, 12, 11), (3, 12, 12), (3, 10, None)])
+def test_members_compute_as_many_experts_as_each_other(size: int, experts: int, each: int | None) -> None:
+    """The slowest ends a round."""
+    placement = Placement(num_experts=experts, size=size, experts_per_rank=each)
+    owned = tuple(placement.owned(rank) for rank in range(size))
+    row = owners_of(owned, experts)[-1]
+    assert all(expert in owned[rank] for expert, rank in enumerate(row))
+    counts = [row.count(rank) for rank in range(size)]
+    assert max(counts) - min(counts) <= 1
 
 
 @pytest.mark.parametrize("phase", ["rows", "sums"])
@@ -213,7 +225,7 @@ def test_a_member_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch, a
     monkeypatch.setattr(tokens_host, "WAIT_S", 0.3 if alive else 60.0)
     at = InboxMap(size=2, rows=ROWS, hidden=HIDDEN, top_k=TOP_K, itemsize=4)
     inboxes = [torch.zeros(at.nbytes, dtype=torch.uint8) for _ in range(2)]
-    owners = [owners_of([range(5), range(5, 10)], EXPERTS)] * LAYERS
+    owners = [owners_of((range(5), range(5, 10)), EXPERTS)] * LAYERS
     tokens = tokens_host.HostTokens(0, at, [inbox.data_ptr() for inbox in inboxes], owners, lambda _: alive)
     flags = [inboxes[0][at.flag(number, 1) :][:8].view(torch.int64) for number in range(2)]
     tokens.begin(RoundLayout(number=5, members=(0, 1), tokens=(2, 1)))

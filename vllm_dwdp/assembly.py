@@ -162,7 +162,8 @@ def agree(loaded: Loaded, means: Means) -> Agreed:
     if cache:
         logger.info(budget.describe_cache(sizes, cache))
     described = [layer.manifest(count) for layer, count in zip(loaded.layers, residents, strict=True)]
-    agree_on(group, "manifest", Manifest(page_bytes=device.page_bytes, layers=described))
+    dispatch = means.steps.manifest() if means.steps is not None else None
+    agree_on(group, "manifest", Manifest(page_bytes=device.page_bytes, layers=described, dispatch=dispatch))
     agree_where_common(group, "weights", loaded.samples)
     return Agreed(layers=loaded.layers, residents=residents)
 

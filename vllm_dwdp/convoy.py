@@ -18,7 +18,7 @@ Alive = Callable[[int], bool]
 class State(enum.IntEnum):
     """What a rank's peers may expect of it."""
 
-    AWAY = 0  # has not come yet, or was waited for in vain: not waited for until it comes
+    AWAY = 0  # has not come yet, has left, or was waited for in vain: not waited for until it comes
     BUSY = 1  # its host has launched a step and comes again soon
     WAITING = 2  # waits in the convoy with a step of its own
     LARGE = 3  # its device works on a large step
@@ -104,6 +104,15 @@ def idle(record: Record, rank: int, alive: Alive) -> Outcome:
         return record, WAIT
     record = _depart(_enter(record, rank, State.IDLE), alive)
     return _launch(record, rank) if record.due[rank] else (record, WAIT)
+
+
+def leave(record: Record, rank: int, alive: Alive) -> Outcome:
+    """This rank is busy with something else than steps: it is neither waited for nor counted on until it comes again."""
+    if record.due[rank]:
+        return _launch(record, rank)
+    if record.states[rank] is State.LARGE:
+        return record, GO
+    return _depart(_enter(record, rank, State.AWAY), alive), GO
 
 
 def _depart(record: Record, alive: Alive) -> Record:

@@ -17,6 +17,7 @@ from vllm_dwdp.convoy import Round
 from vllm_dwdp.kernels.device import Block, CopyStream
 from vllm_dwdp.kernels.tokens import RoundLayout, TokenExchange
 from vllm_dwdp.meeting import Meeting
+from vllm_dwdp.rendezvous import DispatchManifest
 
 _LOOK_S = 50e-6
 LARGE_STEP_S = 60.0  # how long a small step waits for a large one on its own device, before it goes alone
@@ -34,6 +35,10 @@ class Limits:
     patience_s: Callable[[int], float]
     large_s: Callable[[int], float]
 
+    def manifest(self) -> DispatchManifest:
+        """What has to be alike on all ranks, whose rows and flags lie in each other's inboxes."""
+        return DispatchManifest(dispatch_max_tokens=self.max_tokens, cudagraph_capture_sizes=list(self.graph_sizes))
+
     def places(self, num_tokens: int) -> int:
         """What every rank pads its rows to, so that all launch the same graph; 0 where none is so large."""
         return next((size for size in self.graph_sizes if size >= num_tokens), 0)
@@ -43,11 +48,13 @@ class Dispatch:
     """One rank's dispatched steps. Only the thread that runs the model may call it.
 
     `help_out`, which the worker sets, runs a forward of a dummy row, in which this rank computes its experts for the members of a round.
+    `meets` is set once the engine has warmed up: its steps until then go alone, however long they compile kernels.
     """
 
     def __init__(self, inbox: Block, tokens: TokenExchange, meeting: Meeting, stream: CopyStream, limits: Limits):
         self.inbox, self.limits = inbox, limits
         self.help_out: Callable[[], None] = lambda: None
+        self.meets = False
         self._meeting, self._tokens, self._stream = meeting, tokens, stream
         self._layout: RoundLayout | None = None  # of the step under way, if its layers dispatch
         self._in_step = False
@@ -78,18 +85,22 @@ class Dispatch:
         self._tokens.check()
         self._in_step, self._is_marked = True, num_tokens <= self.limits.max_tokens
         if num_tokens > self.limits.max_tokens:
-            while (owed := self._meeting.large(self.limits.large_s(num_tokens))) is not None:
+            while self.meets and (owed := self._meeting.large(self.limits.large_s(num_tokens))) is not None:
                 self._launch(owed)
             return False
-        self._end_large_step()
-        patience_s, rank = self.limits.patience_s(num_tokens), self._meeting.rank
-        while (made := self._meeting.join(num_tokens, patience_s)) is not None and not made.tokens[rank]:
-            self._launch(made)
-        if made is not None:
+        if self.meets and (made := self._meet(num_tokens)) is not None:
             self._begin(self._layout_of(made))
         elif self.limits.places(num_tokens):
             self._begin(self._alone(num_tokens))
         return self._layout is not None
+
+    def _meet(self, num_tokens: int) -> Round | None:
+        """The round that takes a small step; None: it goes alone."""
+        self._end_large_step()
+        patience_s, rank = self.limits.patience_s(num_tokens), self._meeting.rank
+        while (made := self._meeting.join(num_tokens, patience_s)) is not None and not made.tokens[rank]:
+            self._launch(made)
+        return made
 
     def reach_last_layer(self) -> None:
         """All of the step but its last layer is enqueued. Not told of a step that replays a graph."""
@@ -111,6 +122,11 @@ class Dispatch:
         if made is not None:
             self._launch(made)
         return made is not None
+
+    def leave(self) -> None:
+        """Before this rank does something else than steps: peers do not count on it until it comes again."""
+        while (owed := self._meeting.leave()) is not None:
+            self._launch(owed)
 
     def rehearse(self, forward: Callable[[int], Any]) -> None:
         """Run the largest step that dispatches, alone and without a graph: no request waits for its kernels to be compiled."""

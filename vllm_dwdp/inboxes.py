@@ -50,7 +50,7 @@ def open_inboxes(
         meeting = Meeting(page, group.rank, group.size)
         undo.callback(meeting.close)
     os.close(page)
-    owners = [owners_of([p.owned(rank) for rank in range(group.size)], p.num_experts) for p in placements]
+    owners = [owners_of(tuple(p.owned(rank) for rank in range(group.size)), p.num_experts) for p in placements]
     tokens = device.tokens(group.rank, at, [region.address for region in regions], owners, meeting.is_alive)
     undo.callback(tokens.close)
     return block, tokens, meeting

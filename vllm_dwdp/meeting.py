@@ -29,7 +29,8 @@ LOCK_TIMEOUT_S = 1.0
 _LOOK_S, _REST_S, _CHECK_S = 20e-6, 2e-3, 2e-3  # between looks: at least, at most; between checks that peers live
 _SPIN_S = 200e-6  # a holder's change takes less, unless it has lost its core
 _SEAL = 0x0010  # F_SEAL_FUTURE_WRITE: every later write to the file fails
-# offsets: changes so far, the lock's last holder, ranks, two records; then by rank the microsecond when its large steps end
+# offsets: changes so far; how often the lock was taken, times ranks, plus its last holder; ranks; two records; then by rank
+# the microsecond when its large steps end
 _WORD, _HOLDER, _SIZE, _RECORDS = 0, 8, 16, 64
 _NEVER_S = 1e12
 
@@ -64,6 +65,7 @@ class Meeting:
         self._final: Record | None = None  # once the page is sealed
         self._seen, self._last = -1, time.monotonic()
         self._end_s = 0.0  # when this rank's large steps are expected to have ended
+        self._overdue: dict[int, int] = {}  # by rank: the end of a large step that was waited for in vain
         if (found := self._words[_SIZE // 8]) != size:
             raise DWDPError(f"the convoy's page is for {found} ranks, data_parallel_size={size}: use one size on all ranks")
         if not self._lock(1 + rank):
@@ -79,7 +81,8 @@ class Meeting:
         began = time.monotonic()
 
         def ends_soon(rank: int) -> bool:
-            return self._words[self._end_of(rank)] <= (began + patience_s) * 1e6
+            end = self._words[self._end_of(rank)]
+            return end != self._overdue.get(rank) and end <= (began + patience_s) * 1e6
 
         def join(record: Record) -> convoy.Outcome:
             return convoy.join(record, self.rank, num_tokens, self.is_alive, ends_soon)
@@ -88,7 +91,7 @@ class Meeting:
         while answer is convoy.WAIT:
             now = time.monotonic()
             if now - began >= patience_s:
-                answer = self._change(lambda record: self._give_up(record, blame=patience_s > 0))
+                answer = self._change(lambda record: self._give_up(record, ends_soon, blame=patience_s > 0))
             elif self._words[0] != self._seen or now - looked > _CHECK_S:
                 looked, answer = now, self._change(join)
             else:
@@ -97,18 +100,13 @@ class Meeting:
         self.stats.alone += answer is convoy.GO
         return self._count(answer)
 
-    def due(self) -> Round | None:
-        """The round that this rank owes. Costs no lock while there is none."""
-        if not self._owes():
-            return None
-        return self._count(self._change(lambda r: convoy._launch(r, self.rank) if r.due[self.rank] else (r, convoy.GO)))
-
     def large(self, takes_s: float = math.inf) -> Round | None:
         """Before a large step, which is expected to take `takes_s`: None, launch it; a Round is owed: launch that and call again."""
+        end_s = max(self._end_s, time.monotonic()) + takes_s
+        self._words[self._end_of(self.rank)] = int(min(end_s, _NEVER_S) * 1e6)  # before peers see that the step is large
         made = self._count(self._change(lambda record: convoy.large(record, self.rank, self.is_alive)))
         if made is None:
-            self._end_s = max(self._end_s, time.monotonic()) + takes_s
-            self._words[self._end_of(self.rank)] = int(min(self._end_s, _NEVER_S) * 1e6)
+            self._end_s = end_s
         return made
 
     def large_done(self) -> None:
@@ -135,15 +133,23 @@ class Meeting:
             time.sleep(min(max(_LOOK_S, (now - self._last) / 100), _REST_S, end - now))
         return self.idle()
 
+    def leave(self) -> Round | None:
+        """Before this rank does something else than steps: None; a Round is owed: launch that and call again."""
+        return self._count(self._change(lambda record: convoy.leave(record, self.rank, self.is_alive)))
+
     def close(self) -> None:
         """Leave for good: peers see it as they see a death. May be repeated."""
         self._close()
 
-    def _give_up(self, record: Record, blame: bool) -> convoy.Outcome:
+    def _give_up(self, record: Record, ends_soon: Callable[[int], bool], blame: bool) -> convoy.Outcome:
+        """Who was waited for in vain is not waited for again: until it comes, or until its next large step."""
         after, answer = convoy.give_up(record, self.rank)
-        if answer is convoy.GO and blame:
+        if answer is convoy.GO:
             for rank, (was, now) in enumerate(zip(record.states, after.states, strict=True)):
-                self.stats.timeouts[rank] += was is State.BUSY and now is State.AWAY
+                is_overdue = was is State.LARGE and ends_soon(rank)
+                if is_overdue:
+                    self._overdue[rank] = self._words[self._end_of(rank)]
+                self.stats.timeouts[rank] += blame and (is_overdue or (was is State.BUSY and now is State.AWAY))
         return after, answer
 
     def _count(self, answer: Round | Answer) -> Round | None:
@@ -173,7 +179,7 @@ class Meeting:
                 fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, 0))
         if self._final is None:
             self._final = self._read(self._words[0])
-            holder = self._words[_HOLDER // 8]
+            holder = self._words[_HOLDER // 8] % self.size
             logger.warning("rank %d stopped while it changed the convoy: all ranks go alone from now on", holder)
         made = self._final.due[self.rank]
         self._final = self._final._replace(due=(None,) * self.size)
@@ -181,8 +187,10 @@ class Meeting:
 
     def _acquire(self) -> bool:
         """Take the record's lock; False: the page is sealed, by this rank if it must."""
-        began = time.monotonic()
+        held, began = -1, 0.0  # by whom, and since when this rank has seen it
         while not self._lock(0):
+            if (now_held := self._words[_HOLDER // 8]) != held:
+                held, began = now_held, time.monotonic()
             if (waited_s := time.monotonic() - began) < _SPIN_S:
                 continue
             if fcntl.fcntl(self._fd, fcntl.F_GET_SEALS) & _SEAL:
@@ -192,7 +200,7 @@ class Meeting:
                     seal(self._fd)
                 return False
             time.sleep(_LOOK_S)
-        self._words[_HOLDER // 8] = self.rank
+        self._words[_HOLDER // 8] = (self._words[_HOLDER // 8] // self.size + 1) * self.size + self.rank
         return True
 
     def _lock(self, byte: int) -> bool:

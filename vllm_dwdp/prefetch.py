@@ -157,7 +157,7 @@ class Prefetcher:
         """A graph is about to be captured or launched: it begins when the slots are filled."""
         self._overlay.resume()
         step = self._step
-        if step is None or step.view in (None, STREAMED):
+        if step is None or step.view in (None, STREAMED) or len(self._layers) > self.schedule.num_layers:  # a draft's, perhaps
             if step is not None:
                 step.launched = self._overlay.carries
             for slot in self._slots:

@@ -63,11 +63,19 @@ class LayerManifest(msgspec.Struct, frozen=True, kw_only=True):
     tensors: list[TensorManifest]
 
 
+class DispatchManifest(msgspec.Struct, frozen=True, kw_only=True):
+    """Which steps a rank dispatches: the largest, whose rows an inbox has, and the rows of its graphs."""
+
+    dispatch_max_tokens: int
+    cudagraph_capture_sizes: list[int]
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank has loaded."""
+    """What a rank has loaded. `dispatch` is None where no step dispatches."""
 
     page_bytes: int
     layers: list[LayerManifest]
+    dispatch: DispatchManifest | None
 
 
 class PeerStopped(DWDPError):

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 from vllm.logger import init_logger
@@ -15,18 +16,22 @@ from vllm_dwdp.config import Options
 from vllm_dwdp.costs import Costs, rates_of
 from vllm_dwdp.dispatch import Dispatch, Limits
 from vllm_dwdp.experts import ExpertLayer
-from vllm_dwdp.integration import hooks
+from vllm_dwdp.integration import hooks, watchdog
 from vllm_dwdp.integration.graphs import has_graphs
 from vllm_dwdp.kernels.device import Device
 
 logger = init_logger("vllm.dwdp.dispatching")
-HOST_PATIENCE_S = 0.5  # on CPU, whose costs are not known: some steps of a busy machine, and a peer that stops costs it once
+# On CPU, whose costs are not known: some steps of a busy machine, and a peer that stops costs it once; no large step ends soon.
+HOST_PATIENCE_S, HOST_LARGE_S = 0.5, math.inf
 
 
 def limits(
-    vllm_config: VllmConfig, options: Options, device: Device, layers: Sequence[ExpertLayer]
+    vllm_config: VllmConfig, options: Options, device: Device, layers: Sequence[ExpertLayer], decode_tokens: int
 ) -> Limits | None:
-    """The steps that dispatch; None, and a line in the log that says why, where none can or none would gain."""
+    """The steps that dispatch; None, and a line in the log that says why, where none can or none would gain.
+
+    `decode_tokens` are the most that one request decodes in a step.
+    """
     reason = why_not(vllm_config, options, device, layers)
     costs = None if current_platform.is_cpu() else costs_of(layers, current_platform.get_device_name())
     bound = vllm_config.scheduler_config.max_num_batched_tokens // layers[0].placement.size
@@ -38,6 +43,8 @@ def limits(
         logger.info("DWDP dispatch is off: %s; small steps read peers' experts in place", reason)
         return None
     sizes = vllm_config.compilation_config.cudagraph_capture_sizes if has_graphs(vllm_config) else []
+    speculative = vllm_config.speculative_config
+    lengths = range(1, decode_tokens + 1) if speculative and speculative.uses_dynamic_speculative_decoding() else [decode_tokens]
     if options.dispatch_max_tokens:
         why = "--dwdp-dispatch-max-tokens"
     elif expected == bound:
@@ -49,10 +56,21 @@ def limits(
         most, why,
     )
     return Limits(
-        max_tokens=most, graph_sizes=sorted(size for size in sizes if size <= most),
+        max_tokens=most, graph_sizes=dispatched_sizes(sizes, most, lengths),
         patience_s=costs.patience_s if costs is not None else lambda _: HOST_PATIENCE_S,
-        large_s=costs.large_s if costs is not None else lambda _: math.inf,
+        large_s=costs.large_s if costs is not None else lambda _: HOST_LARGE_S,
     )
+
+
+def dispatched_sizes(sizes: Sequence[int], most: int, lengths: Sequence[int]) -> list[int]:
+    """The rows of graphs that dispatch, ascending: no batch of at most the last of them runs in a graph of more.
+
+    Where every request decodes as many tokens (one of `lengths`), vLLM's graphs have a multiple of those, up to the largest size.
+    """
+    if max(sizes, default=0) <= most:
+        return sorted(sizes)
+    last = max((size for size in sizes if size <= most and not any(size % length for length in lengths)), default=0)
+    return sorted(size for size in sizes if size <= last)
 
 
 def costs_of(layers: Sequence[ExpertLayer], device_name: str) -> Costs:
@@ -72,6 +90,8 @@ def why_not(vllm_config: VllmConfig, options: Options, device: Device, layers: S
         return "ranks hand over memory by FABRIC handles, and rounds are agreed within one host"
     if any(layer.module.quant_method.is_monolithic for layer in layers):
         return "the expert kernel routes by itself; --moe-backend triton does not"
+    if envs.VLLM_BATCH_INVARIANT:
+        return "VLLM_BATCH_INVARIANT=1: how partial sums are rounded depends on who takes part in a round"
     if has_graphs(vllm_config) and not vllm_config.use_v2_model_runner:
         return "vLLM's older model runner pads batches by itself; use its default one, or --enforce-eager"
     return None
@@ -84,8 +104,11 @@ def help_between_calls() -> None:
         def worker_busy_loop(self: Any) -> None:
             calls = self.rpc_broadcast_mq
             while True:
-                self.worker.dwdp_help_until(lambda: _has_message(calls))
-                self._execute_worker_rpc(calls.dequeue(indefinite=True))
+                with watchdog.paused():
+                    self.worker.dwdp_help_until(lambda: _has_message(calls))
+                    call = calls.dequeue(indefinite=True)
+                self._execute_worker_rpc(call)
+                del call
 
         return worker_busy_loop
 
@@ -122,7 +145,7 @@ class CheckedOutput(AsyncModelRunnerOutput):
 
 def fit_to_round(vllm_config: VllmConfig, dispatch: Dispatch) -> None:
     """Let vLLM choose the graph of the rows that a round has agreed on, where that is more than the batch has, or none."""
-    if not dispatch.limits.graph_sizes:
+    if not has_graphs(vllm_config):
         return
 
     def wrapper(original: Callable) -> Callable:

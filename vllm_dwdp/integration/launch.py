@@ -15,12 +15,12 @@ from typing import Any
 import msgspec
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.v1.engine import coordinator, core
+from vllm.v1.engine import EngineCoreRequestType, coordinator, core
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from vllm_dwdp import config, launcher
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.integration import checks, graphs, hooks, joining, remote
+from vllm_dwdp.integration import checks, graphs, hooks, joining, remote, watchdog
 from vllm_dwdp.rendezvous import REPORT_S
 
 logger = init_logger("vllm.dwdp.launch")
@@ -132,9 +132,9 @@ def make_independent(vllm_config: VllmConfig) -> int:
 class IndependentEngineCore(core.EngineCoreProc):
     """The engine of one DWDP rank: stands in for vLLM's DPEngineCoreProc, and has no peers as far as vLLM knows."""
 
-    def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any):
+    def __init__(self, *args: Any, vllm_config: VllmConfig, engine_index: int | None = None, **kwargs: Any):
         rank = make_independent(vllm_config)
-        super().__init__(*args, vllm_config=vllm_config, engine_index=rank, **kwargs)
+        super().__init__(*args, vllm_config=vllm_config, engine_index=rank if engine_index is None else engine_index, **kwargs)
         self._active_s = 0.0  # when this engine last had work or helped
 
     def process_output_sockets(self, output_paths: list[str], *args: Any, **kwargs: Any) -> None:
@@ -149,23 +149,37 @@ class IndependentEngineCore(core.EngineCoreProc):
             self._help_until_work()
         super()._process_input_queue()
 
+    def _process_engine_step(self) -> bool:
+        """Requests that no step can take yet, as while a grammar is compiled or KV arrives, keep no peer waiting."""
+        executed = super()._process_engine_step()
+        if not executed and isinstance(self.model_executor, UniProcExecutor):
+            self.model_executor.collective_rpc("dwdp_help")
+        return executed
+
+    def _handle_client_request(self, request_type: EngineCoreRequestType, request: Any) -> None:
+        """Calls that are no requests may take long: peers do not count on this rank meanwhile."""
+        if request_type == EngineCoreRequestType.UTILITY:
+            self.model_executor.collective_rpc("dwdp_leave")
+        super()._handle_client_request(request_type, request)
+
     def _help_until_work(self) -> None:
         """Without a request, help the peers' rounds until one comes. A worker in another process does by itself."""
         if not isinstance(self.model_executor, UniProcExecutor):
             self.model_executor.collective_rpc("dwdp_help")
             return
         self.process_input_queue_block = False
-        while not self.has_work() and self.is_running() and self.input_queue.empty() and not self._idle_state_callbacks:
-            (helped,) = self.model_executor.collective_rpc("dwdp_help")
-            if helped is None:
-                self.process_input_queue_block = True
-                return
-            if helped:
-                self._active_s = time.monotonic()
-            quiet_s = time.monotonic() - self._active_s
-            with self.input_queue.not_empty:
-                if not self.input_queue.queue:
-                    self.input_queue.not_empty.wait(HOT_LOOK_S if quiet_s < HOT_S else LOOK_S)
+        with watchdog.paused():
+            while not self.has_work() and self.is_running() and self.input_queue.empty() and not self._idle_state_callbacks:
+                (helped,) = self.model_executor.collective_rpc("dwdp_help")
+                if helped is None:
+                    self.process_input_queue_block = True
+                    return
+                if helped:
+                    self._active_s = time.monotonic()
+                quiet_s = time.monotonic() - self._active_s
+                with self.input_queue.not_empty:
+                    if not self.input_queue.queue:
+                        self.input_queue.not_empty.wait(HOT_LOOK_S if quiet_s < HOT_S else LOOK_S)
 
 
 class _Awaited:
@@ -225,7 +239,8 @@ def run_engine_core(*args: Any, **kwargs: Any) -> None:
     _refuse_first()  # a spawned child has not been through `install`
     bounded = _bounded(options, kwargs["dp_rank"])
     try:
-        with hooks.LOCKSTEP_ENGINE.during(lambda _: IndependentEngineCore), hooks.START_HANDSHAKE.during(bounded):
+        with (hooks.START_HANDSHAKE.during(bounded), hooks.LOCKSTEP_ENGINE.during(lambda _: IndependentEngineCore),
+              hooks.ENGINE.during(lambda _: IndependentEngineCore)):  # the second of a rank that vLLM does not count
             _run_engine_core(*args, **kwargs)
     except Exception as error:  # vLLM's own too: its launcher says no more than that there was one
         launcher.tell(error)

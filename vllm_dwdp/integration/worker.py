@@ -3,6 +3,7 @@
 vLLM resolves `DWDPWorker` by name in each engine; nothing else in an engine process is touched once a model is loaded.
 """
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -86,7 +87,8 @@ class DWDPWorker(PlatformWorker):
                 layers=sorted(layers, key=lambda layer: layer.is_draft),
                 samples=loading.samples(model, shards, rank) if joining.reads_checkpoint(self.vllm_config) else {},
             )
-            steps = dispatching.limits(self.vllm_config, options, device, loaded.layers)
+            decode_tokens = getattr(self.model_runner, "decode_query_len", 1)  # vLLM's older runner has no graphs that dispatch
+            steps = dispatching.limits(self.vllm_config, options, device, loaded.layers, decode_tokens)
             self.dwdp = assembly.assemble(loaded, group, device, options, limit, steps)
             try:
                 binding.bind(self.dwdp)
@@ -110,8 +112,10 @@ class DWDPWorker(PlatformWorker):
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
-        if self.dwdp.dispatch is not None and not current_platform.is_cpu():
-            self.dwdp.dispatch.rehearse(self.model_runner._dummy_run)
+        if (dispatch := self.dwdp.dispatch) is not None:
+            if not current_platform.is_cpu():
+                dispatch.rehearse(self.model_runner._dummy_run)
+            dispatch.meets = True
         return times
 
     @_telling
@@ -129,12 +133,11 @@ class DWDPWorker(PlatformWorker):
         if dispatch is not None:
             dispatch.end_step()
         self._update_metrics()
-        return output
+        return self._checked(output)
 
     @_telling
     def sample_tokens(self, grammar_output: Any) -> Any:
-        output, dispatch = super().sample_tokens(grammar_output), self.dwdp.dispatch
-        return output if dispatch is None else dispatching.checked(output, dispatch)
+        return self._checked(super().sample_tokens(grammar_output))
 
     @_telling
     def dwdp_help(self) -> bool | None:
@@ -147,10 +150,20 @@ class DWDPWorker(PlatformWorker):
         self._is_idle = True
         return self._help(0.0, lambda: False)
 
+    def dwdp_leave(self) -> None:
+        """A call that is no step comes: peers do not count on this rank meanwhile."""
+        if self.dwdp.dispatch is not None:
+            self.dwdp.dispatch.leave()
+
     def dwdp_help_until(self, wake: Callable[[], bool]) -> None:
         """While the engine has no request, take part in the peers' rounds, until `wake()`."""
         while self._is_idle and not wake():
             self._help(HELP_S, wake)
+
+    def _checked(self, output: Any) -> Any:
+        """What a step returns, tokens or a pooling model's embeddings; None where they are sampled later."""
+        dispatch = self.dwdp.dispatch
+        return output if dispatch is None or output is None else dispatching.checked(output, dispatch)
 
     def _help(self, timeout_s: float, wake: Callable[[], bool]) -> bool:
         dispatch = self.dwdp.dispatch
@@ -170,6 +183,8 @@ class DWDPWorker(PlatformWorker):
 
     def shutdown(self) -> None:
         if hasattr(self, "dwdp"):
+            with contextlib.suppress(Exception):  # of an engine that ends for an error
+                self.dwdp_leave()
             self.dwdp.close()
             self._group.close()
         super().shutdown()

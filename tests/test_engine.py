@@ -1,0 +1,140 @@
+"""Invariant: an engine keeps no peer waiting, whatever it does besides steps; its calls without any engine."""
+
+import contextlib
+import queue
+import sys
+import types
+from typing import Any
+
+import pytest
+from vllm.v1.engine import EngineCoreRequestType, core
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.outputs import AsyncModelRunnerOutput
+
+from vllm_dwdp import config
+from vllm_dwdp.integration import launch, watchdog, worker
+from vllm_dwdp.kernels.tokens import did_not_come
+
+
+class Executor(UniProcExecutor):
+    """In this process; `calls` are what its worker was asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def collective_rpc(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:  # type: ignore[override]
+        self.calls.append(method)
+        return [False]
+
+
+class OtherExecutor:
+    collective_rpc, __init__ = Executor.collective_rpc, Executor.__init__
+
+
+def engine(executor: Any, **attributes: Any) -> launch.IndependentEngineCore:
+    made = object.__new__(launch.IndependentEngineCore)
+    scheduler = types.SimpleNamespace(has_requests=lambda: False)
+    vars(made).update(model_executor=executor, scheduler=scheduler, output_queue=queue.Queue(), post_step=lambda _: None, **attributes)
+    return made
+
+
+@pytest.mark.parametrize("executed", [False, True])
+def test_requests_that_no_step_can_take_keep_no_peer_waiting(executed: bool) -> None:
+    """As while a grammar is compiled: the rank helps meanwhile. A worker in another process does by itself."""
+    for executor, helps in ((Executor(), ["dwdp_help"]), (OtherExecutor(), [])):
+        assert engine(executor, step_fn=lambda: ({}, executed))._process_engine_step() == executed
+        assert executor.calls == ([] if executed else helps)
+
+
+@pytest.mark.parametrize("executor", [Executor, OtherExecutor])
+def test_peers_do_not_count_on_a_rank_during_other_calls(monkeypatch: pytest.MonkeyPatch, executor: type) -> None:
+    asked = executor()
+    monkeypatch.setattr(core.EngineCoreProc, "_handle_client_request", lambda self, *_: asked.calls.append("done"))
+    made = engine(asked)
+    made._handle_client_request(EngineCoreRequestType.UTILITY, (0, 0, "profile", ()))
+    made._handle_client_request(EngineCoreRequestType.ADD, (None, 0))
+    assert asked.calls == ["dwdp_leave", "done", "done"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_every_rank_s_engine_helps(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Also of ranks that vLLM does not count, each an engine by itself."""
+    made = []
+    parallel = types.SimpleNamespace(
+        data_parallel_size=size, data_parallel_size_local=1, data_parallel_index=0, data_parallel_external_lb=True, numa_bind=False,
+        reconfigure_for_independent_dp_rank=lambda: None,
+    )
+    model = types.SimpleNamespace(is_moe=True, multimodal_config=None)
+    given = types.SimpleNamespace(
+        additional_config={config.KEY: {"size": 2}}, parallel_config=parallel, model_config=model, kv_transfer_config=None,
+    )
+
+    def init(self: Any, *_: Any, engine_index: int, **__: Any) -> None:
+        made.append((type(self), engine_index))
+        raise KeyError("no further")
+
+    monkeypatch.setattr(core.EngineCoreProc, "__init__", init)
+    for name in ("maybe_init_worker_tracer", "set_process_title", "decorate_logs", "maybe_register_config_serialize_by_value"):
+        monkeypatch.setattr(core, name, lambda *_: None)
+    for name in ("follow_parent", "tell"):
+        monkeypatch.setattr(launch.launcher, name, lambda *_: None)
+    monkeypatch.setattr(core.signal, "signal", lambda *_: None)
+    before = core.EngineCoreProc, core.DPEngineCoreProc
+    with pytest.raises(KeyError):
+        launch.run_engine_core(vllm_config=given, dp_rank=0)
+    assert made == [(launch.IndependentEngineCore, 0)] and before == (core.EngineCoreProc, core.DPEngineCoreProc)
+
+
+class Pooled(AsyncModelRunnerOutput):
+    def get_output(self) -> Any:
+        return "an embedding"
+
+
+def test_no_embedding_of_a_round_that_a_member_did_not_come_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pooling model's output comes from the forward itself, and is held against the round like tokens."""
+    def check() -> None:
+        raise did_not_come(1)
+
+    nothing = lambda *_, **__: None  # noqa: E731
+    dispatch = types.SimpleNamespace(begin_step=nothing, end_step=nothing, check=check)
+    made = object.__new__(worker.DWDPWorker)
+    made.dwdp = types.SimpleNamespace(dispatch=dispatch, prefetcher=types.SimpleNamespace(begin_step=nothing, end_step=nothing))
+    made.vllm_config, made._update_metrics = types.SimpleNamespace(speculative_config=None), nothing
+    monkeypatch.setattr(worker.PlatformWorker, "execute_model", lambda *_: Pooled())
+    output = made.execute_model(types.SimpleNamespace(total_num_scheduled_tokens=5))
+    with pytest.raises(worker.DWDPError, match="rank 1 did not come"):
+        output.get_output()
+    monkeypatch.setattr(worker.PlatformWorker, "execute_model", lambda *_: None)
+    assert made.execute_model(types.SimpleNamespace(total_num_scheduled_tokens=5)) is None, "tokens are sampled later"
+
+
+def test_warm_up_meets_nobody_and_steps_then_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    met = []
+    made = object.__new__(worker.DWDPWorker)
+    made.dwdp = types.SimpleNamespace(dispatch=types.SimpleNamespace(meets=False))
+    monkeypatch.setattr(worker.PlatformWorker, "compile_or_warm_up_model", lambda self: met.append(self.dwdp.dispatch.meets) or 7)
+    assert made.compile_or_warm_up_model() == 7
+    assert met == [False] and made.dwdp.dispatch.meets
+
+
+def test_vllm_s_watchdog_does_not_watch_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = []
+
+    @contextlib.contextmanager
+    def disable() -> Any:
+        watched.append("paused")
+        yield
+        watched.append("goes on")
+
+    if not watchdog.importlib.util.find_spec(watchdog._NAME):
+        with watchdog.paused():
+            assert not watched
+    dog = types.ModuleType(watchdog._NAME)
+    dog.__spec__ = types.SimpleNamespace(name=watchdog._NAME)  # type: ignore[assignment]
+    dog.get_watch_dog = lambda: types.SimpleNamespace(disable=disable)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, watchdog._NAME, dog)
+    made = engine(executor := Executor(), input_queue=queue.Queue(), _idle_state_callbacks=[], _active_s=0.0, engines_running=False,
+                  batch_queue=None, shutdown_state=core.EngineShutdownState.RUNNING)
+    monkeypatch.setattr(executor, "collective_rpc", lambda _: [None])
+    made._help_until_work()
+    assert watched == ["paused", "goes on"]
