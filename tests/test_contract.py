@@ -63,7 +63,7 @@ ATTRIBUTES = {
                                "data_parallel_rank_local data_parallel_index data_parallel_external_lb "
                                "data_parallel_hybrid_lb data_parallel_master_ip data_parallel_master_port "
                                "_coord_store_port local_engines_only",
-    CONFIG + "ModelConfig": "is_moe model architecture dtype quantization hf_config hf_text_config enforce_eager "
+    CONFIG + "ModelConfig": "is_moe model architectures dtype quantization hf_config hf_text_config enforce_eager "
                             "enable_sleep_mode enable_cumem_allocator multimodal_config runner_type",
     CONFIG + "MultiModalConfig": "mm_processor_cache_gb",
     "vllm.v1.engine.core_client:DPLBAsyncMPClient": "engine_ranks_managed core_engines reqs_in_flight engine_inflight "
@@ -167,6 +167,14 @@ def test_experts() -> None:
     """Every kind of routed experts is one whose loader and forward were read: those that do not shard are refused."""
     source = "\n".join(path.read_text() for path in Path(vllm.__file__).parent.rglob("*.py"))
     assert set(re.findall(r"^class (\w+)\([^)]*RoutedExperts\b", source, re.MULTILINE)) <= EXPERTS
+
+
+def test_kinds_of_experts() -> None:
+    """No model but those refused has two kinds of experts in a layer, of which a step may leave one out."""
+    sources = [path.read_text() for path in Path(vllm.__file__).parent.rglob("*.py")]
+    two = [source for source in sources if source.count("FusedMoEFactory(") > 1]
+    names = re.findall(r"^class (\w+For[A-Z]\w+)\(", "\n".join(two), re.MULTILINE)
+    assert names and not [name for name in names if not any(part in name for part in checks.MODELS)]
 
 
 @pytest.mark.parametrize("op", ["moe_forward", "moe_forward_shared"])

@@ -10,6 +10,8 @@ import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExperts
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 from vllm.model_executor.models import gpt_oss
 from vllm.model_executor.utils import replace_parameter
@@ -333,6 +335,19 @@ def test_writes_after_binding(write: Callable) -> None:
     with pytest.raises(DWDPError, match="cannot be loaded or replaced while the group serves; restart it"):
         write(module)
     assert module.w13_weight is shown and not shown.any()
+
+
+def test_experts_of_a_second_kind_are_read(monkeypatch) -> None:
+    """Only what another rank owns in every layer is left unread: a checkpoint may count on with experts of another kind."""
+    monkeypatch.setattr(DefaultModelLoader, "_init_ep_weight_filter", lambda self, model_config: None)
+    loader = SimpleNamespace()
+    with sharded(1, 2, None, before_reading=lambda _: None, gather=lambda *_: []) as shards:
+        for kind in ("text", "vision"):
+            shards[kind] = Placement(num_experts=6, size=2)
+        DefaultModelLoader._init_ep_weight_filter(loader, None)
+    names = [f"model.layers.3.mlp.experts.{i}.up_proj.weight" for i in range(12)]
+    skipped = [i for i, name in enumerate(names) if should_skip_weight(name, loader.local_expert_ids)]
+    assert skipped == [0, 1, 2]
 
 
 def test_gpt_oss_loads_mxfp4_by_owned_rows(monkeypatch) -> None:

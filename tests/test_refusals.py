@@ -138,7 +138,6 @@ def test_dense_model(configure, dense: str) -> None:
         ("parallel_config", "decode_context_parallel_size", 2, "context parallelism"),
         ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
         ("model_config", "enable_cumem_allocator", True, "cumem"),
-        ("model_config", "_architecture", "FlintForCausalLM", "FlintForCausalLM"),
     ],
 )
 def test_settings_of_other_platforms(configure, monkeypatch, part: str, field: str, value: Any, named: str) -> None:
@@ -150,6 +149,16 @@ def test_settings_of_other_platforms(configure, monkeypatch, part: str, field: s
     with pytest.raises(DWDPError) as raised:
         checks.refuse_unsupported(made, options)
     assert_refused(raised, named)
+
+
+@pytest.mark.parametrize("name", ["FlintForCausalLM", "Ernie4_5_VLMoeForConditionalGeneration"])
+def test_models(configure, monkeypatch, name: str) -> None:
+    """A model whose forward reads experts otherwise than layer by layer, on every row, is refused by name."""
+    made = configure()
+    monkeypatch.setattr(made.model_config.model_arch_config, "architectures", [name])
+    with pytest.raises(DWDPError) as raised:
+        checks.refuse_unsupported(made, config.parse(made.additional_config))
+    assert_refused(raised, f"--parallel dwdp does not go with {name}: its ")
 
 
 @pytest.mark.parametrize(

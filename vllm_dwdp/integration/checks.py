@@ -11,8 +11,11 @@ TESTED_VLLM = ("0.32", "0.33")  # minor versions whose contract test passes
 UNTESTED = "DWDP_ALLOW_UNTESTED_VLLM"
 # MoE backends that fuse dispatch or replace RoutedExperts.
 BYPASSING_BACKENDS = ("mega_moe", "moe_ep", "moonep")
-# Models whose own kernels read a RoutedExperts' weights without calling it.
-READ_EXPERTS = ("FlintForCausalLM",)
+# Parts of models' names, and why a forward of such a model is none that DWDP can stream.
+MODELS = {
+    "FlintForCausalLM": "its decode kernels read experts past the layer that waits for them",
+    "Ernie4_5_VL": "its text and vision experts get rows of their own or none, where ranks run every layer on every row",
+}
 # Load formats that copy tensors as they were saved, past the loaders that keep a rank's share.
 WHOLE_TENSORS = ("ipc_cache", "modelexpress", "runai_streamer_sharded", "sharded_state", "tensorizer")
 # The workers that DWDP's extends, and its own, which a config may have from before.
@@ -98,8 +101,8 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
         (engram is not None and (engram.dp_shared_memory or engram.embedding_across_dp),
          "an Engram table that data-parallel ranks share (dp_shared_memory, embedding_across_dp): each rank is an "
          "engine of its own; set both to false in --engram-config"),
-        (model.architecture in READ_EXPERTS,
-         f"{model.architecture}: its decode kernels read experts past the layer that waits for them; drop it"),
+        *((part in architecture, f"{architecture}: {why}; drop it")
+          for architecture in model.architectures for part, why in MODELS.items()),
     ):
         if refused:
             raise DWDPError(f"--parallel dwdp does not go with {reason}")

@@ -70,7 +70,9 @@ def sharded(
             refuse_bypass(shards, model_config)
             before_reading(shards)
             original(self, model_config)
-            self.local_expert_ids = set().union(*(placement.owned(rank) for placement in shards.values()))
+            counts = [placement.num_experts for placement in shards.values()]
+            others = range(min(counts), sum(counts))  # not of every layer, so they may be a second kind that counts on
+            self.local_expert_ids = set(others).union(*(placement.owned(rank) for placement in shards.values()))
 
         return select_owned
 
