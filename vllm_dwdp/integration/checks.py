@@ -5,6 +5,7 @@ from vllm.config import KVTransferConfig, VllmConfig
 
 from vllm_dwdp.config import Options
 from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.integration import joining
 from vllm_dwdp.placement import Placement
 
 TESTED_VLLM = ("0.32", "0.33")  # minor versions whose contract test passes
@@ -124,7 +125,7 @@ def _connectors(transfer: KVTransferConfig | None) -> set[str | None]:
 
 
 def _ranks_start_apart(parallel) -> bool:
-    return not is_offline_rank(parallel) and (
+    return not is_offline_rank(parallel) and not joining.are_together() and (
         parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
         or parallel.data_parallel_size_local < parallel.data_parallel_size or parallel.data_parallel_size == 1
     )
