@@ -62,6 +62,8 @@ def assert_refused(raised: pytest.ExceptionInfo, *named: str) -> None:
         ({"data_parallel_size": 1}, {}, "--data-parallel-size"),
         ({"data_parallel_size": 13}, {}, "12 experts"),
         ({}, {"size": 3}, "--dwdp-size 3 differs from --data-parallel-size 2"),
+        ({}, {"rank": 0}, "--dwdp-rank 0 with --data-parallel-size 2"),
+        ({"data_parallel_external_lb": True, "data_parallel_rank": 1}, {"rank": 0, "rendezvous": "127.0.0.1:1"}, "drop it"),
         ({"tensor_parallel_size": 2}, {}, "--tensor-parallel-size 2"),
         ({"pipeline_parallel_size": 2}, {}, "--pipeline-parallel-size 2"),
         ({"enable_expert_parallel": True}, {}, "--enable-expert-parallel"),

@@ -52,6 +52,11 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
             f"--dwdp-size {options.size} differs from --data-parallel-size {parallel.data_parallel_size}: the group is "
             f"vLLM's data-parallel ranks; drop --dwdp-size, which is for ranks that vLLM does not count"
         )
+    if options.rank is not None and parallel.data_parallel_size > 1:
+        raise DWDPError(
+            f"--dwdp-rank {options.rank} with --data-parallel-size {parallel.data_parallel_size}: it is for ranks that vLLM "
+            f"does not count, and would give every engine of this command that rank; drop it"
+        )
     if model.get_num_experts() > 0:
         Placement(num_experts=model.get_num_experts(), size=options.size, experts_per_rank=options.experts_per_rank)
     offload, load = vllm_config.offload_config, vllm_config.load_config
