@@ -64,6 +64,8 @@ def assert_refused(raised: pytest.ExceptionInfo, *named: str) -> None:
         ({}, {"size": 3}, "--dwdp-size 3 differs from --data-parallel-size 2"),
         ({}, {"rank": 0}, "--dwdp-rank 0 with --data-parallel-size 2"),
         ({"data_parallel_external_lb": True, "data_parallel_rank": 1}, {"rank": 0, "rendezvous": "127.0.0.1:1"}, "drop it"),
+        ({"max_num_batched_tokens": 257}, {"dispatch_max_tokens": 129}, "lower it to 128"),
+        ({"max_num_batched_tokens": 257, **APART}, {"dispatch_max_tokens": 86, "size": 3, "rank": 0}, "lower it to 85"),
         ({"tensor_parallel_size": 2}, {}, "--tensor-parallel-size 2"),
         ({"pipeline_parallel_size": 2}, {}, "--pipeline-parallel-size 2"),
         ({"enable_expert_parallel": True}, {}, "--enable-expert-parallel"),
@@ -212,6 +214,7 @@ def test_speculation(configure, models, dense: str, draft: str) -> None:
         ({"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"}}, {}),
         ({"data_parallel_size": 12}, {"experts_per_rank": 1}),
         ({}, {"experts_per_rank": 12}),
+        ({"max_num_batched_tokens": 257}, {"dispatch_max_tokens": 128}),
     ],
     ids=str,
 )

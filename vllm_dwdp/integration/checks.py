@@ -57,6 +57,12 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
             f"--dwdp-rank {options.rank} with --data-parallel-size {parallel.data_parallel_size}: it is for ranks that vLLM "
             f"does not count, and would give every engine of this command that rank; drop it"
         )
+    most = vllm_config.scheduler_config.max_num_batched_tokens // options.size
+    if (options.dispatch_max_tokens or 0) > most:
+        raise DWDPError(
+            f"--dwdp-dispatch-max-tokens {options.dispatch_max_tokens} is above --max-num-batched-tokens over {options.size} "
+            f"ranks: a round brings so many tokens of every rank together; lower it to {most} or raise that"
+        )
     if model.get_num_experts() > 0:
         Placement(num_experts=model.get_num_experts(), size=options.size, experts_per_rank=options.experts_per_rank)
     offload, load = vllm_config.offload_config, vllm_config.load_config
