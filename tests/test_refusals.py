@@ -16,6 +16,7 @@ from vllm_dwdp import config
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import checks
 
+from families import ENGINES, FAMILIES
 from quantized import quantize
 
 APART = {"data_parallel_size": 1}
@@ -180,6 +181,20 @@ def test_a_connector_that_numbers_ports_by_rank(configure, monkeypatch, connecto
     assert_refused(raised, "MoRIIOConnector", "--dwdp-rank")
     monkeypatch.setattr(made.parallel_config, "data_parallel_size", 1)
     checks.refuse_unsupported(made, msgspec.structs.replace(options, rank=0, rendezvous="127.0.0.1:1"))
+
+
+@pytest.mark.parametrize(
+    "engine_args",
+    [{"mm_encoder_only": True}, {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_producer"}}],
+    ids=["asked for", "producer"],
+)
+def test_instances_that_only_encode(configure, models, engine_args: dict) -> None:
+    """Are refused as such, not after loading for the experts that they have not built; a model that does both passes."""
+    seeing = dict(model=models(FAMILIES["qwen3_vl_moe"]), **ENGINES["qwen3_vl_moe"])
+    configure(**seeing)
+    with pytest.raises(DWDPError) as raised:
+        configure(**seeing, **engine_args)
+    assert_refused(raised, "--mm-encoder-only", "no experts run there; drop --parallel dwdp")
 
 
 @pytest.mark.parametrize("shared", ["dp_shared_memory", "embedding_across_dp"])

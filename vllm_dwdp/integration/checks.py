@@ -68,6 +68,8 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
     offload, load = vllm_config.offload_config, vllm_config.load_config
     engram = getattr(vllm_config, "engram_config", None)
     for refused, reason in (
+        (vllm_config.is_mm_encoder_only,
+         "--mm-encoder-only, or an --ec-transfer-config that only produces: no experts run there; drop --parallel dwdp"),
         (parallel.tensor_parallel_size > 1,
          f"--tensor-parallel-size {parallel.tensor_parallel_size}: a DWDP rank is one GPU; set it to 1"),
         (parallel.pipeline_parallel_size > 1,
