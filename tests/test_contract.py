@@ -56,6 +56,7 @@ CALLED = {
 # Attributes that are read or set, by the class whose body or constructor names them.
 ATTRIBUTES = {
     CONFIG + "VllmConfig": "model_config parallel_config cache_config kernel_config offload_config lora_config "
+                           "is_mm_encoder_only scheduler_config "
                            "kv_transfer_config speculative_config weight_transfer_config compilation_config load_config additional_config",
     CONFIG + "ParallelConfig": "worker_cls tensor_parallel_size pipeline_parallel_size prefill_context_parallel_size "
                                "decode_context_parallel_size enable_expert_parallel enable_eplb enable_elastic_ep "
@@ -70,6 +71,7 @@ ATTRIBUTES = {
                                                     "outputs_queue lb_engines _abort_requests",
     CONFIG + "CompilationConfig": "cudagraph_mode cudagraph_capture_sizes max_cudagraph_capture_size",
     CONFIG + "CUDAGraphMode": "NONE",
+    CONFIG + "SchedulerConfig": "max_num_batched_tokens",
     CONFIG + "CacheConfig": "gpu_memory_utilization kv_cache_memory_bytes",
     CONFIG + "KernelConfig": "moe_backend",
     CONFIG + "LoadConfig": "load_format",

@@ -122,6 +122,19 @@ def test_offline_ranks_in_one_process_each(configure, monkeypatch) -> None:
     assert_refused(raised, "VLLM_ENABLE_V1_MULTIPROCESSING=0", "VLLM_DP_SIZE")
 
 
+def test_the_rust_front_end(configure, monkeypatch) -> None:
+    """Is refused where engines of other nodes would send it signs of life, and served where each node has its own."""
+    rendezvous = {"rendezvous": "127.0.0.1:1"}
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    configure()
+    configure(rendezvous, data_parallel_size=4, data_parallel_hybrid_lb=True, data_parallel_size_local=2)
+    with pytest.raises(DWDPError) as raised:
+        configure(rendezvous, data_parallel_size_local=1)
+    assert_refused(raised, "VLLM_USE_RUST_FRONTEND=1", "--data-parallel-hybrid-lb")
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
+    configure(rendezvous, data_parallel_size_local=1)
+
+
 def test_dense_model(configure, dense: str) -> None:
     """A model without experts is refused by name."""
     with pytest.raises(DWDPError) as raised:

@@ -95,6 +95,9 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
         (is_offline_rank(parallel) and not envs.VLLM_ENABLE_V1_MULTIPROCESSING,
          "VLLM_ENABLE_V1_MULTIPROCESSING=0 and VLLM_DP_SIZE together: in one process vLLM keeps such ranks in lockstep; "
          "drop one; without VLLM_DP_SIZE give each rank size, rank and rendezvous"),
+        (envs.VLLM_USE_RUST_FRONTEND and has_remote_engines(parallel),
+         "VLLM_USE_RUST_FRONTEND=1 and ranks on other nodes: that front end ends at a rank's sign of life; drop it, or give "
+         "every node a server with --data-parallel-hybrid-lb"),
         (parallel.data_parallel_backend == "ray",
          "--data-parallel-backend ray: only the default backend (mp) starts independent ranks here; drop it"),
         (model.enable_sleep_mode or model.enable_cumem_allocator,
@@ -142,6 +145,12 @@ def _ranks_start_apart(parallel) -> bool:
         parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
         or parallel.data_parallel_size_local < parallel.data_parallel_size or parallel.data_parallel_size == 1
     )
+
+
+def has_remote_engines(parallel) -> bool:
+    """Whether this server's requests go to engines of another launcher, too."""
+    is_alone = parallel.local_engines_only or is_offline_rank(parallel)
+    return parallel.data_parallel_size_local < parallel.data_parallel_size and not is_alone
 
 
 def is_offline_rank(parallel) -> bool:
