@@ -1,7 +1,7 @@
 """The vLLM plugin: `--parallel dwdp`, the `--dwdp-...` options, and the switch in `additional_config`.
 
-vLLM calls `register` in every process. It only wraps two functions of a module that vLLM has loaded already, so it
-costs next to nothing and changes nothing while the switch is off.
+vLLM calls `register` once in every process. It only wraps two functions of one module, at once or as soon as that is
+imported, so it costs next to nothing and changes nothing while the switch is off.
 """
 
 import argparse
@@ -10,7 +10,10 @@ import functools
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -22,13 +25,34 @@ from vllm_dwdp.integration import hooks
 
 def register() -> None:
     """Install the command-line options and the switch. Idempotent, never raises."""
-    if hooks.ADD_CLI_ARGS.module not in sys.modules:  # an engine or worker: its classes are ours already
+    if hooks.ADD_CLI_ARGS.module not in sys.modules:  # importing it here would slow engines and workers
+        if not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _RegisterOnImport())
         return
     try:
         hooks.ADD_CLI_ARGS.install(_add_cli_args)
         hooks.CREATE_ENGINE_CONFIG.install(_create_engine_config)
     except Exception as error:  # a plugin must not take stock vLLM down
         logging.getLogger("vllm.dwdp").warning("vllm-dwdp is off: %s", error)
+
+
+class _RegisterOnImport(MetaPathFinder):
+    """Calls `register` again when vLLM's arguments have been imported, however the other finders find them."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != hooks.ADD_CLI_ARGS.module:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                register()
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
 
 
 def _create_engine_config(original: Callable) -> Callable:

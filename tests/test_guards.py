@@ -1,15 +1,23 @@
 """Invariant: an engine or a layer that DWDP cannot turn into a rank stops, and says which hook or layer it was."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExperts
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+from vllm.model_executor.layers.fused_moe.oracle import nvfp4
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+    compressed_tensors_moe_w4a4_nvfp4 as ct_nvfp4,
+)
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 from vllm.model_executor.models import gpt_oss
 from vllm.model_executor.utils import replace_parameter
@@ -25,6 +33,7 @@ from vllm_dwdp.integration.loading import (
     refuse_bypass,
     sharded,
 )
+from vllm_dwdp.integration.proof import Following, prove
 from vllm_dwdp.integration.worker import membership
 from vllm_dwdp.placement import Placement
 
@@ -102,7 +111,7 @@ def test_unstreamable_layer(kind: type, movable: bool, parameters: list[str], na
 
 @pytest.mark.parametrize("reduces", [True, False])
 def test_static_activation_scales(reduces: bool) -> None:
-    """A layer is converted with all ranks' largest scale, once; scales that are still one an expert are refused."""
+    """A layer is converted with all ranks' largest scale, once; a kernel that has still one an expert is refused."""
     module = layer(w13_weight=torch.ones(2, 8), w13_input_scale=torch.tensor([0.1, 0.3]), w2_input_scale=torch.ones(2))
     module.moe_config = SimpleNamespace(hidden_dim=8, experts_per_token=2, in_dtype=torch.float32)
 
@@ -125,13 +134,40 @@ def test_static_activation_scales(reduces: bool) -> None:
     assert largest == [torch.tensor(0.3), torch.tensor(5.0)]
     method.process_weights_after_loading(module)
     assert asked == ["activation scales of model.layers.3.mlp.experts"]
-    placement = Placement(num_experts=4, size=2)
-    if reduces:
-        record = describe(module, placement, rank=0)
-        assert record.has_agreed_scales and (*record.streamed, *record.replicated) == ("w13_weight",)
-    else:
-        with pytest.raises(DWDPError, match=r"w13_input_scale \(Method\) is a static activation scale of each expert"):
-            describe(module, placement, rank=0)
+    record = describe(module, Placement(num_experts=4, size=2), rank=0)
+    assert record.has_agreed_scales and (*record.streamed, *record.replicated) == ("w13_weight",)
+    method.moe_quant_config = SimpleNamespace(a1_scale=module.w13_input_scale)
+    with contextlib.nullcontext() if reduces else pytest.raises(DWDPError, match="a1_scale is a static activation scale"):
+        prove(record, 0, Following("", []))
+
+
+@pytest.mark.parametrize(("backend", "named"), [("MARLIN", None), ("EMULATION", "a1_gscale is a static activation scale")])
+def test_scales_that_a_kernel_does_not_use(monkeypatch, backend: str, named: str | None) -> None:
+    """A checkpoint's scales of activations matter where a kernel takes them: Marlin's takes none of NVFP4's.
+
+    They are reciprocals, so their largest is nothing to agree on.
+    """
+    chosen = nvfp4.NvFp4MoeBackend[backend]
+    monkeypatch.setattr(ct_nvfp4, "select_nvfp4_moe_backend", lambda **_: (chosen, MarlinExperts))
+    monkeypatch.setattr(ct_nvfp4, "make_nvfp4_moe_kernel", lambda **_: mock.Mock())
+    monkeypatch.setattr(nvfp4, "prepare_nvfp4_moe_layer_for_marlin", lambda layer, is_act_and_mul, **given: given.values())
+    module = layer()
+    module._expert_routing_tables = lambda: None
+    module.moe_config = SimpleNamespace(
+        is_act_and_mul=True, hidden_dim=32, experts_per_token=2, in_dtype=torch.bfloat16
+    )
+    method = module.quant_method = ct_nvfp4.CompressedTensorsW4A4Nvfp4MoEMethod(module.moe_config)
+    method.create_weights(module, OWNED, 32, 16, torch.bfloat16)
+    for parameter in module.parameters():
+        parameter.data.fill_(1)
+    _refuse_unstreamable(module)
+    _agree_on_scales(module, lambda what, mine: pytest.fail(what))
+    method.process_weights_after_loading(module)
+    record = describe(module, Placement(num_experts=EXPERTS, size=2), rank=0)
+    assert set(record.streamed) == {"w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale"}
+    assert not [name for name in record.replicated if "input" in name]
+    with pytest.raises(DWDPError, match=named) if named else contextlib.nullcontext():
+        prove(record, 0, Following("", []))
 
 
 def test_bypass() -> None:
@@ -333,6 +369,19 @@ def test_writes_after_binding(write: Callable) -> None:
     with pytest.raises(DWDPError, match="cannot be loaded or replaced while the group serves; restart it"):
         write(module)
     assert module.w13_weight is shown and not shown.any()
+
+
+def test_experts_of_a_second_kind_are_read(monkeypatch) -> None:
+    """Only what another rank owns in every layer is left unread: a checkpoint may count on with experts of another kind."""
+    monkeypatch.setattr(DefaultModelLoader, "_init_ep_weight_filter", lambda self, model_config: None)
+    loader = SimpleNamespace()
+    with sharded(1, 2, None, before_reading=lambda _: None, gather=lambda *_: []) as shards:
+        for kind in ("text", "vision"):
+            shards[kind] = Placement(num_experts=6, size=2)
+        DefaultModelLoader._init_ep_weight_filter(loader, None)
+    names = [f"model.layers.3.mlp.experts.{i}.up_proj.weight" for i in range(12)]
+    skipped = [i for i, name in enumerate(names) if should_skip_weight(name, loader.local_expert_ids)]
+    assert skipped == [0, 1, 2]
 
 
 def test_gpt_oss_loads_mxfp4_by_owned_rows(monkeypatch) -> None:

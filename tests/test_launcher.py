@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from vllm_dwdp import config, launcher
+from vllm_dwdp.channel import free_port, private
 from vllm_dwdp.errors import DWDPError
 
 from harness import await_that
@@ -22,7 +23,7 @@ FORK = multiprocessing.get_context("fork")
 
 @pytest.fixture(autouse=True)
 def unled(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (launcher.LAUNCHER, "DWDP_GROUP_TOKEN"):
+    for name in (launcher.LAUNCHER, "DWDP_GROUP_TOKEN", "DWDP_STARTED_TOGETHER"):
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
 
@@ -100,18 +101,49 @@ def test_a_person_s_process_follows_nobody() -> None:
     assert os.listdir("/proc/self/task") == before
 
 
-def test_servers_of_a_supervisor_meet_at_a_port_that_stays_free() -> None:
-    """Below those that the kernel hands out: between its choice and rank 0's listening no connection takes it."""
-    from vllm_dwdp.integration import commands
+def test_a_free_port_stays_free() -> None:
+    """Below those that the kernel hands out: between its choice and its use no connection takes it."""
+    assert free_port() < int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
 
-    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    args = types.SimpleNamespace(
-        additional_config={config.KEY: {}}, data_parallel_size=2, data_parallel_size_local=2,
-    )
 
-    async def supervise(self) -> None:
+def test_servers_of_a_supervisor_meet_by_its_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes by their environment, so what vLLM hashes into the key of its compile cache is the same at every start."""
+    from vllm_dwdp.integration import checks, commands, joining
+
+    async def run(self) -> None:
         pass
 
-    asyncio.run(commands._supervise(supervise)(types.SimpleNamespace(args=args, _processes=[])))
-    host, port = args.additional_config[config.KEY]["rendezvous"].split(":")
-    assert host == "127.0.0.1" and int(port) < lowest
+    apart = types.SimpleNamespace(
+        data_parallel_size=2, data_parallel_size_local=1, data_parallel_rank_local=None, data_parallel_external_lb=True,
+        data_parallel_hybrid_lb=False, _coord_store_port=0, _api_process_count=1,
+    )
+    assert checks._ranks_start_apart(apart)
+    secrets, met = [], []
+    monkeypatch.setattr(joining.Group, "connect", lambda **given: met.append((given["address"], given["secret"])))
+    for _ in range(2):
+        options = {"slots": 3}
+        args = types.SimpleNamespace(
+            additional_config={config.KEY: options}, data_parallel_size=2, data_parallel_size_local=2,
+        )
+        asyncio.run(commands._supervise(run)(types.SimpleNamespace(args=args, _processes=[])))
+        assert args.additional_config == {config.KEY: options} and options == {"slots": 3}
+        secrets.append(os.environ[joining.TOKEN].encode())
+        joining.give_token()  # as each server does
+        assert not checks._ranks_start_apart(apart)
+        joining.connect(types.SimpleNamespace(parallel_config=apart), config.Options(size=2), rank=1, size=2)
+    assert secrets[0] != secrets[1] and met == [(private(secret, b"rendezvous"), secret) for secret in secrets]
+
+
+@pytest.mark.parametrize(("rendezvous", "size_local"), [("HOST:1", 2), (None, 1)])
+def test_servers_that_a_supervisor_does_not_bring_together(rendezvous: str | None, size_local: int) -> None:
+    """Those with a meeting point of their user's, and those whose peers have another supervisor."""
+    from vllm_dwdp.integration import commands, joining
+
+    async def run(self) -> None:
+        pass
+
+    args = types.SimpleNamespace(
+        additional_config={config.KEY: {"rendezvous": rendezvous}}, data_parallel_size=2, data_parallel_size_local=size_local,
+    )
+    asyncio.run(commands._supervise(run)(types.SimpleNamespace(args=args, _processes=[])))
+    assert not joining.are_together() and not os.environ[joining.TOKEN]

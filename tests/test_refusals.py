@@ -16,6 +16,7 @@ from vllm_dwdp import config
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import checks
 
+from families import ENGINES, FAMILIES
 from quantized import quantize
 
 APART = {"data_parallel_size": 1}
@@ -62,6 +63,10 @@ def assert_refused(raised: pytest.ExceptionInfo, *named: str) -> None:
         ({"data_parallel_size": 1}, {}, "--data-parallel-size"),
         ({"data_parallel_size": 13}, {}, "12 experts"),
         ({}, {"size": 3}, "--dwdp-size 3 differs from --data-parallel-size 2"),
+        ({}, {"rank": 0}, "--dwdp-rank 0 with --data-parallel-size 2"),
+        ({"data_parallel_external_lb": True, "data_parallel_rank": 1}, {"rank": 0, "rendezvous": "127.0.0.1:1"}, "drop it"),
+        ({"max_num_batched_tokens": 257}, {"dispatch_max_tokens": 129}, "lower it to 128"),
+        ({"max_num_batched_tokens": 257, **APART}, {"dispatch_max_tokens": 86, "size": 3, "rank": 0}, "lower it to 85"),
         ({"tensor_parallel_size": 2}, {}, "--tensor-parallel-size 2"),
         ({"pipeline_parallel_size": 2}, {}, "--pipeline-parallel-size 2"),
         ({"enable_expert_parallel": True}, {}, "--enable-expert-parallel"),
@@ -117,6 +122,19 @@ def test_offline_ranks_in_one_process_each(configure, monkeypatch) -> None:
     assert_refused(raised, "VLLM_ENABLE_V1_MULTIPROCESSING=0", "VLLM_DP_SIZE")
 
 
+def test_the_rust_front_end(configure, monkeypatch) -> None:
+    """Is refused where engines of other nodes would send it signs of life, and served where each node has its own."""
+    rendezvous = {"rendezvous": "127.0.0.1:1"}
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    configure()
+    configure(rendezvous, data_parallel_size=4, data_parallel_hybrid_lb=True, data_parallel_size_local=2)
+    with pytest.raises(DWDPError) as raised:
+        configure(rendezvous, data_parallel_size_local=1)
+    assert_refused(raised, "VLLM_USE_RUST_FRONTEND=1", "--data-parallel-hybrid-lb")
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
+    configure(rendezvous, data_parallel_size_local=1)
+
+
 def test_dense_model(configure, dense: str) -> None:
     """A model without experts is refused by name."""
     with pytest.raises(DWDPError) as raised:
@@ -138,7 +156,6 @@ def test_dense_model(configure, dense: str) -> None:
         ("parallel_config", "decode_context_parallel_size", 2, "context parallelism"),
         ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
         ("model_config", "enable_cumem_allocator", True, "cumem"),
-        ("model_config", "_architecture", "FlintForCausalLM", "FlintForCausalLM"),
     ],
 )
 def test_settings_of_other_platforms(configure, monkeypatch, part: str, field: str, value: Any, named: str) -> None:
@@ -150,6 +167,16 @@ def test_settings_of_other_platforms(configure, monkeypatch, part: str, field: s
     with pytest.raises(DWDPError) as raised:
         checks.refuse_unsupported(made, options)
     assert_refused(raised, named)
+
+
+@pytest.mark.parametrize("name", ["FlintForCausalLM", "Ernie4_5_VLMoeForConditionalGeneration"])
+def test_models(configure, monkeypatch, name: str) -> None:
+    """A model whose forward reads experts otherwise than layer by layer, on every row, is refused by name."""
+    made = configure()
+    monkeypatch.setattr(made.model_config.model_arch_config, "architectures", [name])
+    with pytest.raises(DWDPError) as raised:
+        checks.refuse_unsupported(made, config.parse(made.additional_config))
+    assert_refused(raised, f"--parallel dwdp does not go with {name}: its ")
 
 
 @pytest.mark.parametrize(
@@ -167,6 +194,20 @@ def test_a_connector_that_numbers_ports_by_rank(configure, monkeypatch, connecto
     assert_refused(raised, "MoRIIOConnector", "--dwdp-rank")
     monkeypatch.setattr(made.parallel_config, "data_parallel_size", 1)
     checks.refuse_unsupported(made, msgspec.structs.replace(options, rank=0, rendezvous="127.0.0.1:1"))
+
+
+@pytest.mark.parametrize(
+    "engine_args",
+    [{"mm_encoder_only": True}, {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_producer"}}],
+    ids=["asked for", "producer"],
+)
+def test_instances_that_only_encode(configure, models, engine_args: dict) -> None:
+    """Are refused as such, not after loading for the experts that they have not built; a model that does both passes."""
+    seeing = dict(model=models(FAMILIES["qwen3_vl_moe"]), **ENGINES["qwen3_vl_moe"])
+    configure(**seeing)
+    with pytest.raises(DWDPError) as raised:
+        configure(**seeing, **engine_args)
+    assert_refused(raised, "--mm-encoder-only", "no experts run there; drop --parallel dwdp")
 
 
 @pytest.mark.parametrize("shared", ["dp_shared_memory", "embedding_across_dp"])
@@ -201,6 +242,7 @@ def test_speculation(configure, models, dense: str, draft: str) -> None:
         ({"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"}}, {}),
         ({"data_parallel_size": 12}, {"experts_per_rank": 1}),
         ({}, {"experts_per_rank": 12}),
+        ({"max_num_batched_tokens": 257}, {"dispatch_max_tokens": 128}),
     ],
     ids=str,
 )

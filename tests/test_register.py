@@ -53,6 +53,26 @@ def test_nothing_to_hook() -> None:
     """)
 
 
+@pytest.mark.engine
+def test_plugins_loaded_before_arguments(models) -> None:
+    """A program that loads vLLM's plugins first, even twice, has DWDP once it imports vLLM's arguments, and no sooner."""
+    fresh("""
+import sys
+from vllm.plugins import load_general_plugins
+from vllm_dwdp.entrypoints import plugin
+before = len(sys.meta_path)
+load_general_plugins()
+plugin.register()
+assert "vllm.engine.arg_utils" not in sys.modules and len(sys.meta_path) == before + 1
+""" + WATCHED + """
+made = configure({"dwdp": {}})
+assert made.parallel_config.worker_cls == "vllm_dwdp.integration.worker.DWDPWorker", made.parallel_config.worker_cls
+assert configure(None).parallel_config.worker_cls != made.parallel_config.worker_cls
+import argparse
+assert "--parallel" in arg_utils.EngineArgs.add_cli_args(argparse.ArgumentParser()).format_help()
+""", model=models("qwen3_moe"))
+
+
 @pytest.mark.parametrize(
     ("attribute", "other", "named"),
     [

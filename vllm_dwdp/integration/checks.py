@@ -5,14 +5,18 @@ from vllm.config import KVTransferConfig, VllmConfig
 
 from vllm_dwdp.config import Options
 from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.integration import joining
 from vllm_dwdp.placement import Placement
 
 TESTED_VLLM = ("0.32", "0.33")  # minor versions whose contract test passes
 UNTESTED = "DWDP_ALLOW_UNTESTED_VLLM"
 # MoE backends that fuse dispatch or replace RoutedExperts.
 BYPASSING_BACKENDS = ("mega_moe", "moe_ep", "moonep")
-# Models whose own kernels read a RoutedExperts' weights without calling it.
-READ_EXPERTS = ("FlintForCausalLM",)
+# Parts of models' names, and why a forward of such a model is none that DWDP can stream.
+MODELS = {
+    "FlintForCausalLM": "its decode kernels read experts past the layer that waits for them",
+    "Ernie4_5_VL": "its text and vision experts get rows of their own or none, where ranks run every layer on every row",
+}
 # Load formats that copy tensors as they were saved, past the loaders that keep a rank's share.
 WHOLE_TENSORS = ("ipc_cache", "modelexpress", "runai_streamer_sharded", "sharded_state", "tensorizer")
 # The workers that DWDP's extends, and its own, which a config may have from before.
@@ -48,11 +52,24 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
             f"--dwdp-size {options.size} differs from --data-parallel-size {parallel.data_parallel_size}: the group is "
             f"vLLM's data-parallel ranks; drop --dwdp-size, which is for ranks that vLLM does not count"
         )
+    if options.rank is not None and parallel.data_parallel_size > 1:
+        raise DWDPError(
+            f"--dwdp-rank {options.rank} with --data-parallel-size {parallel.data_parallel_size}: it is for ranks that vLLM "
+            f"does not count, and would give every engine of this command that rank; drop it"
+        )
+    most = vllm_config.scheduler_config.max_num_batched_tokens // options.size
+    if (options.dispatch_max_tokens or 0) > most:
+        raise DWDPError(
+            f"--dwdp-dispatch-max-tokens {options.dispatch_max_tokens} is above --max-num-batched-tokens over {options.size} "
+            f"ranks: a round brings so many tokens of every rank together; lower it to {most} or raise that"
+        )
     if model.get_num_experts() > 0:
         Placement(num_experts=model.get_num_experts(), size=options.size, experts_per_rank=options.experts_per_rank)
     offload, load = vllm_config.offload_config, vllm_config.load_config
     engram = getattr(vllm_config, "engram_config", None)
     for refused, reason in (
+        (vllm_config.is_mm_encoder_only,
+         "--mm-encoder-only, or an --ec-transfer-config that only produces: no experts run there; drop --parallel dwdp"),
         (parallel.tensor_parallel_size > 1,
          f"--tensor-parallel-size {parallel.tensor_parallel_size}: a DWDP rank is one GPU; set it to 1"),
         (parallel.pipeline_parallel_size > 1,
@@ -78,6 +95,9 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
         (is_offline_rank(parallel) and not envs.VLLM_ENABLE_V1_MULTIPROCESSING,
          "VLLM_ENABLE_V1_MULTIPROCESSING=0 and VLLM_DP_SIZE together: in one process vLLM keeps such ranks in lockstep; "
          "drop one; without VLLM_DP_SIZE give each rank size, rank and rendezvous"),
+        (envs.VLLM_USE_RUST_FRONTEND and has_remote_engines(parallel),
+         "VLLM_USE_RUST_FRONTEND=1 and ranks on other nodes: that front end ends at a rank's sign of life; drop it, or give "
+         "every node a server with --data-parallel-hybrid-lb"),
         (parallel.data_parallel_backend == "ray",
          "--data-parallel-backend ray: only the default backend (mp) starts independent ranks here; drop it"),
         (model.enable_sleep_mode or model.enable_cumem_allocator,
@@ -98,8 +118,8 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
         (engram is not None and (engram.dp_shared_memory or engram.embedding_across_dp),
          "an Engram table that data-parallel ranks share (dp_shared_memory, embedding_across_dp): each rank is an "
          "engine of its own; set both to false in --engram-config"),
-        (model.architecture in READ_EXPERTS,
-         f"{model.architecture}: its decode kernels read experts past the layer that waits for them; drop it"),
+        *((part in architecture, f"{architecture}: {why}; drop it")
+          for architecture in model.architectures for part, why in MODELS.items()),
     ):
         if refused:
             raise DWDPError(f"--parallel dwdp does not go with {reason}")
@@ -121,10 +141,16 @@ def _connectors(transfer: KVTransferConfig | None) -> set[str | None]:
 
 
 def _ranks_start_apart(parallel) -> bool:
-    return not is_offline_rank(parallel) and (
+    return not is_offline_rank(parallel) and not joining.are_together() and (
         parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
         or parallel.data_parallel_size_local < parallel.data_parallel_size or parallel.data_parallel_size == 1
     )
+
+
+def has_remote_engines(parallel) -> bool:
+    """Whether this server's requests go to engines of another launcher, too."""
+    is_alone = parallel.local_engines_only or is_offline_rank(parallel)
+    return parallel.data_parallel_size_local < parallel.data_parallel_size and not is_alone
 
 
 def is_offline_rank(parallel) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_dwdp import config, launcher
-from vllm_dwdp.channel import free_port
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import hooks, joining
 from vllm_dwdp.launcher import Reasons
@@ -63,9 +62,7 @@ def _supervise(original: Callable) -> Callable:
             return await original(self)
         reasons = lead()
         if options.rendezvous is None and args.data_parallel_size_local == args.data_parallel_size:
-            joining.give_token()
-            there = {"rendezvous": f"127.0.0.1:{free_port()}"}
-            args.additional_config = args.additional_config | {config.KEY: args.additional_config[config.KEY] | there}
+            joining.bring_together()
         await original(self)
         _raise_first(reasons)
         for server in self._processes:

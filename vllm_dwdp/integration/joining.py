@@ -1,7 +1,7 @@
 """Joining: how an engine finds the ranks of its group, and what must be alike before any of them loads.
 
-Ranks that vLLM's launcher starts meet at a Unix socket of this host and have a secret from it; ranks that are started
-apart meet at a TCP address and have the secret that the user gives, if any.
+Ranks that one launcher or supervisor of vLLM's starts meet at a Unix socket of this host and have a secret from it;
+ranks that are started apart meet at a TCP address and have the secret that the user gives, if any.
 """
 
 import json
@@ -28,12 +28,25 @@ from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.rendezvous import Group, Hello, agree, demand_alike
 
 logger = init_logger("vllm.dwdp.joining")
-TOKEN = "DWDP_GROUP_TOKEN"  # an environment variable: additional_config would end in vLLM's compile cache key
+# Environment variables, which children inherit: additional_config would end in vLLM's compile cache key.
+TOKEN = "DWDP_GROUP_TOKEN"
+_TOGETHER = "DWDP_STARTED_TOGETHER"
 
 
 def give_token() -> None:
-    """A new secret for the engines that this process is about to start: they inherit its environment."""
-    os.environ[TOKEN] = secrets.token_hex(32)
+    """A new secret for the engines that this process is about to start, unless one for all servers came from above."""
+    if not are_together():
+        os.environ[TOKEN] = secrets.token_hex(32)
+
+
+def bring_together() -> None:
+    """A new secret for the servers that this process is about to start, which have all ranks of the group."""
+    os.environ.update({TOKEN: secrets.token_hex(32), _TOGETHER: "1"})
+
+
+def are_together() -> bool:
+    """Whether one process above this one has started the servers of all ranks."""
+    return os.environ.get(_TOGETHER) == "1"
 
 
 def connect(vllm_config: VllmConfig, options: config.Options, rank: int, size: int) -> Group:
@@ -42,7 +55,7 @@ def connect(vllm_config: VllmConfig, options: config.Options, rank: int, size: i
     address: Address
     if options.rendezvous is not None:
         address = parse(options.rendezvous)
-    elif parallel._coord_store_port:  # one launcher has started every rank
+    elif parallel._coord_store_port or are_together():  # one launcher has started every rank
         if not secret:
             raise DWDPError(f"{TOKEN} did not reach this engine from the launcher: let engines inherit its environment")
         address = private(secret, b"rendezvous")

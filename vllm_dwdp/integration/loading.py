@@ -70,7 +70,9 @@ def sharded(
             refuse_bypass(shards, model_config)
             before_reading(shards)
             original(self, model_config)
-            self.local_expert_ids = set().union(*(placement.owned(rank) for placement in shards.values()))
+            counts = [placement.num_experts for placement in shards.values()]
+            others = range(min(counts), sum(counts))  # not of every layer, so they may be a second kind that counts on
+            self.local_expert_ids = set(others).union(*(placement.owned(rank) for placement in shards.values()))
 
         return select_owned
 
@@ -153,9 +155,14 @@ def _static_scales(layer: RoutedExperts) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in layer.named_parameters() if "input" in name and "scale" in name}
 
 
+def _agreed_scales(layer: RoutedExperts) -> dict[str, torch.nn.Parameter]:
+    """Those of which ranks use the largest. A global scale is a reciprocal, or vLLM's own of the shard's weights."""
+    return {name: scale for name, scale in _static_scales(layer).items() if "global" not in name}
+
+
 def _agree_on_scales(layer: RoutedExperts, gather: Callable[[str, list[float]], list[list[float]]]) -> None:
     """vLLM converts a layer with the largest activation scale of the experts that it holds: let it be all ranks'."""
-    method, scales = layer.quant_method, _static_scales(layer)
+    method, scales = layer.quant_method, _agreed_scales(layer)
     if not scales:
         return
 
@@ -186,16 +193,7 @@ def _streamed(rows: dict[str, torch.nn.Parameter]) -> tuple[str, ...]:
 
 
 def describe(layer: RoutedExperts, placement: Placement, rank: int, *, is_draft: bool = False) -> ExpertLayer:
-    """The record of a loaded layer.
-
-    Raises DWDPError when a parameter is not contiguous by expert, or an activation scale is not one for all experts.
-    """
-    for name, scale in _static_scales(layer).items():
-        if scale.numel() > 1:
-            raise DWDPError(
-                f"{layer.layer_name}: {name} ({type(layer.quant_method).__name__}) is a static activation scale of each "
-                f"expert, which DWDP does not stream; use a checkpoint with dynamic activation scales"
-            )
+    """The record of a loaded layer. Raises DWDPError when a parameter is not contiguous by expert."""
     rows = _rows(layer, len(placement.owned(rank)))
     streamed = _streamed(rows)
     for name, p in rows.items():
@@ -208,7 +206,7 @@ def describe(layer: RoutedExperts, placement: Placement, rank: int, *, is_draft:
             )
     return ExpertLayer(
         name=layer.layer_name, module=layer, placement=placement, is_draft=is_draft, streamed=streamed,
-        has_agreed_scales=bool(_static_scales(layer)),
+        has_agreed_scales=bool(_agreed_scales(layer)),
         replicated=tuple(name for name in rows if name not in streamed),
         sources={name: StorageWeakRef(p.untyped_storage()) for name, p in rows.items() if p.numel()},
         hidden_size=layer.moe_config.hidden_dim, top_k=layer.moe_config.experts_per_token,

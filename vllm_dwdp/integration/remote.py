@@ -1,7 +1,8 @@
 """Remote: signs of life from engines on other nodes, and what a server answers for a rank that gives none.
 
 vLLM's front end watches the processes that its own launcher started. Of engines behind another launcher it would never
-know that they are gone: requests for them would wait for ever.
+know that they are gone: requests for them would wait for ever. Its Rust front end is refused: it takes an empty output for
+an error, and ends.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.logger import init_logger
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 
-from vllm_dwdp.integration import hooks
+from vllm_dwdp.integration import checks, hooks
 
 logger = init_logger("vllm.dwdp.remote")
 BEAT_S, TICK_S = 2.0, 1.0
@@ -114,9 +115,7 @@ def watch(client: Any) -> Watch:
 
 def install(vllm_config: VllmConfig) -> None:
     """Watch over the ranks of other nodes, where this server has any and generates: pooling has no such answer."""
-    parallel = vllm_config.parallel_config
-    has_remote = parallel.data_parallel_size_local < parallel.data_parallel_size and not parallel.local_engines_only
-    if has_remote and vllm_config.model_config.runner_type == "generate":
+    if checks.has_remote_engines(vllm_config.parallel_config) and vllm_config.model_config.runner_type == "generate":
         for hook, wrapper in (
             (hooks.CHOOSE_ENGINE, _choose), (hooks.ENGINE_OUTPUTS, _listen), (hooks.CALL_UTILITY, _bounded),
             (hooks.GENERATE, _named),
