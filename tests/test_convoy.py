@@ -174,7 +174,7 @@ def explore(rules: types.ModuleType, size: int, deaths: int, tokens: tuple[int, 
     return len(seen)
 
 
-@pytest.mark.parametrize(("size", "deaths", "tokens"), [(2, 1, (3, 5)), (3, 1, (3,))])
+@pytest.mark.parametrize(("size", "deaths", "tokens"), [(2, 1, (3, 5)), pytest.param(3, 1, (3,), marks=pytest.mark.slow)])
 def test_every_interleaving(size: int, deaths: int, tokens: tuple[int, ...]) -> None:
     """Two ranks and three, runs of any length, a death at any point."""
     states = explore(convoy, size, deaths, tokens)
