@@ -99,7 +99,7 @@ def test_no_embedding_of_a_round_that_a_member_did_not_come_to(monkeypatch: pyte
     dispatch = types.SimpleNamespace(begin_step=nothing, end_step=nothing, check=check)
     made = object.__new__(worker.DWDPWorker)
     made.dwdp = types.SimpleNamespace(dispatch=dispatch, prefetcher=types.SimpleNamespace(begin_step=nothing, end_step=nothing))
-    made.vllm_config, made._update_metrics = types.SimpleNamespace(speculative_config=None), nothing
+    made.vllm_config = types.SimpleNamespace(speculative_config=None)
     monkeypatch.setattr(worker.PlatformWorker, "execute_model", lambda *_: Pooled())
     output = made.execute_model(types.SimpleNamespace(total_num_scheduled_tokens=5))
     with pytest.raises(worker.DWDPError, match="rank 1 did not come"):

@@ -79,9 +79,9 @@ model = types.SimpleNamespace(dispatch=None,
     rank=1, prefetcher=prefetcher,
     stats=lambda: {"memory_bytes": {"shard": 7}, "experts": {"owned": 6}, "num_slots": 2},
 )
-update = metrics.export(model)
-update()
-print("updated")
+end = metrics.export(model)
+end()
+print("ended")
 """
 SPOIL = """
 import os, sys
@@ -107,7 +107,7 @@ def test_metrics_never_stop_a_rank(tmp_path: Path, kind: str) -> None:
     command = [sys.executable, "-c", code, str(folder)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     said = ended.stdout + ended.stderr
-    assert ended.returncode == 0 and "updated" in ended.stdout, said[-2000:]
+    assert ended.returncode == 0 and "ended" in ended.stdout, said[-2000:]
     assert said.count("PROMETHEUS_MULTIPROC_DIR") == (kind != "empty"), said
     if kind == "empty":
         assert {file.name.split("_")[0] for file in folder.iterdir()} == {"counter", "gauge"}

@@ -17,6 +17,7 @@ import pytest
 from vllm_dwdp.channel import free_port
 from vllm_dwdp.entrypoints import server
 from vllm_dwdp.entrypoints.server import QUIT_S
+from vllm_dwdp.integration.metrics import UPDATE_S
 
 from conftest import ROOT
 from harness import ARGUMENTS, await_that
@@ -56,6 +57,7 @@ class Server(server.Server):
         return sum(value for carried, value in samples if labels.items() <= carried.items())
 
     def steps(self, rank: int) -> float:
+        time.sleep(2 * UPDATE_S)  # by then the counters have settled
         return self.metric("vllm:dwdp_forwards_total", engine=str(rank))
 
     def engines(self) -> list[int]:
@@ -110,7 +112,6 @@ def test_the_log_says_that_dwdp_is_on(server: Server) -> None:
 
 def test_an_idle_rank_takes_no_steps(server: Server) -> None:
     """No dummy batch and no wave: while rank 0 works, rank 1 runs nothing at all; one step a token on rank 0."""
-    time.sleep(0.2)  # lets the counters of the test before settle; what follows compares counts, not times
     before = [server.steps(rank) for rank in (0, 1)]
     server.complete("Once upon a time", 40, rank=0)
     after = [server.steps(rank) for rank in (0, 1)]

@@ -5,6 +5,7 @@ alone. A larger one starts at once, and its rank takes part again when its devic
 host then prepares the next step while that layer runs, for which peers may have to wait. An idle rank helps.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import time
@@ -41,7 +42,8 @@ class Limits:
 
     def places(self, num_tokens: int) -> int:
         """What every rank pads its rows to, so that all launch the same graph; 0 where none is so large."""
-        return next((size for size in self.graph_sizes if size >= num_tokens), 0)
+        at = bisect.bisect_left(self.graph_sizes, num_tokens)
+        return self.graph_sizes[at] if at < len(self.graph_sizes) else 0
 
 
 class Dispatch:

@@ -9,6 +9,7 @@ round that is owed is launched, and all ranks go alone from then on.
 
 import contextlib
 import fcntl
+import functools
 import logging
 import math
 import mmap
@@ -27,7 +28,7 @@ logger = logging.getLogger("vllm.dwdp.meeting")
 
 LOCK_TIMEOUT_S = 1.0
 _LOOK_S, _REST_S, _CHECK_S = 20e-6, 2e-3, 2e-3  # between looks: at least, at most; between checks that peers live
-_SPIN_S = 200e-6  # a holder's change takes less, unless it has lost its core
+_SPIN_S = 200e-6  # a holder's change takes less, unless it has lost its core; so does a peer's next step, as a rule
 _SEAL = 0x0010  # F_SEAL_FUTURE_WRITE: every later write to the file fails
 # offsets: changes so far; how often the lock was taken, times ranks, plus its last holder; ranks; two records; then by rank
 # the microsecond when its large steps end
@@ -95,7 +96,7 @@ class Meeting:
             elif self._words[0] != self._seen or now - looked > _CHECK_S:
                 looked, answer = now, self._change(join)
             else:
-                time.sleep(min(_LOOK_S, began + patience_s - now))
+                time.sleep(0 if now - began < _SPIN_S else min(_LOOK_S, began + patience_s - now))
         self.stats.waited_s += time.monotonic() - began
         self.stats.alone += answer is convoy.GO
         return self._count(answer)
@@ -268,5 +269,6 @@ def _newcomer(record: Record, rank: int) -> Record:
     )
 
 
+@functools.cache
 def _flock(kind: int, byte: int) -> bytes:
     return struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0)

@@ -57,7 +57,7 @@ def limits(
     )
     return Limits(
         max_tokens=most, graph_sizes=dispatched_sizes(sizes, most, lengths),
-        patience_s=costs.patience_s if costs is not None else lambda _: HOST_PATIENCE_S,
+        patience_s=functools.cache(costs.patience_s) if costs is not None else lambda _: HOST_PATIENCE_S,
         large_s=costs.large_s if costs is not None else lambda _: HOST_LARGE_S,
     )
 

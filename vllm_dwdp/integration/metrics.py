@@ -2,10 +2,11 @@
 
 They are set in the worker and reach the front end through prometheus_client's multiprocess folder, which `vllm serve`
 makes when it starts more than one API server - its default with more than one rank - and else takes from the variable
-PROMETHEUS_MULTIPROC_DIR.
+PROMETHEUS_MULTIPROC_DIR. A thread brings them up to date, so that no step pays for them.
 """
 
 import os
+import threading
 from collections.abc import Callable
 
 from prometheus_client import Counter, Gauge
@@ -14,23 +15,38 @@ from vllm.logger import init_logger
 from vllm_dwdp.assembly import StreamedModel
 
 logger = init_logger("vllm.dwdp.metrics")
+UPDATE_S = 0.1
 
 
 def export(model: StreamedModel) -> Callable[[], None]:
-    """Export `model`'s metrics; returns what brings them up to date. If they cannot be kept, the rank runs without."""
+    """Export `model`'s metrics; returns what brings them up to date for the last time. If they cannot be kept, the rank runs without."""
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         logger.info(
             "DWDP rank %d: /metrics of a server with one API server shows no vllm:dwdp_ metrics; to see them, start "
             "each server with PROMETHEUS_MULTIPROC_DIR naming an empty folder of its own", model.rank,
         )
     try:
-        return Metrics(model).update
+        metrics = Metrics(model)
     except Exception as error:  # a folder that is absent, full, not ours, or holds what another program wrote
         logger.warning(
             "DWDP rank %d runs without DWDP's metrics: %s; let PROMETHEUS_MULTIPROC_DIR name an empty folder that it "
             "can write to", model.rank, error,
         )
         return lambda: None
+    ended = threading.Event()
+
+    def keep() -> None:
+        while not ended.wait(UPDATE_S):
+            metrics.update()
+        metrics.update()
+
+    def end() -> None:
+        ended.set()
+        thread.join()
+
+    thread = threading.Thread(target=keep, name="dwdp-metrics", daemon=True)
+    thread.start()
+    return end
 
 
 class Metrics:
@@ -66,7 +82,7 @@ class Metrics:
         self._gauge("slots", "Buffers into which layers are streamed.").set(stats["num_slots"])
 
     def update(self) -> None:
-        """Bring the counters up to date: once a step or helper round, a few additions on the host."""
+        """Bring the counters up to date."""
         counters = self._model.prefetcher.counters
         self._advance(self._bytes, counters.prefetched_bytes)
         self._advance(self._refills, counters.refills)

@@ -108,7 +108,7 @@ class DWDPWorker(PlatformWorker):
             self.dwdp.dispatch.help_out = self.execute_dummy_batch
             dispatching.fit_to_round(self.vllm_config, self.dwdp.dispatch)
             dispatching.help_between_calls()
-        self._update_metrics = metrics.export(self.dwdp)
+        self._end_metrics = metrics.export(self.dwdp)
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
@@ -132,7 +132,6 @@ class DWDPWorker(PlatformWorker):
         self.dwdp.prefetcher.end_step(num_tokens)
         if dispatch is not None:
             dispatch.end_step()
-        self._update_metrics()
         return self._checked(output)
 
     @_telling
@@ -167,10 +166,7 @@ class DWDPWorker(PlatformWorker):
 
     def _help(self, timeout_s: float, wake: Callable[[], bool]) -> bool:
         dispatch = self.dwdp.dispatch
-        helped = dispatch is not None and dispatch.help(timeout_s, wake)
-        if helped:
-            self._update_metrics()
-        return helped
+        return dispatch is not None and dispatch.help(timeout_s, wake)
 
     def profile(self, is_start: bool = True, profile_prefix: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Into files with this rank in their names: for vLLM every rank is rank 0."""
@@ -185,6 +181,7 @@ class DWDPWorker(PlatformWorker):
         if hasattr(self, "dwdp"):
             with contextlib.suppress(Exception):  # of an engine that ends for an error
                 self.dwdp_leave()
+                self._end_metrics()
             self.dwdp.close()
             self._group.close()
         super().shutdown()
