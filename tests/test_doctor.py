@@ -21,7 +21,7 @@ from vllm_dwdp.entrypoints.doctor.facts import Facts, Gpu, Link
 from vllm_dwdp.entrypoints.plan import model as plan
 from vllm_dwdp.integration import hooks
 
-from plan_models import QWEN3
+from plan_models import HYBRIDS, QWEN3
 
 H100 = Gpu(name="H100", free_bytes=79 * GIB, total_bytes=80 * GIB, handles=frozenset({"fd"}))
 LINKS = tuple(Link(reader=r, owner=1 - r, kind="NVLink", gb_per_s=350.0) for r in (0, 1))
@@ -168,11 +168,14 @@ def test_shared_memory_that_cannot_be_written_to(tmp_path: Path) -> None:
         (None, "fail", "cannot read"),
         ({"model_type": "llama", "hidden_size": 64}, "fail", "has no MoE layers"),
         (QWEN3 | {"index_topk": 4}, "warn", "sparse attention"),
+        (HYBRIDS["hybrid_override_pattern"], "warn", "hybrid_override_pattern"),
+        ({"model_type": "ernie4_5_moe", "moe_num_experts": 64}, "warn", "config.json lacks"),
+        ({"model_type": "dbrx", "ffn_config": {"moe_num_experts": 16}}, "warn", "config.json lacks"),
         (QWEN3 | {"mlp_only_layers": list(range(48))}, "fail", "no layer of it has experts"),
         (QWEN3 | {"num_experts": 1, "num_experts_per_tok": 1}, "fail", "2 ranks cannot share 1 experts"),
         ({"text_config": QWEN3}, "ok", "64 of 128 experts in 48 layers"),
     ],
-    ids=["no config", "dense", "unknown to plan", "no experts", "too few experts", "nested"],
+    ids=["no config", "dense", "unknown to plan", "hybrid", "ernie", "dbrx", "no experts", "too few experts", "nested"],
 )
 def test_models(tmp_path: Path, config, verdict, found) -> None:
     if config is not None:

@@ -13,9 +13,11 @@ from vllm_dwdp.budget import GIB
 from vllm_dwdp.entrypoints import cli
 from vllm_dwdp.entrypoints.plan import memory, model, rates, roofline
 from vllm_dwdp.entrypoints.plan.roofline import Load
+from vllm_dwdp.errors import DWDPError
 
 from conftest import ROOT
-from plan_models import FP8_BLOCKS, GLM, GPT_OSS, MIXTRAL, MXFP4, NVFP4, OLMOE, QWEN3, R1, V2_LITE, held_by_dwdp
+from families import FAMILIES
+from plan_models import FP8_BLOCKS, GLM, GPT_OSS, HYBRIDS, MIXTRAL, MXFP4, NVFP4, OLMOE, QWEN3, R1, V2_LITE, held_by_dwdp
 
 
 def total_bytes(config: Mapping[str, Any]) -> int:
@@ -32,6 +34,37 @@ def total_bytes(config: Mapping[str, Any]) -> int:
 def test_parameters_are_those_that_the_makers_name(config, billions) -> None:
     """Within half a percent: biases, norms and what is only for speculation are left out."""
     assert total_bytes(config) / 2e9 == pytest.approx(billions, rel=5e-3)
+
+
+UNKNOWN = {  # families that plan refuses
+    "qwen3_next", "qwen3_5_moe", "ernie4_5_moe", "granitemoe", "granitemoeshared", "granitemoehybrid", "jamba", "lfm2_moe",
+    "hunyuan_v1_moe", "flex_olmo", "minimax", "dbrx", "nemotron_h", "cohere2_moe", "llama4", "gemma4", "kimi_linear",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_counted_to_the_last_matrix_or_refused(family, tmp_path) -> None:
+    """By its config.json, against the model that transformers makes of it; biases and what sees are left out."""
+    import torch
+    import transformers
+
+    kind, experts, fields = FAMILIES[family]
+    part, _, field = experts.rpartition(".")
+    fields = fields | ({part: fields[part] | {field: 12}} if part else {field: 12})
+    config = transformers.AutoConfig.for_model(kind, **fields)
+    config.save_pretrained(tmp_path)
+    if family in UNKNOWN:
+        with pytest.raises(DWDPError, match=r"plan does not know|config\.json lacks"):
+            model.load(str(tmp_path), {})
+        return
+    auto = transformers.AutoModelForImageTextToText if part else transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        parameters = dict(auto.from_config(config).named_parameters())
+    matrices = sum(
+        tensor.numel() for name, tensor in parameters.items() if tensor.ndim > 1 and not {"bias", "visual"} & set(name.split("."))
+    )
+    described = model.load(str(tmp_path), {})
+    assert described.replicated_bytes + described.all_expert_bytes == 4 * matrices
 
 
 WEIGHTS = 3 * 768 * 2048  # of one expert: [1536, 2048] and [2048, 768]
@@ -89,6 +122,11 @@ def test_what_a_checkpoint_leaves_plain_is_counted_plain() -> None:
         ({name: value for name, value in R1.items() if name != "v_head_dim"}, "v_head_dim"),
         (QWEN3 | {"layer_types": ["linear_attention"] * 48}, "layer_types"),
         (R1 | {"index_topk": 2048}, "index_topk"),
+        *((config, field) for field, config in HYBRIDS.items()),
+        (QWEN3 | {"hybrid_layer_pattern": [0, 1] * 24}, "hybrid_layer_pattern"),
+        (QWEN3 | {"head_dim": 192, "v_head_dim": 128}, "v_head_dim"),
+        (QWEN3 | {"num_shared_experts": 1, "moe_shared_expert_intermediate_size": 512}, "moe_shared_expert"),
+        (GPT_OSS | {"layer_types": None, "sliding_window_pattern": 2}, "sliding_window_pattern"),
         (QWEN3 | {"quantization_config": {"quant_method": "exl9"}}, "exl9"),
         (QWEN3 | {"quantization_config": {"quant_method": "gptq", "bits": 3}}, "3 bits"),
         (QWEN3 | {"torch_dtype": "int7"}, "int7"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dwdp.entrypoints.bench.origin import on_cpu
-from vllm_dwdp.entrypoints.plan.model import read_json
+from vllm_dwdp.entrypoints.plan.source import read_config
 from vllm_dwdp.errors import DWDPError
 
 NOT_CHOSEN = {"naive", "pplx", "passthrough"}  # vLLM runs another in their stead, or sets it by itself
@@ -22,7 +22,7 @@ def refuse_impossible(modes: Sequence[str], model: str, tokens: int, overrides: 
     config = model_config(model, overrides)
     room = config.get("max_position_embeddings")
     scaled = "factor" in str(config.get("rope_scaling") or config.get("rope_parameters"))  # vLLM counts that in
-    if room and not scaled and tokens > room:
+    if isinstance(room, int) and not scaled and tokens > room:
         raise DWDPError(f"{spelt} ask for {tokens} tokens in a sequence, {Path(model).name} allows {room}: lower them")
 
 
@@ -46,5 +46,4 @@ def model_config(model: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """The language model's part of config.json. Raises DWDPError when there is no such model."""
     if (model.startswith(("/", ".", "~")) or model.count("/") > 1) and not Path(model).is_dir():
         raise DWDPError(f"there is no folder {model}: correct --model")
-    config = read_json(model, "config.json")
-    return (config.get("text_config") or config) | overrides
+    return read_config(model, overrides)
