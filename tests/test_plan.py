@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -102,9 +103,25 @@ def test_expert_bytes_are_the_formats(given, nbytes) -> None:
     assert sum(model.parse("m", QWEN3 | {"quantization_config": given}).expert_bytes) == nbytes
 
 
+GPT_OSS_EXPERT = 14_413_824  # of 2944 x 3072 for 2880 x 2880
+
+
+def test_experts_are_padded_as_the_kernel_wants_them() -> None:
+    """MXFP4's sizes in vLLM are those of Marlin, which DWDP chooses."""
+    from vllm.model_executor.layers.fused_moe.oracle import mxfp4
+
+    marlin = mxfp4.Mxfp4MoeBackend.MARLIN
+    assert sum(model.parse("m", GPT_OSS).expert_bytes) == GPT_OSS_EXPERT
+    for hidden, width in ((2880, 2880), (2048, 768), (512, 256), (300, 129)):
+        rounded = mxfp4.mxfp4_round_up_hidden_size_and_intermediate_size(marlin, hidden, width)
+        described = model.parse("m", GPT_OSS | {"hidden_size": hidden, "intermediate_size": width})
+        assert sum(described.expert_bytes) == 3 * rounded[0] * rounded[1] * (1 / 2 + 1 / 32)
+
+
 def test_what_a_checkpoint_leaves_plain_is_counted_plain() -> None:
     """MXFP4 and NVFP4 checkpoints keep attention in bf16; the published sizes of gpt-oss-120b and R1 bear that out."""
-    assert total_bytes(GPT_OSS) / GIB == pytest.approx(60.8, rel=5e-3)
+    padding = 36 * 128 * (GPT_OSS_EXPERT - 13_219_200)
+    assert (total_bytes(GPT_OSS) - padding) / GIB == pytest.approx(60.8, rel=5e-3)
     assert total_bytes(R1) / 1e9 == pytest.approx(671 + 129280 * 7168 * 2 / 1e9, rel=5e-3)
     nvfp4, whole = (model.parse("m", R1 | {"quantization_config": q}) for q in (NVFP4, NVFP4 | {"ignore": []}))
     attention = nvfp4.linears[5][0]
@@ -155,9 +172,42 @@ def test_memory_is_what_two_h100s_held() -> None:
         assert own.shard + own.residents + own.slots == measured[mode]["expert_bytes"]
         left = memory.kv_tokens(
             described, own, memory_bytes=table.gpus["h100"].memory_gib * GIB, utilization=0.9,
-            process_bytes=table.process_gib * GIB,
+            process_bytes=table.process_gib * GIB, length=8192, tokens=16384,
         )
         assert left == pytest.approx(measured[mode]["kv_cache_tokens"], rel=0.03), mode
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(131072, 8192), (32768, 8192), (8192, 16384), (1000, 64), (4096, 100)])
+@pytest.mark.parametrize(
+    "config",
+    [QWEN3, R1, MIXTRAL | {"sliding_window": 4096}, GPT_OSS, GPT_OSS | {"layer_types": [*["sliding_attention"] * 5, "full_attention"] * 6},
+     GPT_OSS | {"layer_types": ["full_attention"] * 20 + ["sliding_attention"] * 16},
+     GPT_OSS | {"layer_types": ["full_attention"] * 11 + ["sliding_attention"] * 25}],
+    ids=["all", "latent", "windows", "halves", "sixths", "20 to 16", "11 to 25"],
+)
+def test_kv_tokens_are_those_that_vllm_counts(config, length, tokens) -> None:
+    import torch
+    from vllm.v1.core import kv_cache_utils as vllm
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    described, room = model.parse("m", config), 10 * GIB + 12345
+    settings = MagicMock(max_in_flight_tokens=2 * tokens)
+    settings.model_config.max_model_len, settings.parallel_config.decode_context_parallel_size = length, 1
+    settings.scheduler_config.disable_hybrid_kv_cache_manager = False
+    settings.attention_config.hisparse_config = settings.speculative_config = settings.cache_config.num_gpu_blocks_override = None
+    layout = settings.cache_config.get_resolved_kv_cache_layout.return_value
+    layout.is_block_outermost = False
+    page = dict(block_size=16, num_kv_heads=1, head_size=described.kv_bytes_per_layer // 2, head_size_v=0, dtype=torch.bfloat16)
+    specs = {
+        str(layer): SlidingWindowSpec(**page, sliding_window=window) if window else FullAttentionSpec(**page)
+        for layer, window in enumerate(described.windows)
+    }
+    groups = vllm.get_kv_cache_groups(settings, specs)
+    blocks = int(room) // vllm._get_kv_cache_bytes_per_block(groups, layout)
+    counted, _ = vllm.get_kv_cache_capacity(settings, MagicMock(kv_cache_groups=groups, num_blocks=blocks))
+    nothing = memory.Held(replicated=0, shard=0, residents=0, slots=0, streamed=0, activations=0)
+    own = memory.kv_tokens(described, nothing, memory_bytes=room, utilization=1, process_bytes=0, length=length, tokens=tokens)
+    assert own == counted
 
 
 def test_residents_take_their_share_off_the_link_and_the_slots() -> None:

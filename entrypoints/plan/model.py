@@ -15,7 +15,6 @@ SHARED_EXPERTS = ("n_shared_experts", "num_shared_experts")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "top_k_experts")
 GATED_ATTENTION = ("afmoe",)  # whose every output has a gate, as wide as the queries
 EXPERTS_ARE_THE_MLP = ("mixtral", "olmoe", "gpt_oss", "phimoe", "minimax_m2")  # whose intermediate_size is an expert's
-KV_ELEMENT_BYTES = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +31,8 @@ class Model:
     """Sizes of one model. Lists have an entry a layer; bytes are those of the checkpoint's format.
 
     `expert_bytes` are one expert's bytes in each streamed tensor. `windows` are how many tokens attention looks back,
-    None for all. `qk_dim` and `v_dim` are a token's elements over all query heads.
+    None for all. `qk_dim` and `v_dim` are a token's elements over all query heads; `kv_bytes_per_layer` are what
+    it leaves in the KV cache.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Model:
     is_moe: list[bool]
     linears: list[list[Linears]]
     vocabulary_bytes: int
-    kv_bytes_per_token: int
+    kv_bytes_per_layer: int
 
     @property
     def num_moe_layers(self) -> int:
@@ -118,14 +118,15 @@ def parse(name: str, config: Mapping[str, Any]) -> Model:
     mlp = {True: [router, *([linears(gated(shared, hidden), shared_form)] if shared else [])]}
     if not all(is_moe):
         mlp[False] = [linears(gated(field("intermediate_size"), hidden), form)]
+    padded = [-(-size // tile) * tile for size, tile in zip((width, hidden), form.tile, strict=True)]
     vocabulary = linears([(field("vocab_size"), hidden)], bare).nbytes
     return Model(
         name=name, format=form, num_experts=num_experts, top_k=top_k, expert_width=width, hidden=hidden,
         expert_weights=3 * width * hidden, qk_dim=qk_dim, v_dim=v_dim, is_moe=is_moe,
-        expert_bytes=[nbytes for shape in gated(width, hidden) for nbytes in form.tensors(*shape)],
+        expert_bytes=[nbytes for shape in gated(*padded) for nbytes in form.tensors(*shape)],
         windows=windows(name, config, layers), linears=[[attention, *mlp[moe]] for moe in is_moe],
         vocabulary_bytes=vocabulary * (1 if config.get("tie_word_embeddings") else 2),
-        kv_bytes_per_token=layers * cached * KV_ELEMENT_BYTES,
+        kv_bytes_per_layer=cached * int(bare.bits) // 8,
     )
 
 

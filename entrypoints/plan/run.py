@@ -28,7 +28,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tokens: Annotated[
         tuple[Positive, ...], Meta(min_length=1, description="tokens a step; the largest sizes memory")
     ] = (4096, 8192, 16384, 32768)
-    input_len: Annotated[Positive, Meta(description="longest prompt, in tokens")] = 8192
+    input_len: Annotated[Positive, Meta(description="longest prompt, in tokens; KV tokens are counted for these")] = 8192
     ratio: Annotated[
         float, Meta(gt=0, le=1, description="prompt lengths are uniform in [RATIO * INPUT_LEN, INPUT_LEN]")
     ] = 0.8
@@ -91,7 +91,7 @@ class Plan:
     def kv_tokens(self, held: memory.Held) -> int:
         return memory.kv_tokens(
             self.model, held, memory_bytes=self.gpu.memory_gib * GIB, process_bytes=self.process_bytes,
-            utilization=self.settings.gpu_memory_utilization,
+            utilization=self.settings.gpu_memory_utilization, length=self.settings.input_len, tokens=max(self.settings.tokens),
         )
 
     def steps(self) -> Callable[[int], Step]:
