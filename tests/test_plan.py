@@ -12,7 +12,7 @@ import pytest
 
 from vllm_dwdp.budget import GIB
 from vllm_dwdp.entrypoints import cli
-from vllm_dwdp.entrypoints.plan import memory, model, rates, roofline
+from vllm_dwdp.entrypoints.plan import memory, model, rates, roofline, source
 from vllm_dwdp.entrypoints.plan.roofline import Load
 from vllm_dwdp.errors import DWDPError
 
@@ -156,6 +156,24 @@ def test_what_plan_does_not_know_is_refused_in_one_line(config, named, tmp_path,
     assert cli.main(["plan", str(tmp_path), "--gpu", "h100"]) == 2
     printed = capsys.readouterr()
     assert named in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_overrides_are_applied_as_vllm_applies_them(tmp_path) -> None:
+    """A nested config field by field, other objects as a whole; what is said at the top does not reach the nested."""
+    (tmp_path / "config.json").write_text(json.dumps(
+        {"text_config": QWEN3 | {"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "quantization_config": FP8_BLOCKS}
+    ))
+
+    def read(**overrides: Any) -> dict[str, Any]:
+        return source.read_config(str(tmp_path), overrides)
+
+    assert read(num_hidden_layers=4)["num_hidden_layers"] == 48
+    nested = read(text_config={"num_hidden_layers": 4, "rope_parameters": {"factor": 3}})
+    assert nested == read() | {
+        "text_config": nested["text_config"], "num_hidden_layers": 4, "rope_parameters": {"rope_type": "yarn", "factor": 3}
+    }
+    assert read(quantization_config={"quant_method": "fp8"})["quantization_config"] == {"quant_method": "fp8"}
+    assert len(model.load(str(tmp_path), {"text_config": {"num_hidden_layers": 4}}).windows) == 4
 
 
 def test_memory_is_what_two_h100s_held() -> None:

@@ -82,6 +82,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise DWDPError(f"--size is {self.size}: every mode but single needs at least 2")
         if taken := OWN_ARGUMENTS.intersection(self.engine_args):
             raise DWDPError(f"--engine-args sets {', '.join(sorted(taken))}, which the modes set themselves")
+        for name in ("kv_cache_memory_bytes", "gpu_memory_utilization"):
+            if not isinstance(value := self.engine_args.get(name), int | float | None):
+                raise DWDPError(f"{name} in --engine-args is {value!r}: it must be a number")
         if self.decode and (self.output_len < 2 or len(self.max_num_batched_tokens) > 1):
             raise DWDPError("--decode needs an --output-len above 1 and one --max-num-batched-tokens")
         if self.decode and self.uneven != 1:

@@ -33,7 +33,7 @@ class Held:
 def dwdp(model: Model, placement: Placement, *, slots: int, cache_gib: float, tokens: int) -> Held:
     """Whole pages, as the layout cuts them; `cache_gib` is spent evenly over the layers."""
     layers = [LayerSize(placement=placement, expert_bytes=model.expert_bytes)] * model.num_moe_layers
-    wanted = min(int(cache_gib * GIB), sum(layer.remote_bytes for layer in layers))
+    wanted = int(min(cache_gib * GIB, sum(layer.remote_bytes for layer in layers)))
     counts = plan_cache(layers, wanted)
     each = {count: pages(model, placement, count) for count in set(counts)}
     shard = sum(each[count][0] for count in counts)
@@ -41,7 +41,7 @@ def dwdp(model: Model, placement: Placement, *, slots: int, cache_gib: float, to
     missing = [each[count][2] for count in counts]
     return Held(
         replicated=model.replicated_bytes, shard=shard, residents=residents, activations=activations(model, tokens),
-        slots=min(slots, len(missing)) * max(missing), streamed=sum(missing),
+        slots=min(slots, len(missing)) * max(missing, default=0), streamed=sum(missing),
     )
 
 
