@@ -269,6 +269,13 @@ def test_the_command_needs_neither_vllm_nor_torch(folder) -> None:
     assert float(few[6]) > 0 == float(many[6]) and float(few[-2]) < 1 < float(many[-2])
 
 
+def test_a_gpu_on_which_dwdp_does_not_run_is_told(folder, capsys) -> None:
+    assert cli.main(["plan", str(folder), "--gpu", "mi355x", "--size", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "DWDP does not run on mi355x yet" in printed and "pull from one source" not in printed
+    assert rates.read(None).gpus["mi355x"].to_peers(7) == rates.read(None).gpus["mi355x"].to_peers(9) == 537.6e9
+
+
 def test_what_does_not_fit_says_so(folder, capsys) -> None:
     assert cli.main(["plan", str(folder), "--gpu", "h100", "--gpu-memory-utilization", "0.5"]) == 0
     lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
