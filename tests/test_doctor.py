@@ -166,6 +166,9 @@ def test_shared_memory_that_cannot_be_written_to(tmp_path: Path) -> None:
     ("config", "verdict", "found"),
     [
         (None, "fail", "cannot read"),
+        ([], "fail", "no JSON object"),
+        (QWEN3 | {"text_config": 3}, "fail", "text_config is 3"),
+        (QWEN3 | {"quantization_config": "fp8"}, "warn", "quantization_config is 'fp8'"),
         ({"model_type": "llama", "hidden_size": 64}, "fail", "has no MoE layers"),
         (QWEN3 | {"index_topk": 4}, "warn", "sparse attention"),
         (HYBRIDS["hybrid_override_pattern"], "warn", "hybrid_override_pattern"),
@@ -175,7 +178,8 @@ def test_shared_memory_that_cannot_be_written_to(tmp_path: Path) -> None:
         (QWEN3 | {"num_experts": 1, "num_experts_per_tok": 1}, "fail", "2 ranks cannot share 1 experts"),
         ({"text_config": QWEN3}, "ok", "64 of 128 experts in 48 layers"),
     ],
-    ids=["no config", "dense", "unknown to plan", "hybrid", "ernie", "dbrx", "no experts", "too few experts", "nested"],
+    ids=["no config", "list", "no text", "no quantization", "dense", "unknown to plan", "hybrid", "ernie", "dbrx",
+         "no experts", "too few experts", "nested"],
 )
 def test_models(tmp_path: Path, config, verdict, found) -> None:
     if config is not None:

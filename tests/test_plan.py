@@ -12,7 +12,7 @@ import pytest
 
 from vllm_dwdp.budget import GIB
 from vllm_dwdp.entrypoints import cli
-from vllm_dwdp.entrypoints.plan import memory, model, rates, roofline, source
+from vllm_dwdp.entrypoints.plan import fields, formats, memory, model, rates, roofline, source
 from vllm_dwdp.entrypoints.plan.roofline import Load
 from vllm_dwdp.errors import DWDPError
 
@@ -148,6 +148,18 @@ def test_what_a_checkpoint_leaves_plain_is_counted_plain() -> None:
         (QWEN3 | {"quantization_config": {"quant_method": "gptq", "bits": 3}}, "3 bits"),
         (QWEN3 | {"torch_dtype": "int7"}, "int7"),
         (QWEN3 | {"mlp_only_layers": list(range(48))}, "no layer"),
+        ([], "no JSON object"),
+        (QWEN3 | {"text_config": 3}, "text_config is 3"),
+        (QWEN3 | {"quantization_config": "fp8"}, "quantization_config is 'fp8'"),
+        (QWEN3 | {"quantization_config": {"weight_block_size": [0, 0]}}, "quantization_config.weight_block_size is [0, 0]"),
+        (QWEN3 | {"quantization_config": compressed(type=[])}, "quantization_config.config_groups is"),
+        (QWEN3 | {"moe_layer_freq": [1]}, "moe_layer_freq is for 1 layers"),
+        (QWEN3 | {"layer_types": ["full_attention"]}, "layer_types is for 1 layers"),
+        (QWEN3 | {"mlp_layer_types": ["dense", "moe"] * 24}, "mlp_layer_types is"),
+        (QWEN3 | {"num_attention_heads": 0, "head_dim": None}, "num_attention_heads is 0"),
+        (QWEN3 | {"num_attention_heads": 4096, "head_dim": None}, "num_attention_heads is 4096"),
+        (QWEN3 | {"num_experts_per_tok": 129}, "a token takes 129"),
+        (QWEN3 | {"hidden_size": 1.5}, "hidden_size is 1.5"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -156,6 +168,23 @@ def test_what_plan_does_not_know_is_refused_in_one_line(config, named, tmp_path,
     assert cli.main(["plan", str(tmp_path), "--gpu", "h100"]) == 2
     printed = capsys.readouterr()
     assert named in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_no_field_is_read_whose_type_is_not_checked() -> None:
+    class Asked(dict):
+        def get(self, name, default=None):
+            found.add(name)
+            return super().get(name, default)
+
+    found: set[str] = set()
+    for config in (QWEN3, R1, GPT_OSS, MIXTRAL, QWEN3 | {"mlp_only_layers": [0], "quantization_config": FP8_BLOCKS}):
+        model.parse("m", Asked(config))
+    assert len(found) > 40 and found <= {*fields.MODEL.__struct_fields__, *fields.UNKNOWN, *fields.WINDOWED}
+    for given in (FP8_BLOCKS, NVFP4, MXFP4, {"quant_method": "gptq", "bits": 4}, compressed(type="int", num_bits=4)):
+        found.clear()
+        formats.quantized({"quantization_config": Asked(given)})
+        formats.keeps_plain({"quantization_config": Asked(given)}, "attn")
+        assert found and found <= {*fields.QUANTIZATION.__struct_fields__}
 
 
 def test_overrides_are_applied_as_vllm_applies_them(tmp_path) -> None:
@@ -307,9 +336,15 @@ def test_a_bench_refits_the_rates(folder, tmp_path, capsys) -> None:
     ("options", "named"),
     [
         (["--gpu", "a100"], "--gpu is a100"),
-        (["--gpu", "h100", "--size", "1"], "--size"),
+        (["--gpu", "h100", "--size", "1"], "--size is '1': it must be a whole number from 2"),
         (["--gpu", "h100", "--size", "200"], "200 ranks cannot share 128 experts"),
-        (["--gpu", "h100", "--tokens", "0"], "--tokens"),
+        (["--gpu", "h100", "--tokens", "0"], "--tokens is ['0']"),
+        (["--gpu", "h100", "--cache-gib", "inf"], "--cache-gib is 'inf'"),
+        (["--gpu", "h100", "--imbalance", "inf"], "--imbalance is 'inf'"),
+        (["--gpu", "h100", "--save-rates", "nowhere/rates.json"], "--save-rates is nowhere/rates.json, which cannot be"),
+        (["--gpu", "h100", "--save-rates", "/"], "--save-rates is /, which cannot be written: Is a directory"),
+        (["--gpu", "h100", "--plot", "nowhere/plan.png"], "--plot is nowhere/plan.png, which cannot be written"),
+        (["--gpu", "h100", "--plot", "plan.foo"], "--plot is plan.foo: its ending must be one of"),
         (["--gpu", "h100", "--rates", "nowhere.json"], "nowhere.json"),
         (["--gpu", "h100", "--calibrate", "nowhere.json"], "nowhere.json"),
         (["--gpu", "h200", "--calibrate", "PREFILL"], "measured on NVIDIA H100"),
@@ -322,7 +357,44 @@ def test_wrong_settings_are_refused_in_one_line(folder, options, named, capsys) 
     files = {"PREFILL": results / "prefill-12-layers-16384.json", "DECODE": results / "decode-12-layers.json"}
     assert cli.main(["plan", str(folder), *(str(files.get(option, option)) for option in options)]) == 2
     printed = capsys.readouterr()
-    assert named in printed.err and printed.err.count("\n") == 1
+    assert named in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+SHIPPED, BENCH = ROOT / "entrypoints/plan/rates.json", ROOT / "examples/results/prefill-12-layers-16384.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value", "named"),
+    [
+        (SHIPPED, "rates.compiled", None, "rates lack compiled"),
+        (SHIPPED, "gpus.h100.tflops", {}, "tflops lack bf16"),
+        (SHIPPED, "gpus.h100.link_gb_per_s", 0, "link_gb_per_s"),
+        (SHIPPED, "rates.eager.dense", 0, "dense"),
+        *((BENCH, f"settings.{name}", None, name) for name in ("eager", "dwdp", "model", "size", "input_len", "ratio")),
+        (BENCH, "settings.size", 0, "size"),
+        (BENCH, "rows.0.median", -1, "median"),
+        (BENCH, "rows.0.point", None, "point"),
+        (BENCH, "settings.dwdp.cache_gib", 4, "measured with cache_gib"),
+        (BENCH, "settings.hf_overrides.mlp_only_layers", list(range(48)), "no layer of it has experts"),
+    ],
+    ids=lambda value: str(getattr(value, "name", value))[:40],
+)
+def test_a_wrong_file_is_refused_in_one_line(folder, file, field, value, named, capsys) -> None:
+    """One field of a good file is replaced, or left out for None."""
+    content = part = json.loads(file.read_text())
+    *way, last = field.split(".")
+    for name in way:
+        part = part[int(name) if isinstance(part, list) else name]
+    if value is None:
+        del part[last]
+    else:
+        part[last] = value
+    wrong = folder / "wrong.json"
+    wrong.write_text(json.dumps(content))
+    option = "--rates" if file == SHIPPED else "--calibrate"
+    assert cli.main(["plan", str(folder), "--gpu", "h100", option, str(wrong)]) == 2
+    printed = capsys.readouterr()
+    assert named in printed.err and option in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
 def test_a_model_that_is_nowhere_is_named(capsys) -> None:

@@ -14,6 +14,22 @@ Positive = Annotated[int, Meta(gt=0)]
 Block = Annotated[tuple[Positive, ...], Meta(min_length=2, max_length=2)] | None
 Texts = tuple[str, ...] | None
 
+
+class Weights(msgspec.Struct):
+    """Of compressed-tensors: how a group of layers is quantized."""
+
+    type: str | None = None
+    num_bits: int | None = None
+    strategy: str | None = None
+    block_structure: Block = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+
+
+class Group(msgspec.Struct):
+    weights: Weights | None = None
+
+
 UNKNOWN = {
     "index_topk": "sparse attention",
     "hybrid_override_pattern": "layers of several kinds",
@@ -54,17 +70,12 @@ MODEL = msgspec.defstruct("Model", [
     ("layer_types", Texts, None),
     ("quantization_config", dict[str, Any] | None, None),
 ])
-WEIGHTS = msgspec.defstruct("Weights", [
-    ("type", str | None, None), ("num_bits", int | None, None), ("strategy", str | None, None),
-    ("block_structure", Block, None), ("group_size", int | None, None), ("symmetric", bool | None, None),
-])
-GROUP = msgspec.defstruct("Group", [("weights", WEIGHTS | None, None)])
 QUANTIZATION = msgspec.defstruct("Quantization", [
     *((name, str | None, None) for name in ("quant_method", "quant_algo")),
     *((name, int | None, None) for name in ("group_size", "bits", "w_bit")),
     *((name, bool | None, None) for name in ("zero_point", "sym")),
     *((name, Texts, None) for name in ("ignore", "modules_to_not_convert", "exclude_modules", "ignored_layers")),
-    ("weight_block_size", Block, None), ("config_groups", dict[str, GROUP] | None, None),
+    ("weight_block_size", Block, None), ("config_groups", dict[str, Group] | None, None),
 ])
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 
 from vllm_dwdp.budget import GIB, LayerSize, plan_cache
 from vllm_dwdp.entrypoints.plan.model import Model
+from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.layout import Layout
 from vllm_dwdp.placement import Placement
 
@@ -31,7 +32,12 @@ class Held:
 
 
 def dwdp(model: Model, placement: Placement, *, slots: int, cache_gib: float, tokens: int) -> Held:
-    """Whole pages, as the layout cuts them; `cache_gib` is spent evenly over the layers."""
+    """Whole pages, as the layout cuts them; `cache_gib` is spent evenly over the layers.
+
+    Raises DWDPError for a model of which no layer has experts.
+    """
+    if not model.num_moe_layers:
+        raise DWDPError(f"{model.name}: no layer of it has experts")
     layers = [LayerSize(placement=placement, expert_bytes=model.expert_bytes)] * model.num_moe_layers
     wanted = int(min(cache_gib * GIB, sum(layer.remote_bytes for layer in layers)))
     counts = plan_cache(layers, wanted)
@@ -41,7 +47,7 @@ def dwdp(model: Model, placement: Placement, *, slots: int, cache_gib: float, to
     missing = [each[count][2] for count in counts]
     return Held(
         replicated=model.replicated_bytes, shard=shard, residents=residents, activations=activations(model, tokens),
-        slots=min(slots, len(missing)) * max(missing, default=0), streamed=sum(missing),
+        slots=min(slots, len(missing)) * max(missing), streamed=sum(missing),
     )
 
 

@@ -83,6 +83,13 @@ def verdict(plan: "Plan", steps: Callable[[int], Step], hidden_from: int | None,
     return "\n".join(lines)
 
 
+def pictures() -> list[str]:
+    """Endings of the files that `plot` can write."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    return sorted(FigureCanvasBase.get_supported_filetypes())
+
+
 def plot(
     plan: "Plan", steps: Callable[[int], Step], *, hidden_from: int | None, wins_from: int | None, path: Path
 ) -> None:

@@ -109,7 +109,7 @@ def step(model: Model, gpu: Gpu, rates: Rates, load: Load, *, size: int, streame
     # Hidden states go to the peers that own one of their experts, partial sums come back. An allgather moves more.
     copies = (size - 1) * (1 - (1 - 1 / size) ** model.top_k)
     sent = 2 * copies * load.tokens * model.hidden * ELEMENT_BYTES
-    all2all = model.num_moe_layers * (sent / (gpu.to_peers(size - 1) * rates.all2all) + rates.layer_us / 1e6)
+    all2all = model.num_moe_layers * (sent / (gpu.to_peers(max(size - 1, 1)) * rates.all2all) + rates.layer_us / 1e6)
     waiting = load.imbalance * shared.experts + slowest(size) * load.spread * shared.attention
     return Step(
         compute=alone, prefetch=prefetch, exposed=max(prefetch - slowed, 0.0), all2all=all2all, waiting=waiting,

@@ -23,7 +23,7 @@ def read_config(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     config = read_json(name, "config.json")
     if not isinstance(config, dict):
         raise DWDPError(f"{name}: config.json is no JSON object")
-    config, nested = config | overrides, config.get("text_config")
+    config, nested = {**config, **overrides}, config.get("text_config")
     if isinstance(nested, dict) and isinstance(config["text_config"], dict):
         config["text_config"] = merged(nested, config["text_config"])
     if not isinstance(nested := config.get("text_config") or {}, dict):
