@@ -15,6 +15,7 @@ from vllm_dwdp.entrypoints.plan import memory
 from vllm_dwdp.entrypoints.plan.model import Model, load
 from vllm_dwdp.entrypoints.plan.rates import Gpu, Positive, Rates, Table
 from vllm_dwdp.entrypoints.plan.roofline import Load, step
+from vllm_dwdp.entrypoints.plan.source import RESIZING
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.placement import Placement
 
@@ -24,7 +25,7 @@ KEEP = 1e-3  # how much a squared deviation from the old rates weighs: what no r
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """What a bench was asked for, as far as plan reads it."""
+    """What a bench was asked for, as far as plan reads it; what has a default is not in older files."""
 
     model: str
     size: Size
@@ -33,6 +34,9 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     ratio: Annotated[float, Meta(gt=0, le=1)]
     hf_overrides: dict[str, Any]
     dwdp: dict[str, Any]
+    engine_args: dict[str, Any] = {}
+    uneven: float = 1
+    output_len: int = 1
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +101,7 @@ def calibrated(table: Table, paths: Sequence[str], gpu_name: str, planned: str) 
 
 
 def read(path: str, gpu_name: str) -> Measured:
-    """A bench.json of prefill on that GPU. Raises DWDPError for anything else."""
+    """A bench.json of prefill on that GPU. Raises DWDPError for anything else, and for what plan would misread."""
     try:
         measured = msgspec.json.decode(Path(path).read_bytes(), type=Measured)
     except (OSError, ValueError) as error:
@@ -106,7 +110,10 @@ def read(path: str, gpu_name: str) -> Measured:
         raise DWDPError(f"measured on {others[0]}, but --gpu is {gpu_name}")
     if measured.unit != "tokens/s/GPU" or not any(row.mode in FITTED and row.median for row in measured.rows):
         raise DWDPError("no prefill reading of dwdp, ep or single")
-    if taken := {"cache_gib", "experts_per_rank"} & measured.settings.dwdp.keys():
+    asked = measured.settings
+    taken = {"cache_gib", "experts_per_rank"} & asked.dwdp.keys() | RESIZING & asked.engine_args.keys()
+    taken |= {name for name in ("uneven", "output_len") if getattr(asked, name) != 1}
+    if taken:
         raise DWDPError(f"measured with {', '.join(sorted(taken))}; give one measured without")
     return measured
 
