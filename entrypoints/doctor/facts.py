@@ -58,7 +58,7 @@ class Facts:
     gpus: tuple[Gpu, ...]
     links: tuple[Link, ...]
     has_imex: bool
-    descriptors: int
+    descriptors: tuple[int, int]  # open files allowed now, and at most; below 0: without end
     shm: tuple[int, int] | None  # in all, free; None: no folder that this user can write to
     convoy_fault: str
     ram: tuple[int, int]  # in all, free
@@ -77,7 +77,7 @@ def gather(model: str | None, size: int | None, gpus: Sequence[Gpu] = (), links:
         environment={name: os.environ[name] for name in VARIABLES if name in os.environ},
         plugins=tuple(e.name for e in importlib.metadata.entry_points(group="vllm.general_plugins")),
         gpus=tuple(gpus), links=tuple(links), has_imex=os.path.isdir(IMEX) and bool(os.listdir(IMEX)),
-        descriptors=resource.getrlimit(resource.RLIMIT_NOFILE)[0], shm=shared_memory(), convoy_fault=convoy_fault(),
+        descriptors=resource.getrlimit(resource.RLIMIT_NOFILE), shm=shared_memory(), convoy_fault=convoy_fault(),
         ram=(memory.total, memory.available), model=described, model_fault=fault, model_gap=gap,
     )
 
