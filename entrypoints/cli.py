@@ -11,6 +11,7 @@ import msgspec
 
 import vllm_dwdp
 from vllm_dwdp import config
+from vllm_dwdp.entrypoints.bench import checks
 from vllm_dwdp.entrypoints.bench.modes import Settings
 from vllm_dwdp.entrypoints.bench.run import Bench
 from vllm_dwdp.entrypoints.bench.serve import ServeSettings, Serving
@@ -74,7 +75,12 @@ def bench(given: dict[str, Any]) -> int:
     for name in given:
         if name not in kind.__struct_fields__:
             raise DWDPError(f"--{name.replace('_', '-')} {'does not go with' if serve else 'needs'} --serve")
-    return Serving(ServeSettings.of(given)).run() if serve else Bench(Settings.of(given)).run()
+    settings = kind.of(given)
+    checks.refuse_unwritable(settings.out)
+    if isinstance(settings, ServeSettings):
+        checks.refuse_unservable(settings.model, settings.serve_args)
+        return Serving(settings).run()
+    return Bench(settings).run()
 
 
 def argument(field: msgspec.structs.FieldInfo) -> dict[str, Any]:

@@ -51,6 +51,20 @@ V2_LITE = R1 | {  # DeepSeek-V2-Lite
     "num_experts_per_tok": 6, "num_attention_heads": 16, "q_lora_rank": None, "vocab_size": 102400,
     "quantization_config": None,
 }
+HYBRIDS = {  # by the field that tells: not all of their layers have softmax attention
+    "hybrid_override_pattern": {  # Nemotron-3-Nano: Mamba, attention and experts, each a layer of its own
+        "model_type": "nemotron_h", "hidden_size": 2688, "num_hidden_layers": 52, "num_attention_heads": 32,
+        "head_dim": 128, "num_key_value_heads": 2, "n_routed_experts": 128, "num_experts_per_tok": 6,
+        "moe_intermediate_size": 1856, "intermediate_size": 1856, "n_shared_experts": 1, "vocab_size": 131072,
+        "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    },
+    "full_attention_interval": QWEN3 | {  # Qwen3-Next, whose layer_types transformers makes up
+        "model_type": "qwen3_next", "full_attention_interval": 4, "num_experts": 512, "num_experts_per_tok": 10,
+    },
+    "linear_attn_config": V2_LITE | {  # Kimi-Linear
+        "model_type": "kimi_linear", "linear_attn_config": {"full_attn_layers": [4, 8, 12, 16, 20, 24, 27], "num_heads": 32},
+    },
+}
 
 
 def held_by_dwdp(described: model.Model, size: int, tokens: int = 16384, **options: Any) -> memory.Held:

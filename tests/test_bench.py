@@ -1,5 +1,6 @@
 """The benchmark: its arithmetic, its processes (with ranks that only pretend), and real runs on the CPU backend."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from vllm_dwdp.entrypoints.bench.rank import Held, Ran, make_prompts, prompt_len
 from vllm_dwdp.entrypoints.bench.report import GIB, chart, less, reading, summarize, table, total
 from vllm_dwdp.entrypoints.bench.room import too_large, weight_bytes
 from vllm_dwdp.entrypoints.plan.model import parse
+from vllm_dwdp.entrypoints.plan.source import RESIZING
 from vllm_dwdp.errors import DWDPError
 
 from harness import await_that, processes_in
@@ -154,6 +156,23 @@ def test_modes_that_cannot_fit_are_known_from_sizes():
     assert "beside a KV cache of 11.0 GiB" in too_large(beside, model, 40 * GIB)["ep"]
 
 
+@pytest.mark.parametrize(
+    "given", [{"quantization": "fp8"}, {"dtype": "float32"}, {"cpu_offload_gb": 40}, {"hf_overrides": {"num_hidden_layers": 4}},
+              {"pipeline_parallel_size": 2}, {"gpu_memory_utilization": 2}],
+    ids=str,
+)
+def test_a_mode_that_may_fit_by_engine_args_is_left_to_vllm(given):
+    """What changes the weights' sizes or the share of memory counts as vLLM counts it."""
+    assert too_large(settings("--modes", "single"), parse("qwen3", QWEN3), 40 * GIB)
+    assert not too_large(settings("--modes", "single", "--engine-args", json.dumps(given)), parse("qwen3", QWEN3), 40 * GIB)
+
+
+def test_what_changes_sizes_is_named_as_vllm_names_it():
+    from vllm.engine.arg_utils import EngineArgs
+
+    assert {field.name for field in dataclasses.fields(EngineArgs)} >= RESIZING
+
+
 def test_a_mode_that_cannot_fit_is_not_loaded(pretenders, monkeypatch, capsys):
     (pretenders / "large").mkdir()
     (pretenders / "large" / "config.json").write_text(json.dumps(QWEN3))
@@ -188,12 +207,15 @@ def test_engines_are_those_of_vllm_serve_unless_told():
     [
         (["--modes", "dwdp,pp"], "--modes has pp"),
         (["--modes", "dwdp+slots=3,ep+slots=3"], "--modes has ep"),
-        (["--modes", "dwdp+slotz=3"], "slotz"),
+        (["--modes", "dwdp+slotz=3"], "slotz in --modes is no option; did you mean slots in --modes"),
         (["--ratio", "1.5"], "--ratio"),
         (["--rounds", "0"], "--rounds"),
         (["--size", "1"], "at least 2"),
         (["--engine-args", '{"model": "x"}'], "sets model"),
-        (["--dwdp", '{"slotz": 3}'], "slotz"),
+        (["--engine-args", '{"kv_cache_memory_bytes": "3G"}'], "kv_cache_memory_bytes in --engine-args is '3G'"),
+        (["--dwdp", '{"slotz": 3}'], "slotz in --dwdp is no option; did you mean slots in --dwdp"),
+        (["--timeout", "inf"], "--timeout is 'inf'"),
+        (["--uneven", "inf"], "--uneven is 'inf'"),
         (["--decode", "1,0"], "--decode"),
         (["--decode", "4", "--output-len", "1"], "--output-len above 1"),
         (["--decode", "64", "--input-len", "1000"], "do not fit one step"),
@@ -223,6 +245,33 @@ def test_what_cannot_run_is_refused_before_loading(tmp_path, monkeypatch, capsys
     assert cli.main(["bench", "--model", str(tmp_path), "--modes", modes]) == 2
     said = capsys.readouterr()
     assert named in said.err and len(said.err.splitlines()) == 1 and not said.out
+
+
+SERVE = ["--serve", "--modes", "dwdp", "--loads", "8:1:inf:4"]
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "named"),
+    [
+        (CONFIG, ["--out", "file"], "--out is file, where no folder can be written: Not a directory"),
+        (CONFIG, ["--out", "/proc/no/folder"], "--out is /proc/no/folder, where no folder"),
+        (CONFIG, [*SERVE, "--out", "file"], "--out is file"),
+        (CONFIG, [*SERVE, "--serve-args", '"abc'], "--serve-args is '\"abc': No closing quotation"),
+        (CONFIG | {"vocab_size": None}, SERVE, "has no tokenizer, and its config.json no vocab_size"),
+        ([], ["--modes", "dwdp"], "config.json is no JSON object"),
+        (CONFIG | {"text_config": 3}, ["--modes", "dwdp"], "text_config is 3: it must be a JSON object"),
+    ],
+    ids=lambda value: str(value)[-40:],
+)
+def test_what_cannot_start_is_refused_in_one_line(tmp_path, monkeypatch, capsys, config, options, named):
+    """Before anything is printed, and nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert cli.main(["bench", "--model", str(tmp_path), *options]) == 2
+    said = capsys.readouterr()
+    assert named in said.err and len(said.err.splitlines()) == 1 and not said.out
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "config.json"}
 
 
 def test_expert_parallelism_with_a_backend_is_the_base_where_it_is_faster():

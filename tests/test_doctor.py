@@ -3,25 +3,28 @@
 Faults are made for real where a machine without GPUs can make them, else in the facts that a check reads.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from vllm_dwdp import meeting
+from vllm_dwdp import descriptors, meeting
 from vllm_dwdp.budget import GIB
 from vllm_dwdp.entrypoints import cli
 from vllm_dwdp.entrypoints.doctor import checks, facts
 from vllm_dwdp.entrypoints.doctor.facts import Facts, Gpu, Link
 from vllm_dwdp.entrypoints.plan import model as plan
+from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import hooks
 
-from plan_models import QWEN3
+from plan_models import HYBRIDS, QWEN3
 
 H100 = Gpu(name="H100", free_bytes=79 * GIB, total_bytes=80 * GIB, handles=frozenset({"fd"}))
 LINKS = tuple(Link(reader=r, owner=1 - r, kind="NVLink", gb_per_s=350.0) for r in (0, 1))
@@ -166,13 +169,20 @@ def test_shared_memory_that_cannot_be_written_to(tmp_path: Path) -> None:
     ("config", "verdict", "found"),
     [
         (None, "fail", "cannot read"),
+        ([], "fail", "no JSON object"),
+        (QWEN3 | {"text_config": 3}, "fail", "text_config is 3"),
+        (QWEN3 | {"quantization_config": "fp8"}, "warn", "quantization_config is 'fp8'"),
         ({"model_type": "llama", "hidden_size": 64}, "fail", "has no MoE layers"),
         (QWEN3 | {"index_topk": 4}, "warn", "sparse attention"),
+        (HYBRIDS["hybrid_override_pattern"], "warn", "hybrid_override_pattern"),
+        ({"model_type": "ernie4_5_moe", "moe_num_experts": 64}, "warn", "config.json lacks"),
+        ({"model_type": "dbrx", "ffn_config": {"moe_num_experts": 16}}, "warn", "config.json lacks"),
         (QWEN3 | {"mlp_only_layers": list(range(48))}, "fail", "no layer of it has experts"),
         (QWEN3 | {"num_experts": 1, "num_experts_per_tok": 1}, "fail", "2 ranks cannot share 1 experts"),
         ({"text_config": QWEN3}, "ok", "64 of 128 experts in 48 layers"),
     ],
-    ids=["no config", "dense", "unknown to plan", "no experts", "too few experts", "nested"],
+    ids=["no config", "list", "no text", "no quantization", "dense", "unknown to plan", "hybrid", "ernie", "dbrx",
+         "no experts", "too few experts", "nested"],
 )
 def test_models(tmp_path: Path, config, verdict, found) -> None:
     if config is not None:
@@ -184,10 +194,31 @@ def test_models(tmp_path: Path, config, verdict, found) -> None:
 
 def test_a_machine_that_is_too_small_says_so(models) -> None:
     """On CPU all ranks share the RAM; descriptors are those of every block, which a big model has many of."""
-    given = dataclasses.replace(here(), model=plan.parse("qwen3", QWEN3), ram=(128 * GIB, 60 * GIB), descriptors=256)
+    given = dataclasses.replace(here(), model=plan.parse("qwen3", QWEN3), ram=(128 * GIB, 60 * GIB), descriptors=(256, 256))
     assert said(checks.examine(given)) == {"memory": "fail", "descriptors": "fail"}
-    assert said(checks.examine(dataclasses.replace(given, ram=(128 * GIB, 80 * GIB), descriptors=1024))) == {}
+    assert said(checks.examine(dataclasses.replace(given, ram=(128 * GIB, 80 * GIB), descriptors=(1024, 1024)))) == {}
     assert "2 ranks take 6" in checks.memory(given).found
+
+
+@pytest.mark.parametrize(
+    ("limits", "verdict", "found"),
+    [
+        ((64, 64), "fail", "64 open files are allowed, a rank"), ((64, 4096), "ok", "64 open files are allowed, raised at start"),
+        ((64, -1), "ok", "raised at start"), ((4096, 4096), "ok", "allowed, a rank"),
+        ((-1, -1), "ok", "any number of open files are allowed, a rank"),
+    ],
+    ids=str,
+)
+def test_descriptors_are_judged_as_a_start_has_them(monkeypatch, limits, verdict, found) -> None:
+    """A rank raises its limit itself, up to the hard one."""
+    own = checks.descriptors(dataclasses.replace(here(), descriptors=limits))
+    assert own.verdict == verdict and found in own.found, own
+    raised: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, changed: raised.append(changed))
+    with pytest.raises(DWDPError) if verdict == "fail" else contextlib.nullcontext():
+        descriptors.provide(NEEDED, rank=0)
+    assert bool(raised) == ("raised at start" in own.found)
 
 
 @pytest.mark.engine

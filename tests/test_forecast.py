@@ -164,6 +164,10 @@ def test_steps_follow_the_link_and_the_work() -> None:
     four = roofline.step(described, gpu, PEAKS, Load(tokens=16384, input_len=8192), size=4, streamed_bytes=0)
     each = 4 * 16384 * 2048 * 3 * (1 - 0.75**8)  # to a token's ranks and back, two bytes an element
     assert four.all2all == pytest.approx(48 * each / 450e9)
+    mesh = roofline.step(
+        described, rates.read(None).gpus["mi355x"], PEAKS, Load(tokens=16384, input_len=8192), size=4, streamed_bytes=76.8e9
+    )
+    assert mesh.all2all == pytest.approx(48 * each / (3 * 76.8e9)) and mesh.prefetch == 1, "a link to each peer"
     hidden_from = run.first(lambda tokens: step(tokens).exposed == 0)
     assert step(hidden_from).exposed == 0 < step(hidden_from - run.GRID).exposed
     assert run.first(lambda tokens: False) is None and run.first(lambda tokens: True) <= run.GRID

@@ -1,12 +1,15 @@
 """What cannot run, said in one line before anything loads."""
 
+import contextlib
+import shlex
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_dwdp.entrypoints.bench.origin import on_cpu
-from vllm_dwdp.entrypoints.plan.model import read_json
+from vllm_dwdp.entrypoints.bench.tokenizer import FILES
+from vllm_dwdp.entrypoints.plan.source import read_config
 from vllm_dwdp.errors import DWDPError
 
 NOT_CHOSEN = {"naive", "pplx", "passthrough"}  # vLLM runs another in their stead, or sets it by itself
@@ -22,8 +25,35 @@ def refuse_impossible(modes: Sequence[str], model: str, tokens: int, overrides: 
     config = model_config(model, overrides)
     room = config.get("max_position_embeddings")
     scaled = "factor" in str(config.get("rope_scaling") or config.get("rope_parameters"))  # vLLM counts that in
-    if room and not scaled and tokens > room:
+    if isinstance(room, int) and not scaled and tokens > room:
         raise DWDPError(f"{spelt} ask for {tokens} tokens in a sequence, {Path(model).name} allows {room}: lower them")
+
+
+def refuse_unwritable(out: str) -> None:
+    """Raises DWDPError unless `out` is a folder to write to or can be made one. Leaves nothing new behind."""
+    logs = Path(out, "logs")
+    made = [folder for folder in (logs, *logs.parents) if not folder.exists()]
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        (logs / ".writable").touch()
+        (logs / ".writable").unlink()
+    except (OSError, ValueError) as error:  # ValueError: no name of a file
+        raise DWDPError(f"--out is {out}, where no folder can be written: {getattr(error, 'strerror', error)}") from None
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError, ValueError):
+                folder.rmdir()
+
+
+def refuse_unservable(model: str, serve_args: str) -> None:
+    """Raises DWDPError for arguments that no shell would take, and for a model of which no tokenizer can be made."""
+    try:
+        shlex.split(serve_args)
+    except ValueError as error:
+        raise DWDPError(f"--serve-args is {serve_args!r}: {error}") from None
+    has_own = not Path(model).is_dir() or any((Path(model) / name).exists() for name in FILES)
+    if not has_own and not isinstance(model_config(model, {}).get("vocab_size"), int):
+        raise DWDPError(f"{model} has no tokenizer, and its config.json no vocab_size of which to make one: add either")
 
 
 def refuse_modes(modes: Sequence[str]) -> None:
@@ -46,5 +76,4 @@ def model_config(model: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """The language model's part of config.json. Raises DWDPError when there is no such model."""
     if (model.startswith(("/", ".", "~")) or model.count("/") > 1) and not Path(model).is_dir():
         raise DWDPError(f"there is no folder {model}: correct --model")
-    config = read_json(model, "config.json")
-    return (config.get("text_config") or config) | overrides
+    return read_config(model, overrides)

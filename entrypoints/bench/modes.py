@@ -1,8 +1,7 @@
 """What a benchmark runs: its settings, and each mode's ranks, devices and engine arguments. Pure."""
 
-import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -45,7 +44,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 0.8
     num_prompts: Annotated[Positive, Meta(description="prompts per GPU, for prefill")] = 24
     uneven: Annotated[
-        float, Meta(ge=1, description="rank 0 gets UNEVEN times the prompts of the others, for prefill")
+        float, Meta(ge=1, le=1e3, description="rank 0 gets UNEVEN times the prompts of the others, for prefill")
     ] = 1.0
     max_num_batched_tokens: Annotated[
         tuple[Positive, ...], Meta(min_length=1, description="tokens a step; a list measures each")
@@ -68,7 +67,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     engine_args: Annotated[dict[str, Any], Meta(description="JSON, merged into every engine's arguments")] = {}
     dwdp: Annotated[dict[str, Any], Meta(description="""JSON of DWDP options, such as {"slots": 3}""")] = {}
     timeout: Annotated[
-        float, Meta(gt=0, description="seconds that a mode may take to load, warm up or run once")
+        float, Meta(gt=0, le=1e6, description="seconds that a mode may take to load, warm up or run once")
     ] = 900.0
     out: Annotated[str, Meta(description="folder for bench.json, bench.png and logs/")] = "./dwdp-bench"
 
@@ -82,6 +81,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise DWDPError(f"--size is {self.size}: every mode but single needs at least 2")
         if taken := OWN_ARGUMENTS.intersection(self.engine_args):
             raise DWDPError(f"--engine-args sets {', '.join(sorted(taken))}, which the modes set themselves")
+        for name in ("kv_cache_memory_bytes", "gpu_memory_utilization"):
+            if not isinstance(value := self.engine_args.get(name), int | float | None):
+                raise DWDPError(f"{name} in --engine-args is {value!r}: it must be a number")
         if self.decode and (self.output_len < 2 or len(self.max_num_batched_tokens) > 1):
             raise DWDPError("--decode needs an --output-len above 1 and one --max-num-batched-tokens")
         if self.decode and self.uneven != 1:
@@ -91,14 +93,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 f"{max(self.decode)} prompts of {self.input_len} tokens do not fit one step, so they would not decode "
                 f"together: raise --max-num-batched-tokens or lower --input-len"
             )
-        for mode in self.modes:
-            own = own_options(mode) if is_dwdp(mode) else {}
-            config.parse({config.KEY: self.dwdp_options(mode, rank=0, port=1)}, functools.partial(self._spelt, own))
+        config.parse({config.KEY: self.dwdp}, lambda name: f"{name} in --dwdp")
+        for mode in filter(is_dwdp, self.modes):
+            config.parse({config.KEY: own_options(mode)}, lambda name: f"{name} in --modes")
         return self
-
-    def _spelt(self, own: Mapping[str, Any], name: str) -> str:
-        """A DWDP option as the person wrote it; `own` are those of a mode."""
-        return f"{name} in {'--modes' if name in own or name not in self.dwdp else '--dwdp'}"
 
     @property
     def load_together(self) -> bool:

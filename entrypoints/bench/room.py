@@ -5,14 +5,21 @@ from vllm_dwdp.budget import GIB
 from vllm_dwdp.entrypoints.bench.modes import Settings, is_dwdp, kind
 from vllm_dwdp.entrypoints.plan import memory
 from vllm_dwdp.entrypoints.plan.model import Model
+from vllm_dwdp.entrypoints.plan.source import RESIZING
 from vllm_dwdp.placement import Placement
 
 
 def too_large(settings: Settings, model: Model, gpu_bytes: int) -> dict[str, str]:
-    """Why, by mode, for those that need more of a GPU of `gpu_bytes` than vLLM would take. Activations are left out."""
-    kv_bytes, found = settings.engine_args.get("kv_cache_memory_bytes", 0), {}
+    """Why, by mode, for those that need more of a GPU of `gpu_bytes` than vLLM would take. Activations are left out.
+
+    None with --engine-args under which weights take other bytes than `model` says.
+    """
+    given, found = settings.engine_args, {}
+    if RESIZING & given.keys():
+        return {}
+    kv_bytes = given.get("kv_cache_memory_bytes") or 0
     for mode in settings.modes:
-        share = settings.memory_share(mode)
+        share = given.get("gpu_memory_utilization") or settings.memory_share(mode)
         room = gpu_bytes - kv_bytes if kv_bytes else int(share * gpu_bytes)
         of = f"beside a KV cache of {kv_bytes / GIB:.1f} GiB" if kv_bytes else f"within gpu_memory_utilization={share:g}"
         need = weight_bytes(settings, model, mode)

@@ -157,6 +157,7 @@ def handles(facts: Facts) -> Verdict:
 
 
 def descriptors(facts: Facts) -> Verdict:
+    """By the hard limit, up to which a rank raises its own."""
     need, whom = OWN_DESCRIPTORS, "a rank"
     if facts.model and (placement := placed(facts)):
         layers = [LayerSize(placement=placement, expert_bytes=facts.model.expert_bytes)] * facts.model.num_moe_layers
@@ -166,11 +167,13 @@ def descriptors(facts: Facts) -> Verdict:
             for rank in range(facts.size)
         )
         whom = f"a rank of {facts.model.name}"
-    figures = dict(limit=facts.descriptors, needed=need)
-    if 0 <= facts.descriptors < need:
-        return fail(f"{facts.descriptors} open files are allowed, {whom} needs {need}",
+    soft, hard = facts.descriptors
+    figures = dict(limit=soft, hard_limit=hard, needed=need)
+    if 0 <= hard < need:
+        return fail(f"{hard} open files are allowed, {whom} needs {need}",
                     f"run `ulimit -n {max(need, 65536)}` before, or raise LimitNOFILE or a container's nofile", **figures)
-    return ok(f"{facts.descriptors} open files are allowed, {whom} needs {need}", **figures)
+    raised = "" if soft < 0 or soft >= need else ", raised at start"
+    return ok(f"{soft if soft >= 0 else 'any number of'} open files are allowed{raised}, {whom} needs {need}", **figures)
 
 
 def shared_memory(facts: Facts) -> Verdict:

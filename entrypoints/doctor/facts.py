@@ -14,6 +14,7 @@ import psutil
 
 from vllm_dwdp import meeting
 from vllm_dwdp.entrypoints.plan import model as plan
+from vllm_dwdp.entrypoints.plan.source import read_config
 from vllm_dwdp.errors import DWDPError
 
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "DWDP_ALLOW_UNTESTED_VLLM", "VLLM_PLUGINS")
@@ -57,7 +58,7 @@ class Facts:
     gpus: tuple[Gpu, ...]
     links: tuple[Link, ...]
     has_imex: bool
-    descriptors: int
+    descriptors: tuple[int, int]  # open files allowed now, and at most; below 0: without end
     shm: tuple[int, int] | None  # in all, free; None: no folder that this user can write to
     convoy_fault: str
     ram: tuple[int, int]  # in all, free
@@ -76,7 +77,7 @@ def gather(model: str | None, size: int | None, gpus: Sequence[Gpu] = (), links:
         environment={name: os.environ[name] for name in VARIABLES if name in os.environ},
         plugins=tuple(e.name for e in importlib.metadata.entry_points(group="vllm.general_plugins")),
         gpus=tuple(gpus), links=tuple(links), has_imex=os.path.isdir(IMEX) and bool(os.listdir(IMEX)),
-        descriptors=resource.getrlimit(resource.RLIMIT_NOFILE)[0], shm=shared_memory(), convoy_fault=convoy_fault(),
+        descriptors=resource.getrlimit(resource.RLIMIT_NOFILE), shm=shared_memory(), convoy_fault=convoy_fault(),
         ram=(memory.total, memory.available), model=described, model_fault=fault, model_gap=gap,
     )
 
@@ -135,7 +136,7 @@ def convoy_fault() -> str:
 def describe(name: str) -> tuple[plan.Model | None, str, str]:
     """The model, why DWDP cannot serve it, and why its sizes are not known."""
     try:
-        config = plan.read_json(name, "config.json")
+        config = read_config(name, {})
     except DWDPError as error:
         return None, str(error), ""
     if not has_experts(config):
@@ -147,7 +148,7 @@ def describe(name: str) -> tuple[plan.Model | None, str, str]:
     return described, "" if any(described.is_moe) else f"{name}: no layer of it has experts", ""
 
 
-def has_experts(config: Any) -> bool:
-    if not isinstance(config, dict):
-        return False
-    return any(part.get(field) for part in (config, config.get("text_config") or {}) for field in plan.EXPERTS)
+def has_experts(config: dict[str, Any]) -> bool:
+    """Whether any part of it has a number of experts, whatever that is called."""
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return any(part.get(field) for part in parts for field in (*plan.EXPERTS, "moe_num_experts"))

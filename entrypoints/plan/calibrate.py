@@ -1,25 +1,60 @@
 """Calibrate: rates refitted to what `vllm-dwdp bench` measured. Pure but for reading bench.json."""
 
 import dataclasses
-import json
 import math
 import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from vllm_dwdp.entrypoints.plan import memory
 from vllm_dwdp.entrypoints.plan.model import Model, load
-from vllm_dwdp.entrypoints.plan.rates import Gpu, Rates, Table
+from vllm_dwdp.entrypoints.plan.rates import Gpu, Positive, Rates, Table
 from vllm_dwdp.entrypoints.plan.roofline import Load, step
+from vllm_dwdp.entrypoints.plan.source import RESIZING
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.placement import Placement
 
 FITTED = {"single": (), "dwdp": ("interference",), "ep": ("all2all", "layer_us")}  # beside compute and step_ms
+Size = Annotated[int, Meta(gt=0)]
 KEEP = 1e-3  # how much a squared deviation from the old rates weighs: what no reading tells apart stays
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """What a bench was asked for, as far as plan reads it; what has a default is not in older files."""
+
+    model: str
+    size: Size
+    eager: bool
+    input_len: Size
+    ratio: Annotated[float, Meta(gt=0, le=1)]
+    hf_overrides: dict[str, Any]
+    dwdp: dict[str, Any]
+    engine_args: dict[str, Any] = {}
+    uneven: float = 1
+    output_len: int = 1
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """A mode's median, in tokens/s per GPU for prefill."""
+
+    mode: str
+    point: Size
+    median: Positive | None
+    copy_gb_per_s: Positive | None
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """A bench.json."""
+
+    unit: str
+    devices: list[str]
+    settings: Asked
+    rows: list[Row]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,49 +83,53 @@ def calibrated(table: Table, paths: Sequence[str], gpu_name: str, planned: str) 
     points: dict[str, list[Point]] = {}
     copies: dict[str, list[float]] = {}
     for path in paths:
-        content = read(path, gpu_name)
-        kind = "eager" if content["settings"]["eager"] else "compiled"
-        points.setdefault(kind, []).extend(points_of(content, planned))
-        copies.setdefault(kind, []).extend(row["copy_gb_per_s"] for row in content["rows"] if row["copy_gb_per_s"])
+        try:
+            measured = read(path, gpu_name)
+            found = points_of(measured, planned)
+        except DWDPError as error:
+            raise DWDPError(f"--calibrate: {path}: {error}") from None
+        kind = "eager" if measured.settings.eager else "compiled"
+        points.setdefault(kind, []).extend(found)
+        copies.setdefault(kind, []).extend(row.copy_gb_per_s for row in measured.rows if row.copy_gb_per_s)
     rates = dict(table.rates)
-    for kind, measured in points.items():
+    for kind, own in points.items():
         link = statistics.median(copies[kind]) / gpu.link_gb_per_s if copies[kind] else rates[kind].link
-        rates[kind] = refit(msgspec.structs.replace(rates[kind], link=link), gpu, measured)
+        rates[kind] = refit(msgspec.structs.replace(rates[kind], link=link), gpu, own)
     return msgspec.structs.replace(
         table, rates=rates, source=f"{table.source}; {' and '.join(points)} refitted to {', '.join(paths)}"
     )
 
 
-def read(path: str, gpu_name: str) -> dict[str, Any]:
-    """A bench.json of prefill on that GPU. Raises DWDPError for anything else."""
+def read(path: str, gpu_name: str) -> Measured:
+    """A bench.json of prefill on that GPU. Raises DWDPError for anything else, and for what plan would misread."""
     try:
-        content = json.loads(Path(path).read_text())
-        settings, unit = content["settings"], content["unit"]
-        others = [name for name in content["devices"] if gpu_name not in re.split(r"\W+", name.lower())]
-        found = [row["mode"] for row in content["rows"] if row["mode"] in FITTED and row["median"]]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DWDPError(f"--calibrate: {path} is no bench.json: {type(error).__name__}: {error}") from None
-    if others:
-        raise DWDPError(f"--calibrate: {path} was measured on {others[0]}, but --gpu is {gpu_name}")
-    if unit != "tokens/s/GPU" or not found:
-        raise DWDPError(f"--calibrate: {path} has no prefill reading of dwdp, ep or single")
-    if taken := settings["dwdp"].keys() & {"cache_gib", "experts_per_rank"}:
-        raise DWDPError(f"--calibrate: {path} measured DWDP with {', '.join(sorted(taken))}; give one measured without")
-    return content
+        measured = msgspec.json.decode(Path(path).read_bytes(), type=Measured)
+    except (OSError, ValueError) as error:
+        raise DWDPError(f"no bench.json: {error}") from None
+    if others := [name for name in measured.devices if gpu_name not in re.split(r"\W+", name.lower())]:
+        raise DWDPError(f"measured on {others[0]}, but --gpu is {gpu_name}")
+    if measured.unit != "tokens/s/GPU" or not any(row.mode in FITTED and row.median for row in measured.rows):
+        raise DWDPError("no prefill reading of dwdp, ep or single")
+    asked = measured.settings
+    taken = {"cache_gib", "experts_per_rank"} & asked.dwdp.keys() | RESIZING & asked.engine_args.keys()
+    taken |= {name for name in ("uneven", "output_len") if getattr(asked, name) != 1}
+    if taken:
+        raise DWDPError(f"measured with {', '.join(sorted(taken))}; give one measured without")
+    return measured
 
 
-def points_of(content: dict[str, Any], planned: str) -> list[Point]:
-    settings = content["settings"]
-    same = Path(settings["model"]).name == Path(planned).resolve().name
-    model = load(planned if same else settings["model"], settings["hf_overrides"])
-    placement = Placement(num_experts=model.num_experts, size=settings["size"])
+def points_of(measured: Measured, planned: str) -> list[Point]:
+    asked = measured.settings
+    same = Path(asked.model).name == Path(planned).resolve().name
+    model = load(planned if same else asked.model, asked.hf_overrides)
+    placement = Placement(num_experts=model.num_experts, size=asked.size)
     streamed = memory.dwdp(model, placement, slots=2, cache_gib=0, tokens=1).streamed
     return [
         Point(
-            mode=row["mode"], value=row["median"], model=model, size=settings["size"], streamed_bytes=streamed,
-            load=Load(tokens=row["point"], input_len=settings["input_len"], ratio=settings["ratio"]),
+            mode=row.mode, value=row.median, model=model, size=asked.size, streamed_bytes=streamed,
+            load=Load(tokens=row.point, input_len=asked.input_len, ratio=asked.ratio),
         )
-        for row in content["rows"] if row["mode"] in FITTED and row["median"]
+        for row in measured.rows if row.mode in FITTED and row.median
     ]
 
 

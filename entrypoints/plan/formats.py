@@ -14,6 +14,7 @@ FP8_ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
 class Format:
     """Bits of a weight, and the bytes that belong to each block of (rows, columns); 0 columns mean a whole row.
 
+    `tile` is what the kernel rounds an expert's width and the hidden size up to.
     `compute` is the arithmetic of the kernels that vLLM has for it: 4-bit integers and MXFP4 are computed in bf16.
     Scales per tensor count nothing: they are replicated.
     """
@@ -23,6 +24,7 @@ class Format:
     block: tuple[int, int] = (1, 0)
     scale_bytes: float = 0.0
     compute: str = "bf16"
+    tile: tuple[int, int] = (1, 1)
 
     def tensors(self, rows: int, columns: int) -> list[int]:
         """Bytes of a [rows, columns] weight and, if it has one, of its tensor of scales."""
@@ -47,7 +49,7 @@ def quantized(config: Mapping[str, Any]) -> Format:
     if method == "fp8":
         return fp8(given.get("weight_block_size"))
     if method == "mxfp4":
-        return Format(name="mxfp4", bits=4, block=(1, 32), scale_bytes=1)
+        return Format(name="mxfp4", bits=4, block=(1, 32), scale_bytes=1, tile=(128, 256))  # of Marlin
     if method == "modelopt" and given.get("quant_algo") == "NVFP4":
         return nvfp4(given.get("group_size") or 16)
     if method == "modelopt" and given.get("quant_algo") in FP8_ALGORITHMS:

@@ -1,14 +1,18 @@
 """Memory: what a rank of DWDP holds by part, and what vLLM is left for the KV cache. Pure arithmetic."""
 
 import dataclasses
+from collections import Counter
 
 from vllm_dwdp.budget import GIB, LayerSize, plan_cache
 from vllm_dwdp.entrypoints.plan.model import Model
+from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.layout import Layout
 from vllm_dwdp.placement import Placement
 
 PAGE_BYTES = 2**21  # CUDA's
 ACTIVATION_BYTES = 2
+BLOCK_TOKENS = 16  # of vLLM's KV cache
+STEPS_UNDER_WAY = 2  # with vLLM's asynchronous scheduling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,9 +32,14 @@ class Held:
 
 
 def dwdp(model: Model, placement: Placement, *, slots: int, cache_gib: float, tokens: int) -> Held:
-    """Whole pages, as the layout cuts them; `cache_gib` is spent evenly over the layers."""
+    """Whole pages, as the layout cuts them; `cache_gib` is spent evenly over the layers.
+
+    Raises DWDPError for a model of which no layer has experts.
+    """
+    if not model.num_moe_layers:
+        raise DWDPError(f"{model.name}: no layer of it has experts")
     layers = [LayerSize(placement=placement, expert_bytes=model.expert_bytes)] * model.num_moe_layers
-    wanted = min(int(cache_gib * GIB), sum(layer.remote_bytes for layer in layers))
+    wanted = int(min(cache_gib * GIB, sum(layer.remote_bytes for layer in layers)))
     counts = plan_cache(layers, wanted)
     each = {count: pages(model, placement, count) for count in set(counts)}
     shard = sum(each[count][0] for count in counts)
@@ -71,6 +80,19 @@ def activations(model: Model, tokens: int) -> int:
     return tokens * (model.top_k * (max(2 * width, hidden) + width) + 4 * hidden) * ACTIVATION_BYTES
 
 
-def kv_tokens(model: Model, held: Held, *, memory_bytes: float, utilization: float, process_bytes: float) -> int:
-    """Tokens of KV cache that vLLM would find room for, as it counts them; negative where the model does not fit."""
-    return int((utilization * memory_bytes - process_bytes - held.total) // model.kv_bytes_per_token)
+def kv_tokens(
+    model: Model, held: Held, *, memory_bytes: float, utilization: float, process_bytes: float, length: int, tokens: int
+) -> int:
+    """Tokens of KV cache as vLLM counts them, for requests of `length` tokens in steps of `tokens`; negative: no room.
+
+    A request takes blocks for its length where a layer sees all, else for the window and the steps under way. Layers
+    are dealt out to groups of one size and one window; all groups draw on one pool of blocks, of a group's layers each.
+    """
+    layers = Counter(model.windows)
+    least, most = min(layers.values()), max(layers.values())
+    size, blocks = (most if most < 1.5 * least else least), 0
+    for window, count in layers.items():
+        kept = length if window is None else min(window - 1 + STEPS_UNDER_WAY * tokens, length)
+        blocks += -(-count // size) * (-(-kept // BLOCK_TOKENS) + (window is not None))
+    room = utilization * memory_bytes - process_bytes - held.total
+    return int(room // (size * model.kv_bytes_per_layer * BLOCK_TOKENS) / blocks * length)

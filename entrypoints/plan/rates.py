@@ -2,21 +2,39 @@
 
 import importlib.resources
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from vllm_dwdp.errors import DWDPError
 
 SHIPPED = "rates.json"
+KINDS = ("compiled", "eager")
+Positive = Annotated[float, Meta(gt=0)]
+AnyCost = Annotated[float, Meta(ge=0)]
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Peaks of one GPU as its maker gives them, without sparsity; the link's is of one direction, to one peer."""
+    """Peaks of one GPU as its maker gives them, without sparsity; the link's is of one direction, to one peer.
 
-    memory_gib: float
-    hbm_gb_per_s: float
-    link_gb_per_s: float
-    tflops: dict[str, float]
+    `links_gb_per_s` is that of all links together, None where one has it all, as behind a switch.
+    """
+
+    memory_gib: Positive
+    hbm_gb_per_s: Positive
+    link_gb_per_s: Positive
+    links_gb_per_s: Positive | None = None
+    has_cuda: bool = True
+    tflops: dict[str, Positive]
+
+    def __post_init__(self) -> None:
+        if "bf16" not in self.tflops:
+            raise ValueError("tflops lack bf16")
+
+    def to_peers(self, number: int) -> float:
+        """Bytes/s to so many peers at once."""
+        return 1e9 * min(number * self.link_gb_per_s, self.links_gb_per_s or self.link_gb_per_s)
 
     def peak(self, compute: str) -> float:
         """FLOP/s; those of bf16 where the GPU lacks the arithmetic, as weights are then expanded."""
@@ -31,15 +49,15 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     costs beside its bytes; `step_ms` a step of any kind beside its layers.
     """
 
-    dense: float
-    attention: float
-    experts: float
-    memory: float
-    link: float
-    interference: float
-    all2all: float
-    layer_us: float
-    step_ms: float
+    dense: Positive
+    attention: Positive
+    experts: Positive
+    memory: Positive
+    link: Positive
+    interference: AnyCost
+    all2all: Positive
+    layer_us: AnyCost
+    step_ms: AnyCost
 
     def scaled(self, compute: float) -> "Rates":
         """With every kernel so many times as fast."""
@@ -51,9 +69,13 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """The file: GPUs by name, rates of compiled and of eager engines, bytes of a process beside its tensors."""
 
     source: str
-    process_gib: float
+    process_gib: AnyCost
     gpus: dict[str, Gpu]
     rates: dict[str, Rates]
+
+    def __post_init__(self) -> None:
+        if missing := set(KINDS) - self.rates.keys():
+            raise ValueError(f"rates lack {', '.join(sorted(missing))}")
 
 
 def read(path: str | None) -> Table:

@@ -70,7 +70,9 @@ def verdict(plan: "Plan", steps: Callable[[int], Step], hidden_from: int | None,
         f"DWDP is faster than expert parallelism from {wins_from:,} tokens a step." if wins_from else
         "DWDP is faster than expert parallelism at no number of tokens a step.",
     ]
-    if plan.settings.size > 2:
+    if not plan.gpu.has_cuda:
+        lines.append(f"DWDP does not run on {plan.settings.gpu} yet: its kernels are CUDA.")
+    if plan.settings.size > 2 and plan.gpu.links_gb_per_s is None:
         chances = contention(plan.settings.size)
         mean = sum((n + 1) * chance for n, chance in enumerate(chances))
         shown = ", ".join(f"{n + 1}: {chance:.1%}" for n, chance in enumerate(chances) if chance >= 5e-4)
@@ -79,6 +81,13 @@ def verdict(plan: "Plan", steps: Callable[[int], Step], hidden_from: int | None,
             f"out; whole ones would take up to {mean:.2f} times as long, {1e3 * mean * step.prefetch:.1f} ms a step."
         )
     return "\n".join(lines)
+
+
+def pictures() -> list[str]:
+    """Endings of the files that `plot` can write."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    return sorted(FigureCanvasBase.get_supported_filetypes())
 
 
 def plot(

@@ -104,13 +104,12 @@ def step(model: Model, gpu: Gpu, rates: Rates, load: Load, *, size: int, streame
     """One step of every mode. `streamed_bytes` are what a DWDP rank fetches in it."""
     alone = compute(model, gpu, rates, load)
     shared = compute(model, gpu, rates, load, ranks=size)
-    link, fixed = 1e9 * gpu.link_gb_per_s, rates.step_ms / 1e3
-    prefetch = streamed_bytes / (link * rates.link)
+    fixed, prefetch = rates.step_ms / 1e3, streamed_bytes / (1e9 * gpu.link_gb_per_s * rates.link)
     slowed = alone.total + rates.interference * min(prefetch, alone.total)
     # Hidden states go to the peers that own one of their experts, partial sums come back. An allgather moves more.
     copies = (size - 1) * (1 - (1 - 1 / size) ** model.top_k)
     sent = 2 * copies * load.tokens * model.hidden * ELEMENT_BYTES
-    all2all = model.num_moe_layers * (sent / (link * rates.all2all) + rates.layer_us / 1e6)
+    all2all = model.num_moe_layers * (sent / (gpu.to_peers(max(size - 1, 1)) * rates.all2all) + rates.layer_us / 1e6)
     waiting = load.imbalance * shared.experts + slowest(size) * load.spread * shared.attention
     return Step(
         compute=alone, prefetch=prefetch, exposed=max(prefetch - slowed, 0.0), all2all=all2all, waiting=waiting,

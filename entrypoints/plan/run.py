@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from vllm_dwdp import config
 from vllm_dwdp.budget import GIB
 from vllm_dwdp.entrypoints.plan import calibrate, memory, model, rates, report
 from vllm_dwdp.entrypoints.plan.roofline import Load, Step, step
@@ -28,16 +29,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tokens: Annotated[
         tuple[Positive, ...], Meta(min_length=1, description="tokens a step; the largest sizes memory")
     ] = (4096, 8192, 16384, 32768)
-    input_len: Annotated[Positive, Meta(description="longest prompt, in tokens")] = 8192
+    input_len: Annotated[Positive, Meta(description="longest prompt, in tokens; KV tokens are counted for these")] = 8192
     ratio: Annotated[
         float, Meta(gt=0, le=1, description="prompt lengths are uniform in [RATIO * INPUT_LEN, INPUT_LEN]")
     ] = 0.8
     imbalance: Annotated[
-        float, Meta(ge=0, description="by how much the busiest rank's experts exceed the average's in expert "
+        float, Meta(ge=0, le=1e3, description="by how much the busiest rank's experts exceed the average's in expert "
                                       "parallelism, such as the 0.4 of the paper's breakdown; 0 is even routing")
     ] = 0.0
     slots: Annotated[int, Meta(ge=2, le=8, description="as --dwdp-slots")] = 2
-    cache_gib: Annotated[float, Meta(ge=0, description="as --dwdp-cache-gib: GiB of resident experts")] = 0.0
+    cache_gib: Annotated[float, Meta(ge=0, le=1e6, description="as --dwdp-cache-gib: GiB of resident experts")] = 0.0
     experts_per_rank: Annotated[Positive | None, Meta(description="as --dwdp-experts-per-rank")] = None
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1, description="as vLLM's")] = 0.9
     eager: Annotated[bool, Meta(description="rates of engines without torch.compile and CUDA graphs")] = False
@@ -52,12 +53,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def of(cls, given: dict[str, Any]) -> "Settings":
         """From option values, numbers as text or not. Raises DWDPError for what cannot be."""
-        try:
-            self = msgspec.convert(given, cls, strict=False)
-        except msgspec.ValidationError as error:
-            raise DWDPError(str(error).replace("$.", "--").replace("_", "-")) from None
+        self = config.read(cls, given, lambda name: f"--{name.replace('_', '-')}", strict=False)
         if self.plot and not importlib.util.find_spec("matplotlib"):
             raise DWDPError("--plot needs matplotlib: pip install 'vllm-dwdp[bench]'")
+        if self.plot and Path(self.plot).suffix[1:] not in (kinds := report.pictures()):
+            raise DWDPError(f"--plot is {self.plot}: its ending must be one of {', '.join(kinds)}")
+        for option, path in (("--plot", self.plot), ("--save-rates", self.save_rates)):
+            if path:
+                refuse_unwritable(option, Path(path))
         return self
 
 
@@ -91,7 +94,7 @@ class Plan:
     def kv_tokens(self, held: memory.Held) -> int:
         return memory.kv_tokens(
             self.model, held, memory_bytes=self.gpu.memory_gib * GIB, process_bytes=self.process_bytes,
-            utilization=self.settings.gpu_memory_utilization,
+            utilization=self.settings.gpu_memory_utilization, length=self.settings.input_len, tokens=max(self.settings.tokens),
         )
 
     def steps(self) -> Callable[[int], Step]:
@@ -109,8 +112,6 @@ def run(settings: Settings) -> int:
     if settings.gpu not in table.gpus:
         raise DWDPError(f"--gpu is {settings.gpu}, which is none of {', '.join(table.gpus)}")
     described = model.load(settings.model, settings.hf_overrides)
-    if not any(described.is_moe):
-        raise DWDPError(f"{settings.model}: no layer of it has experts")
     if settings.calibrate:
         table = calibrate.calibrated(table, settings.calibrate, settings.gpu, settings.model)
     plan = Plan(
@@ -128,6 +129,17 @@ def run(settings: Settings) -> int:
         report.plot(plan, steps, hidden_from=hidden_from, wins_from=wins_from, path=Path(settings.plot))
         print(f"{settings.plot} written")
     return 0
+
+
+def refuse_unwritable(option: str, path: Path) -> None:
+    """Raises DWDPError unless a file can be written there. Leaves none behind."""
+    is_new = not path.exists()
+    try:
+        path.open("ab").close()
+    except (OSError, ValueError) as error:  # ValueError: no name of a file
+        raise DWDPError(f"{option} is {path}, which cannot be written: {getattr(error, 'strerror', error)}") from None
+    if is_new:
+        path.unlink()
 
 
 def first(holds: Callable[[int], bool]) -> int | None:
