@@ -283,6 +283,14 @@ def test_expert_parallelism_with_a_backend_is_the_base_where_it_is_faster():
     assert [row.ratio_to_ep for row in rows] == [2, 0.5, 1]
 
 
+def test_engines_that_are_equally_fast_have_equal_figures_under_uneven_loads():
+    """A single engine has the prompts of rank 0, and the other ranks' replicas would be done earlier."""
+    given = settings("--uneven", "3")
+    for mode, prompt_tokens in (("single", 3000), ("dwdp", 4000)):
+        read = reading(mode=mode, point=256, round=1, num_gpus=given.gpus_at_work(mode), spent=total([], [ran(prompt_tokens, 0, 2)]))
+        assert read.value == 1000
+
+
 def test_reading_spans_the_slowest_rank_and_takes_differences_of_statistics():
     before = [ran(1, 0, 1, exposed_wait_ms=1.0, streamed=2, prefetch_bytes=0, copy_ms=1.0), ran(1, 0, 1)]
     after = [ran(300, 10, 12, exposed_wait_ms=7.0, streamed=5, prefetch_bytes=4e9, copy_ms=11.0), ran(500, 11, 14)]

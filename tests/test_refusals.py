@@ -100,6 +100,8 @@ def assert_refused(raised: pytest.ExceptionInfo, *named: str) -> None:
         ({}, {"dispatch": "lru"}, "['dispatch']"),
         ({}, {"rendezvous": "nowhere"}, "['rendezvous']"),
         ({}, {"startup_timeout_s": 0}, "['startup_timeout_s']"),
+        ({}, {"startup_timeout_s": float("inf")}, "['startup_timeout_s'] is inf"),
+        ({}, {"cache_gib": float("nan")}, "['cache_gib'] is nan"),
     ],
     ids=str,
 )

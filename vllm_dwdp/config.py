@@ -4,6 +4,7 @@ Whatever way an option came, an error speaks of it as the person wrote it.
 """
 
 import difflib
+import math
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -117,7 +118,9 @@ def read(kind: type[S], given: dict[str, Any], spell: Callable[[str], str], *, s
         if name not in types:
             raise DWDPError(f"{spell(name)} is no option; {meant(name, types, spell)}")
         try:
-            values[name] = msgspec.convert(value, types[name], strict=strict)
+            values[name] = found = msgspec.convert(value, types[name], strict=strict)
+            if isinstance(found, float) and not math.isfinite(found):
+                raise msgspec.ValidationError
         except msgspec.ValidationError:
             expected = allowed(inspect.type_info(types[name]))
             raise DWDPError(f"{spell(name)} is {value!r}: it must be {expected}") from None

@@ -111,6 +111,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def num_gpus(self, mode: str) -> int:
         return 1 if mode == "single" else self.size
 
+    def gpus_at_work(self, mode: str) -> float:
+        """Among which a mode's throughput is shared: of single, which has rank 0's prompts, as if replicas had the others'."""
+        return self.size * self.uneven / (self.uneven + self.size - 1) if mode == "single" else self.size
+
     def memory_share(self, mode: str) -> float:
         """Of each GPU's memory. Side by side, single gets twice what others get: it holds all experts, not a part."""
         parts = {each: 2 if each == "single" else 1 for each in self.modes}

@@ -84,7 +84,7 @@ def less(spent: Mapping[str, float], first: Mapping[str, float]) -> dict[str, fl
     return {name: value - first.get(name, 0) for name, value in spent.items()}
 
 
-def reading(*, mode: str, point: int, round: int, num_gpus: int, spent: Mapping[str, float], decode: bool = False) -> Reading:
+def reading(*, mode: str, point: int, round: int, num_gpus: float, spent: Mapping[str, float], decode: bool = False) -> Reading:
     """One run's figures: of prefill, or of the steps that only decoded. Copies and waits in CUDA graphs are not timed."""
     steps = spent.get("streamed", 0) - spent.get("replays", 0)
     return Reading(

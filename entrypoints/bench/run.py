@@ -152,7 +152,7 @@ class Bench(Comparison):
         else:
             spent = self._run(mode, "prefill", self.settings.num_prompts, output_len)
         self.measured.append(read := reading(
-            mode=mode, point=point, round=round, num_gpus=self.settings.num_gpus(mode), spent=spent, decode=self.decode,
+            mode=mode, point=point, round=round, num_gpus=self.settings.gpus_at_work(mode), spent=spent, decode=self.decode,
         ))
         batch = f", {point} requests per GPU" if self.decode else ""
         self.say(f"{where}{batch}: {read.value:{FORMATS[self.decode]}} {UNITS[self.decode]}")
