@@ -26,7 +26,7 @@ from vllm_dwdp.channel import free_port
 from vllm_dwdp.entrypoints.server import QUIT_S, VLLM, Server, Session, SessionFailure
 
 import conftest  # vLLM's environment
-from harness import ARGUMENTS, await_that
+from harness import ARGUMENTS, WORKERS, await_that
 from tiny_models import make_model
 
 PAGE = conftest.ROOT / "docs" / "faults.md"
@@ -39,7 +39,7 @@ files of shared memory, *restart* whether the next start served. Rows that were 
 | fault | process | phase | read | s | left | restart |
 |---|---|---|---|---|---|---|
 """
-TWO = [*ARGUMENTS, "--data-parallel-size", "2", "--parallel", "dwdp"]
+TWO = [*ARGUMENTS, *WORKERS, "--data-parallel-size", "2", "--parallel", "dwdp"]
 PROCESSES = {  # by their titles
     "engine 0": r"EngineCore_DP0", "engine 1": r"EngineCore_DP1", "launcher": "", "API server": r"APIServer_0",
     "coordinator": r"DPCoordinator", "worker 1": r"VLLM::Worker",

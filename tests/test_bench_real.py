@@ -22,7 +22,7 @@ def test_real_run_on_cpu_survives_a_mode_that_fails(tmp_path, workload):
     model = tmp_path / "tiny-moe"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(CONFIG))
-    engine = {"kv_cache_memory_bytes": 2**26, "max_model_len": 256, "dtype": "float32"}
+    engine = {"kv_cache_memory_bytes": 2**26, "max_model_len": 256, "dtype": "float32", "distributed_executor_backend": "uni"}
     modes = ["dwdp", "single"] if workload == "decode" else ["dwdp", BROKEN, "single"]
     points = [1, 2] if workload == "decode" else [256]
     command = [

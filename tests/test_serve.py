@@ -20,7 +20,7 @@ from vllm_dwdp.entrypoints.server import QUIT_S
 from vllm_dwdp.integration.metrics import UPDATE_S
 
 from conftest import ROOT
-from harness import ARGUMENTS, await_that
+from harness import ARGUMENTS, WORKERS, await_that
 
 pytestmark = pytest.mark.engine
 
@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", name="server")
 def serving(models, folder: Path):
     with Server(models("qwen3_moe"), folder, "--data-parallel-size", "2", "--parallel", "dwdp",
-                "--dwdp-direct-max-tokens", "0", "--dwdp-dispatch", "off") as server:  # on in test_dispatch.py
+                "--dwdp-direct-max-tokens", "0", "--dwdp-dispatch", "off", *WORKERS) as server:  # dispatch: test_dispatch.py
         yield server
 
 
@@ -106,7 +106,8 @@ def test_the_log_says_that_dwdp_is_on(server: Server) -> None:
     assert "direct_max_tokens=" not in log.replace("dwdp-direct_max_tokens", "")
     steps, fetched = server.steps(0), server.metric("vllm:dwdp_prefetch_bytes_total", engine="0")
     server.complete("Once upon a time", 20, rank=0)
-    moved = (server.metric("vllm:dwdp_prefetch_bytes_total", engine="0") - fetched) / (server.steps(0) - steps)
+    taken = server.steps(0) - steps
+    moved = (server.metric("vllm:dwdp_prefetch_bytes_total", engine="0") - fetched) / taken
     assert abs(moved / 2**20 - float(found[0][2])) < 0.01
 
 
