@@ -50,10 +50,23 @@ def test_requests_that_no_step_can_take_keep_no_peer_waiting(executed: bool) -> 
 def test_peers_do_not_count_on_a_rank_during_other_calls(monkeypatch: pytest.MonkeyPatch, executor: type) -> None:
     asked = executor()
     monkeypatch.setattr(core.EngineCoreProc, "_handle_client_request", lambda self, *_: asked.calls.append("done"))
-    made = engine(asked)
+    made = engine(asked, engines_running=False, batch_queue=None)
     made._handle_client_request(EngineCoreRequestType.UTILITY, (0, 0, "profile", ()))
     made._handle_client_request(EngineCoreRequestType.ADD, (None, 0))
-    assert asked.calls == ["dwdp_leave", "done", "done"]
+    assert asked.calls == ["dwdp_leave", "done", "dwdp_help", "done"], "and then helps again"
+    made.scheduler.has_requests = lambda: True
+    made._handle_client_request(EngineCoreRequestType.UTILITY, (0, 0, "profile", ()))
+    assert asked.calls[4:] == ["dwdp_leave", "done"], "its next step says that it comes"
+
+
+def test_a_worker_that_has_left_does_not_help_by_itself() -> None:
+    """Between the calls of an engine that has asked it to leave."""
+    made, left = object.__new__(worker.DWDPWorker), []
+    made.dwdp = types.SimpleNamespace(dispatch=types.SimpleNamespace(leave=lambda: left.append(True), help=lambda *_: 1 / 0))
+    made._is_idle = True
+    made.dwdp_leave()
+    made.dwdp_help_until(lambda: False)
+    assert left == [True]
 
 
 @pytest.mark.parametrize("size", [1, 2])

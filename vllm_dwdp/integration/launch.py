@@ -158,9 +158,12 @@ class IndependentEngineCore(core.EngineCoreProc):
 
     def _handle_client_request(self, request_type: EngineCoreRequestType, request: Any) -> None:
         """Calls that are no requests may take long: peers do not count on this rank meanwhile."""
-        if request_type == EngineCoreRequestType.UTILITY:
+        is_call = request_type == EngineCoreRequestType.UTILITY
+        if is_call:
             self.model_executor.collective_rpc("dwdp_leave")
         super()._handle_client_request(request_type, request)
+        if is_call and not self.has_work():
+            self.model_executor.collective_rpc("dwdp_help")
 
     def _help_until_work(self) -> None:
         """Without a request, help the peers' rounds until one comes. A worker in another process does by itself."""
