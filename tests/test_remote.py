@@ -13,7 +13,9 @@ from queue import Queue
 
 import pytest
 from vllm.exceptions import GracefulHTTPError
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import FinishReason
+from vllm.v1.engine.output_processor import RequestState
 
 from vllm_dwdp.channel import free_port
 from vllm_dwdp.entrypoints.server import VLLM, Server, Session
@@ -29,7 +31,9 @@ class Client:
 
     def __init__(self) -> None:
         self.engine_ranks_managed, self.core_engines = [0, 1, 2], ENGINES
-        self.vllm_config = types.SimpleNamespace(parallel_config=types.SimpleNamespace(data_parallel_size_local=2))
+        self.vllm_config = types.SimpleNamespace(
+            parallel_config=types.SimpleNamespace(data_parallel_size_local=2), model_config=types.SimpleNamespace(runner_type="generate"),
+        )
         self.reqs_in_flight: dict[str, bytes] = {}
         self.engine_inflight: Counter[bytes] = Counter()
         self.outputs_queue: asyncio.Queue = asyncio.Queue()
@@ -130,6 +134,34 @@ def test_the_answer_names_the_rank() -> None:
         assert len(seen) == 3 and raised.value.http_status == 503
 
     asyncio.run(generate())
+
+
+def test_the_answer_to_a_pooling_request_names_the_rank_too() -> None:
+    """Through vLLM's own processor of outputs, which knows no error of an embedding."""
+
+    async def encode() -> None:
+        client = Client()
+        client.vllm_config.model_config = types.SimpleNamespace(runner_type="pooling")
+        client.send("waits", 2)
+        await until_lost(client)
+        (ended,) = (await asyncio.wait_for(client.outputs_queue.get(), 5)).outputs
+        state = types.SimpleNamespace(
+            output_kind=RequestOutputKind.FINAL_ONLY, external_req_id="waits", prompt_token_ids=[1], num_cached_tokens=0,
+            prompt="", stats=None, is_prefilling=False, stream_interval=1, routed_experts_chunks=[], kv_transfer_params=None,
+            prompt_embeds=None, lora_request=None,
+        )
+        for name in ("make_request_output", "_new_request_output", "_new_pooling_output"):
+            setattr(state, name, types.MethodType(getattr(RequestState, name), state))
+
+        async def outputs(self):
+            yield state.make_request_output([], ended.pooling_output, ended.finish_reason, ended.stop_reason)
+
+        async for _ in remote._named(outputs)(None):
+            raise AssertionError("an embedding came")
+
+    with pytest.raises(GracefulHTTPError, match="rank 2 has given") as raised:
+        asyncio.run(encode())
+    assert raised.value.http_status == 503
 
 
 def test_engines_beat_for_every_front_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,7 @@ CHOOSE_ENGINE = Hook(_CLIENT, "DPLBAsyncMPClient.get_core_engine_for_request", (
 ENGINE_OUTPUTS = Hook(_CLIENT, "DPLBAsyncMPClient.process_engine_outputs", ("self", "outputs"))
 CALL_UTILITY = Hook(_CLIENT, "AsyncMPClient._call_utility_async", ("self", "method", "engine"))
 GENERATE = Hook("vllm.v1.engine.async_llm", "AsyncLLM.generate", ("self",))
+ENCODE = Hook("vllm.v1.engine.async_llm", "AsyncLLM.encode", ("self",))
 WORKER_LOOP = Hook("vllm.v1.executor.multiproc_executor", "WorkerProc.worker_busy_loop", ("self",))
 CHOOSE_GRAPH = Hook("vllm.v1.worker.gpu.model_runner", "dispatch_cg_and_sync_dp", ("num_reqs", "num_tokens", "need_eager"))
 BUILD_EXPERTS = Hook(

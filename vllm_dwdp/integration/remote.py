@@ -16,6 +16,7 @@ from http import HTTPStatus
 from queue import Queue
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError
 from vllm.logger import init_logger
@@ -86,14 +87,29 @@ class Watch:
             return
         mine = [request for request, engine in client.reqs_in_flight.items() if engine == self._engines[rank]]
         if mine:
+            reason, is_pooling = SAID + explain(rank), client.vllm_config.model_config.runner_type == "pooling"
             ended = [
-                EngineCoreOutput(request, [], finish_reason=FinishReason.ERROR, stop_reason=SAID + explain(rank))
-                for request in mine
+                EngineCoreOutput(
+                    request, [], finish_reason=FinishReason.ERROR, stop_reason=reason,
+                    pooling_output=_Reason.of(reason) if is_pooling else None,
+                ) for request in mine
             ]
             for request in mine:
                 client.engine_inflight[client.reqs_in_flight.pop(request)] -= 1
             client.outputs_queue.put_nowait(EngineCoreOutputs(engine_index=rank, outputs=ended))
             await client._abort_requests(mine, self._engines[rank])
+
+
+class _Reason(torch.Tensor):
+    """What stands for an embedding that does not come; vLLM's pooling outputs have no stop reason."""
+
+    text: str
+
+    @staticmethod
+    def of(text: str) -> "_Reason":
+        made = torch.empty(0).as_subclass(_Reason)
+        made.text = text
+        return made
 
 
 def explain(rank: int) -> str:
@@ -114,11 +130,11 @@ def watch(client: Any) -> Watch:
 
 
 def install(vllm_config: VllmConfig) -> None:
-    """Watch over the ranks of other nodes, where this server has any and generates: pooling has no such answer."""
-    if checks.has_remote_engines(vllm_config.parallel_config) and vllm_config.model_config.runner_type == "generate":
+    """Watch over the ranks of other nodes, where this server has any."""
+    if checks.has_remote_engines(vllm_config.parallel_config):
         for hook, wrapper in (
             (hooks.CHOOSE_ENGINE, _choose), (hooks.ENGINE_OUTPUTS, _listen), (hooks.CALL_UTILITY, _bounded),
-            (hooks.GENERATE, _named),
+            (hooks.GENERATE, _named), (hooks.ENCODE, _named),
         ):
             hook.install(wrapper)
             hook.verify()
@@ -170,15 +186,22 @@ def _named(original: Callable) -> Callable:
     """vLLM answers for a request that ended in an error without a reason; ours has one."""
 
     @functools.wraps(original)
-    async def generate(self: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+    async def answer(self: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         async with contextlib.aclosing(original(self, *args, **kwargs)) as outputs:
             async for output in outputs:
-                for each in output.outputs:
-                    if isinstance(each.stop_reason, str) and each.stop_reason.startswith(SAID):
-                        raise _unavailable(each.stop_reason)
+                if reason := _reason(output.outputs):
+                    raise _unavailable(reason)
                 yield output
 
-    return generate
+    return answer
+
+
+def _reason(outputs: Any) -> str | None:
+    """Ours, for which a request for tokens or for an embedding has ended."""
+    if not isinstance(outputs, list):
+        return outputs.data.text if isinstance(outputs.data, _Reason) else None
+    reasons = [each.stop_reason for each in outputs if isinstance(each.stop_reason, str)]
+    return next((reason for reason in reasons if reason.startswith(SAID)), None)
 
 
 def _unavailable(reason: str) -> GracefulHTTPError:
