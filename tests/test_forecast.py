@@ -10,6 +10,7 @@ import pytest
 from vllm_dwdp.entrypoints.plan import calibrate, model, rates, roofline, run
 from vllm_dwdp.entrypoints.plan.roofline import Load
 
+import forecasts
 from plan_models import NVFP4, QWEN3, R1, held_by_dwdp
 
 # What was measured on two H100s: kind of engine, layers, tokens a step, prompt tokens/s per GPU of the single GPU that
@@ -171,3 +172,8 @@ def test_steps_follow_the_link_and_the_work() -> None:
     hidden_from = run.first(lambda tokens: step(tokens).exposed == 0)
     assert step(hidden_from).exposed == 0 < step(hidden_from - run.GRID).exposed
     assert run.first(lambda tokens: False) is None and run.first(lambda tokens: True) <= run.GRID
+
+
+def test_the_page_of_forecasts_is_what_plan_says() -> None:
+    """`python tests/forecasts.py` writes it again."""
+    assert forecasts.PAGE.read_text() == forecasts.page()
