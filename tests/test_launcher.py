@@ -15,6 +15,7 @@ import pytest
 from vllm_dwdp import config, launcher
 from vllm_dwdp.channel import free_port, private
 from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.integration import commands
 
 from harness import await_that
 
@@ -58,6 +59,23 @@ def test_reasons_reach_the_launcher() -> None:
     assert [said for said in reasons.heard if said.startswith("from")] == ["from depth 1", "from depth 2"]
     others = [said for said in reasons.heard if not said.startswith("from")]
     assert len(others) == 2 and all(said.startswith("OSError: [Errno 28] No space") and len(said) <= 1000 for said in others)
+
+
+@pytest.mark.parametrize(
+    ("says", "last"),
+    [("rank 1 ended without a word", "rank 1 ended without a word"), (None, "RuntimeError: Engine core 1 failed")],
+)
+def test_the_last_line_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys, says: str | None, last: str) -> None:
+    """A child's, also where vLLM's own error is earlier, or vLLM's; an error of the person's own program has none."""
+    monkeypatch.setattr(commands, "LAST_WORDS_S", 5.0 if says else 0.1)
+    commands.lead()
+    if says:
+        fork(lambda: (time.sleep(0.3), launcher.tell(DWDPError(says))))
+    sys.excepthook(RuntimeError, RuntimeError("Engine core 1\nfailed"), None)
+    assert capsys.readouterr().err.splitlines()[-1] == f"vllm-dwdp: error: {last}"
+    if not says:
+        sys.excepthook(KeyError, KeyError("mine"), None)
+        assert "vllm-dwdp" not in capsys.readouterr().err
 
 
 def test_a_stranger_is_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +126,7 @@ def test_a_free_port_stays_free() -> None:
 
 def test_servers_of_a_supervisor_meet_by_its_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes by their environment, so what vLLM hashes into the key of its compile cache is the same at every start."""
-    from vllm_dwdp.integration import checks, commands, joining
+    from vllm_dwdp.integration import checks, joining
 
     async def run(self) -> None:
         pass
@@ -137,7 +155,7 @@ def test_servers_of_a_supervisor_meet_by_its_secret(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(("rendezvous", "size_local"), [("HOST:1", 2), (None, 1)])
 def test_servers_that_a_supervisor_does_not_bring_together(rendezvous: str | None, size_local: int) -> None:
     """Those with a meeting point of their user's, and those whose peers have another supervisor."""
-    from vllm_dwdp.integration import commands, joining
+    from vllm_dwdp.integration import joining
 
     async def run(self) -> None:
         pass

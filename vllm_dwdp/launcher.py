@@ -27,12 +27,18 @@ class Reasons:
 
     def __init__(self) -> None:
         self.heard: list[str] = []
+        self._has_heard = threading.Event()
         secret = secrets.token_hex(32)
         self._listener = Listener(private(secret.encode(), b"launcher"), secret.encode(), self._hear)
         os.environ[LAUNCHER] = f"{os.getpid()}-{secret}"
 
+    def first(self, timeout_s: float) -> str | None:
+        """The first that was heard, or is within `timeout_s`."""
+        return self.heard[0] if self._has_heard.wait(timeout_s) else None
+
     def _hear(self, channel: Channel) -> None:
         self.heard.append(channel.recv().decode())
+        self._has_heard.set()
         channel.send(b"")
 
 

@@ -11,6 +11,8 @@ from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import hooks, joining
 from vllm_dwdp.launcher import Reasons
 
+LAST_WORDS_S = 2.0  # for which a child's reason is waited for: of a rank that was killed its peers say it
+
 
 def lead() -> Reasons:
     """Hear from the processes that this one starts, and let its last line be ours if it ends for their reasons."""
@@ -18,12 +20,13 @@ def lead() -> Reasons:
         previous, reasons = sys.excepthook, Reasons()
 
         def print_refusal(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+            said: str | None = str(error)
             if not issubclass(kind, DWDPError):
                 previous(kind, error, trace)
-                if not reasons.heard:
-                    return
-                error = DWDPError(reasons.heard[0])
-            print(f"vllm-dwdp: error: {error}", file=sys.stderr)
+                is_engine_s = "Engine core" in str(error)  # which vLLM says of a child that it does not name a reason of
+                said = reasons.first(LAST_WORDS_S if is_engine_s else 0) or (f"{kind.__name__}: {error}" if is_engine_s else None)
+            if said is not None:
+                print(f"vllm-dwdp: error: {' '.join(said.split())}", file=sys.stderr)
 
         print_refusal.reasons = reasons  # type: ignore[attr-defined]
         sys.excepthook = print_refusal
