@@ -275,6 +275,8 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return "it was told to end, or what started it has ended"
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 

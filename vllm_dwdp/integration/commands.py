@@ -1,8 +1,10 @@
 """Commands: whatever way a command of vLLM's ends, its last line is the sentence for which, and its status is not 0."""
 
 import functools
+import multiprocessing
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,7 @@ from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import hooks, joining
 from vllm_dwdp.launcher import Reasons
 
-LAST_WORDS_S = 2.0  # for which a child's reason is waited for: of a rank that was killed its peers say it
+LAST_WORDS_S = 6.0  # for which engines that fail are waited for: what they print comes before, and one may know the reason
 
 
 def lead() -> Reasons:
@@ -24,6 +26,8 @@ def lead() -> Reasons:
             if not issubclass(kind, DWDPError):
                 previous(kind, error, trace)
                 is_engine_s = "Engine core" in str(error)  # which vLLM says of a child that it does not name a reason of
+                if is_engine_s:
+                    _await_engines(LAST_WORDS_S)
                 said = reasons.first(LAST_WORDS_S if is_engine_s else 0) or (f"{kind.__name__}: {error}" if is_engine_s else None)
             if said is not None:
                 print(f"vllm-dwdp: error: {' '.join(said.split())}", file=sys.stderr)
@@ -31,6 +35,14 @@ def lead() -> Reasons:
         print_refusal.reasons = reasons  # type: ignore[attr-defined]
         sys.excepthook = print_refusal
     return reasons
+
+
+def _await_engines(timeout_s: float) -> None:
+    """Until the engines that this process has started have ended."""
+    end = time.monotonic() + timeout_s
+    for child in multiprocessing.active_children():
+        if child.name.startswith("EngineCore"):
+            child.join(max(end - time.monotonic(), 0))
 
 
 def refuse_in_child(error: DWDPError) -> None:
