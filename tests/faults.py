@@ -325,8 +325,6 @@ def lacks(matrix: Matrix) -> None:
         ports = [str(each.getsockname()[1]) for each in (taken, met)]
         for name, before, arguments in (
             ("full /dev/shm", "mount -t tmpfs -o size=64k tmpfs /dev/shm; head -c 64k /dev/zero > /dev/shm/full;", []),
-            ("full /dev/shm, worker processes", "mount -t tmpfs -o size=64k tmpfs /dev/shm; head -c 64k /dev/zero > /dev/shm/full;",
-             ["--distributed-executor-backend", "mp"]),
             ("limit of 100 descriptors", "ulimit -n 100;", []),
             ("limit of 400 descriptors", "ulimit -n 400;", []),
             ("port of the API taken", "", ["--port", ports[0]]),

@@ -95,9 +95,9 @@ def streamed_model(llm: Any) -> Any:
 
 def leave(llm: Any) -> None:
     """Before the engine waits for the next work without helping: peers do not wait for it."""
-    model = getattr(llm.llm_engine.model_executor.driver_worker.worker, "dwdp", None)
-    if model is not None and model.dispatch is not None:
-        model.dispatch.leave()
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    if hasattr(worker, "dwdp_leave"):
+        worker.dwdp_leave()
 
 
 def _serve(rank: int, model: str, dwdp: dict | None, engine: dict, setup: Callable | None, pipe: Any) -> None:

@@ -139,13 +139,14 @@ def test_vllm_s_watchdog_does_not_watch_a_wait(monkeypatch: pytest.MonkeyPatch) 
         yield
         watched.append("goes on")
 
-    if not watchdog.importlib.util.find_spec(watchdog._NAME):
+    if not watchdog.is_there():
         with watchdog.paused():
             assert not watched
     dog = types.ModuleType(watchdog._NAME)
     dog.__spec__ = types.SimpleNamespace(name=watchdog._NAME)  # type: ignore[assignment]
     dog.get_watch_dog = lambda: types.SimpleNamespace(disable=disable)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, watchdog._NAME, dog)
+    monkeypatch.setattr(watchdog, "is_there", watchdog.is_there.__wrapped__)
     made = engine(executor := Executor(), input_queue=queue.Queue(), _idle_state_callbacks=[], _active_s=0.0, engines_running=False,
                   batch_queue=None, shutdown_state=core.EngineShutdownState.RUNNING)
     monkeypatch.setattr(executor, "collective_rpc", lambda _: [None])

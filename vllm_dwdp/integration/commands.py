@@ -25,10 +25,7 @@ def lead() -> Reasons:
             said: str | None = str(error)
             if not issubclass(kind, DWDPError):
                 previous(kind, error, trace)
-                is_engine_s = "Engine core" in str(error)  # which vLLM says of a child that it does not name a reason of
-                if is_engine_s:
-                    _await_engines(LAST_WORDS_S)
-                said = reasons.first(LAST_WORDS_S if is_engine_s else 0) or (f"{kind.__name__}: {error}" if is_engine_s else None)
+                said = _last_words(error, reasons)
             if said is not None:
                 print(f"vllm-dwdp: error: {' '.join(said.split())}", file=sys.stderr)
 
@@ -37,12 +34,15 @@ def lead() -> Reasons:
     return reasons
 
 
-def _await_engines(timeout_s: float) -> None:
-    """Until the engines that this process has started have ended."""
-    end = time.monotonic() + timeout_s
+def _last_words(error: BaseException, reasons: Reasons) -> str | None:
+    """Why an engine of this process has failed; None where none has."""
+    if "Engine core" not in str(error):  # which vLLM says of a child that it does not name a reason of
+        return reasons.first(0)
+    end = time.monotonic() + LAST_WORDS_S
     for child in multiprocessing.active_children():
         if child.name.startswith("EngineCore"):
             child.join(max(end - time.monotonic(), 0))
+    return reasons.first(LAST_WORDS_S) or f"{type(error).__name__}: {error}"
 
 
 def refuse_in_child(error: DWDPError) -> None:
