@@ -42,8 +42,9 @@ OURS = Round(9, (0, 1), (SMALL, 6))
 class Fakes:
     """Meeting, token exchange and stream of rank 0 in one; `calls` is what they were asked to do, in order."""
 
-    def __init__(self, owed: Sequence[Round] = (), joined: Round | None = None, looks: int = 0):
+    def __init__(self, owed: Sequence[Round] = (), joined: Round | None = None, looks: int = 0, company: bool = True):
         """`owed` are handed out first; `joined` is the next step's round; a step has ended after `looks` looks."""
+        self._company = company
         self.rank, self.size, self.stats = 0, 2, Stats(2)
         self.calls: list[tuple] = []
         self._owed, self._joined, self._looks, self._events = list(owed), joined, looks, 0
@@ -65,6 +66,10 @@ class Fakes:
 
     def join(self, num_tokens: int, patience_s: float) -> Round | None:
         return self._next("join", num_tokens, patience_s, otherwise=self._joined)
+
+    def has_company(self, patience_s: float) -> bool:
+        self.note("company", patience_s)
+        return self._company
 
     def leave(self) -> Round | None:
         return self._next("leave")
@@ -94,8 +99,11 @@ class Fakes:
         return self._looks < 0
 
 
-def make(fakes: Fakes, graph_sizes: tuple[int, ...] = (4, 8)) -> Dispatch:
-    limits = Limits(max_tokens=MOST, graph_sizes=graph_sizes, patience_s=lambda tokens: tokens / 1000, large_s=lambda _: 7.0)
+def make(fakes: Fakes, graph_sizes: tuple[int, ...] = (4, 8), small_s: float = 0.0) -> Dispatch:
+    limits = Limits(
+        max_tokens=MOST, graph_sizes=graph_sizes, patience_s=lambda tokens: tokens / 1000,
+        alone_s=lambda tokens: 7.0 if tokens > MOST else small_s,
+    )
     made = Dispatch(fakes, fakes, fakes, fakes, limits)
     made.help_out = lambda: fakes.note("help out", made.padded, made.places(1))
     made.meets = True
@@ -155,11 +163,36 @@ def test_after_a_large_step_peers_are_met_when_the_device_is_at_its_last_layer(i
     step = [("record", "event 1"), ("last layer",)]
     assert fakes.said() == [("check",), ("large", 7.0), *(step[::-1] if is_graph else step)] * 2
     made.begin_step(SMALL)
-    assert [name for name, *_ in fakes.said()] == ["check", "look", "look", "look", "large done", "join", "begin"]
+    assert [name for name, *_ in fakes.said()] == ["check", "look", "company", "look", "look", "large done", "join", "begin"]
     made.reach_last_layer()
     made.end_step()
     made.begin_step(SMALL)
     assert [name for name, *_ in fakes.said()] == ["check", "join", "begin"], "that was said once"
+
+
+def test_a_step_alone_that_outlasts_the_patience_counts_as_large() -> None:
+    """Peers wait for it until it ends, or not at all, and its rank meets nobody before that."""
+    fakes = Fakes(looks=1)
+    made = make(fakes, small_s=0.002 * SMALL)
+    assert made.begin_step(SMALL), "alone in a graph"
+    made.end_step()
+    assert fakes.said() == [
+        ("check",), ("join", SMALL, SMALL / 1000), ("large", 0.002 * SMALL), ("begin", 0, (0,), (SMALL, 0), 4), ("record", "event 1")
+    ]
+    made.begin_step(MOST)
+    assert [name for name, *_ in fakes.said()] == ["check", "look", "company", "look", "large done", "join"]
+    made.end_step()
+    assert fakes.said() == [], "16 ms of patience outlast 6 ms alone"
+
+
+def test_a_step_that_can_meet_nobody_is_launched_behind_a_large_one() -> None:
+    fakes = Fakes(looks=10**9, company=False)
+    made = make(fakes)
+    made.begin_step(LARGE)
+    made.end_step()
+    fakes.said()
+    made.begin_step(SMALL)
+    assert [name for name, *_ in fakes.said()] == ["check", "look", "company", "join", "begin"]
 
 
 def test_a_large_step_without_end_is_waited_for_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:

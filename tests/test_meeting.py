@@ -142,6 +142,30 @@ def test_no_wait_for_who_does_not_come(pair, step: str, was: str) -> None:
     assert time.monotonic() - began < 0.05
 
 
+def test_company_is_who_may_be_met_when_the_own_large_step_ends(pair) -> None:
+    a, b = pair
+    assert not a.has_company(10), "nobody has come"
+    assert b.large(1.0) is None
+    assert a.has_company(1.1) and not a.has_company(0.5)
+    assert a.large(0.9) is None
+    assert a.has_company(0.5), "both end at about the same time"
+    for step in (b.large_done, b.idle):
+        step()
+        assert a.has_company(0)
+    b.close()
+    assert not a.has_company(10)
+
+
+def test_a_host_is_ahead_of_its_device_by_one_step_at_most(pair) -> None:
+    """Steps that take less than is expected of them do not put off their end further and further."""
+    a, b = pair
+    for _ in range(100):
+        assert b.large(0.1) is None
+    began = time.monotonic()
+    assert a.join(4, 0.25) is None
+    assert time.monotonic() - began >= 0.25, "0.2 s are left"
+
+
 def test_the_end_of_a_large_step_is_met(pair) -> None:
     """It is waited for where it is expected within the patience, for no longer, and by who has no other company."""
     a, b = pair

@@ -73,8 +73,12 @@ def watch(scheduler: Any) -> collections.Counter[str]:
     return seen
 
 
-def drive(llm: Any, seed: int, count: int) -> tuple[dict[int, tuple[str, list[int]]], collections.Counter[str], int]:
-    """Run `count` requests: how each ended and with which tokens; what the steps held; requests left in the engine."""
+def drive(
+    llm: Any, seed: int, count: int
+) -> tuple[dict[int, tuple[str, list[int]]], dict[int, list[float]], collections.Counter[str], int]:
+    """Run `count` requests: how each ended and with which tokens; how far each token was ahead of the second best, as a
+    logarithm; what the steps held; requests left in the engine.
+    """
     from vllm import SamplingParams
 
     rng, engine = random.Random(seed), llm.llm_engine
@@ -82,6 +86,7 @@ def drive(llm: Any, seed: int, count: int) -> tuple[dict[int, tuple[str, list[in
     seen = watch(scheduler)
     prefixes = [[rng.randrange(1, 250) for _ in range(n)] for n in (40, 70, 100, 150)]
     answers: dict[int, tuple[str, list[int]]] = {}
+    leads: dict[int, list[float]] = {}
     alive: list[int] = []
     tick = due = 0
     while len(answers) < count or alive:
@@ -89,7 +94,7 @@ def drive(llm: Any, seed: int, count: int) -> tuple[dict[int, tuple[str, list[in
             lengths = rng.choice(LENGTHS)
             for number in range(len(answers), min(len(answers) + rng.choice(BURSTS), count)):
                 sampling = SamplingParams(
-                    max_tokens=rng.randrange(1, 40), temperature=0, ignore_eos=True, detokenize=False
+                    max_tokens=rng.randrange(1, 40), temperature=0, ignore_eos=True, detokenize=False, logprobs=2,
                 )
                 engine.add_request(str(number), {"prompt_token_ids": draw_prompt(rng, lengths, prefixes)}, sampling)
                 answers[number] = ("waiting", [])
@@ -103,12 +108,14 @@ def drive(llm: Any, seed: int, count: int) -> tuple[dict[int, tuple[str, list[in
         for output in engine.step():
             number = int(output.request_id)
             answers[number] = ("finished" if output.finished else "running", list(output.outputs[0].token_ids))
+            best = [sorted((one.logprob for one in of.values()), reverse=True) for of in output.outputs[0].logprobs]
+            leads[number] = [first - second for first, second, *_ in best]
             if output.finished:
                 alive.remove(number)
         seen["idle"] += not alive
         tick += 1
     seen.update(state for state, _ in answers.values())
-    return answers, seen, engine.get_num_unfinished_requests() + len(scheduler.requests)
+    return answers, leads, seen, engine.get_num_unfinished_requests() + len(scheduler.requests)
 
 
 @pytest.mark.parametrize("kind", [k if k == "host" else pytest.param(k, marks=pytest.mark.gpu) for k in KINDS])
@@ -128,9 +135,11 @@ def test_everyday_traffic(models, kind: str) -> None:
             rank.send(drive, seed, count)
         found = [rank.answer(LIMIT_S) for rank in group.ranks]
         counters = group.run(stats)
-    for (answers, seen, left), (wanted, stock_seen, _), s in zip(found, expected, counters, strict=True):
+    for (answers, _, seen, left), (wanted, leads, stock_seen, _), s in zip(found, expected, counters, strict=True):
         wrong = [number for number in wanted if answers[number] != wanted[number]]
-        assert not wrong, f"{len(wrong)} of {count} answers differ, the first is {wrong[0]}"
+        at = [[a == b for a, b in zip([*answers[n][1], None], wanted[n][1], strict=False)].index(False) for n in wrong]
+        ahead = [leads[number][token] for number, token in zip(wrong, at, strict=True)]
+        assert not wrong, f"{len(wrong)} of {count} answers differ: {wrong} at tokens {at}, which were ahead by {ahead}"
         assert seen == stock_seen and seen["finished"] + seen["aborted waiting"] + seen["aborted running"] == count
         assert left == 0 and not [claim for claim in CLAIMS if not seen[claim]]
         assert s["refills"] == 0 and {view for view, count in s["forwards"].items() if count} == views

@@ -96,9 +96,9 @@ class Costs:
         gained = self.num_layers * self.saved_us(num_tokens) * 1e-6
         return min(max(gained, LEAST_PATIENCE_S), MOST_PATIENCE_S)
 
-    def large_s(self, num_tokens: int) -> float:
-        """Seconds that a streamed step takes."""
-        return self.num_layers * self.streamed_us(num_tokens) * 1e-6
+    def alone_s(self, num_tokens: int) -> float:
+        """Seconds that a step takes which goes without peers."""
+        return self.num_layers * self.alone_us(num_tokens) * 1e-6
 
     def _experts_us(self, own: int, rows: int, near: float, far: float) -> float:
         """Experts that `rows` reach in the part `near` of them, here, and `own` rows in the part `far`, at peers."""

@@ -2,7 +2,9 @@
 
 A step of at most `max_tokens` is worth meeting for: it takes part in a round with the ranks that are at hand, or goes
 alone. A larger one starts at once, and its rank takes part again when its device has reached the last layer of it: the
-host then prepares the next step while that layer runs, for which peers may have to wait. An idle rank helps.
+host then prepares the next step while that layer runs, for which peers may have to wait. A step that went alone and takes
+longer than a peer would wait for it counts as large: else one step alone makes the peer's next one go alone, without end.
+An idle rank helps.
 """
 
 import bisect
@@ -28,13 +30,13 @@ LARGE_STEP_S = 60.0  # how long a small step waits for a large one on its own de
 class Limits:
     """Which steps meet, and for how long they wait for it. `graph_sizes` are the rows that vLLM captures, ascending.
 
-    `large_s` is how long a step that does not meet is expected to take on the device.
+    `alone_s` is how long a step that goes without peers is expected to take on the device after its host has launched it.
     """
 
     max_tokens: int
     graph_sizes: Sequence[int]
     patience_s: Callable[[int], float]
-    large_s: Callable[[int], float]
+    alone_s: Callable[[int], float]
 
     def manifest(self) -> DispatchManifest:
         """What has to be alike on all ranks, whose rows and flags lie in each other's inboxes."""
@@ -85,10 +87,9 @@ class Dispatch:
     def begin_step(self, num_tokens: int) -> bool:
         """Meet the peers, if the step is worth it. Returns whether its layers dispatch: with peers, or alone in a graph."""
         self._tokens.check()
-        self._in_step, self._is_marked = True, num_tokens <= self.limits.max_tokens
+        self._in_step, self._is_marked = True, True
         if num_tokens > self.limits.max_tokens:
-            while self.meets and (owed := self._meeting.large(self.limits.large_s(num_tokens))) is not None:
-                self._launch(owed)
+            self._announce(num_tokens)
             return False
         if self.meets and (made := self._meet(num_tokens)) is not None:
             self._begin(self._layout_of(made))
@@ -98,11 +99,20 @@ class Dispatch:
 
     def _meet(self, num_tokens: int) -> Round | None:
         """The round that takes a small step; None: it goes alone."""
-        self._end_large_step()
         patience_s, rank = self.limits.patience_s(num_tokens), self._meeting.rank
+        if self._ending is not None and (self._stream.is_done(self._ending) or self._meeting.has_company(patience_s)):
+            self._end_large_step()
         while (made := self._meeting.join(num_tokens, patience_s)) is not None and not made.tokens[rank]:
             self._launch(made)
+        if made is None and self.limits.alone_s(num_tokens) > patience_s:
+            self._announce(num_tokens)
         return made
+
+    def _announce(self, num_tokens: int) -> None:
+        """Tell peers that the step under way is large, and until when they need not expect this rank."""
+        self._is_marked = False
+        while self.meets and (owed := self._meeting.large(self.limits.alone_s(num_tokens))) is not None:
+            self._launch(owed)
 
     def reach_last_layer(self) -> None:
         """All of the step but its last layer is enqueued. Not told of a step that replays a graph."""

@@ -65,7 +65,7 @@ class Meeting:
         self._words = memoryview(self._map).cast("q")
         self._final: Record | None = None  # once the page is sealed
         self._seen, self._last = -1, time.monotonic()
-        self._end_s = 0.0  # when this rank's large steps are expected to have ended
+        self._end_s = self._takes_s = 0.0  # when this rank's large steps are expected to have ended; what the last one takes
         self._overdue: dict[int, int] = {}  # by rank: the end of a large step that was waited for in vain
         if (found := self._words[_SIZE // 8]) != size:
             raise DWDPError(f"the convoy's page is for {found} ranks, data_parallel_size={size}: use one size on all ranks")
@@ -80,10 +80,7 @@ class Meeting:
         With no tokens of its own in the round, the rank owed it as a helper: launch it, then join again.
         """
         began = time.monotonic()
-
-        def ends_soon(rank: int) -> bool:
-            end = self._words[self._end_of(rank)]
-            return end != self._overdue.get(rank) and end <= (began + patience_s) * 1e6
+        ends_soon = functools.partial(self._ends_by, began + patience_s)
 
         def join(record: Record) -> convoy.Outcome:
             return convoy.join(record, self.rank, num_tokens, self.is_alive, ends_soon)
@@ -103,12 +100,24 @@ class Meeting:
 
     def large(self, takes_s: float = math.inf) -> Round | None:
         """Before a large step, which is expected to take `takes_s`: None, launch it; a Round is owed: launch that and call again."""
-        end_s = max(self._end_s, time.monotonic()) + takes_s
+        now = time.monotonic()  # the host is ahead of its device by one step at most
+        end_s = now + min(max(self._end_s - now, 0.0), self._takes_s) + takes_s
         self._words[self._end_of(self.rank)] = int(min(end_s, _NEVER_S) * 1e6)  # before peers see that the step is large
         made = self._count(self._change(lambda record: convoy.large(record, self.rank, self.is_alive)))
         if made is None:
-            self._end_s = end_s
+            self._end_s, self._takes_s = end_s, takes_s
         return made
+
+    def has_company(self, patience_s: float) -> bool:
+        """Whether a small step might meet somebody within `patience_s` of the end of this rank's large steps.
+
+        One look without the lock: it may be wrong.
+        """
+        end_s = max(self._end_s, time.monotonic()) + patience_s
+        states = {rank: self._state(rank) for rank in range(self.size) if rank != self.rank and self.is_alive(rank)}
+        return any(
+            self._ends_by(end_s, rank) if state == State.LARGE else state != State.AWAY for rank, state in states.items()
+        )
 
     def large_done(self) -> None:
         """The device has finished all large steps: this rank takes part again."""
@@ -125,7 +134,7 @@ class Meeting:
         Looks every 20 us (and the system's timer slack) after a round, then at a hundredth of the quiet time, at most 2 ms.
         """
         end = time.monotonic() + timeout_s
-        if self._state() != State.IDLE and (made := self.idle()):
+        if self._state(self.rank) != State.IDLE and (made := self.idle()):
             return made
         while not self._owes():
             now = time.monotonic()
@@ -225,8 +234,13 @@ class Meeting:
             return record.due[self.rank] is not None
         return self._words[self._offset(self._words[0]) // 8 + 1 + 2 * self.size + self.rank] != 0
 
-    def _state(self) -> int:
-        return self._words[self._offset(self._words[0]) // 8 + 1 + self.rank]
+    def _state(self, rank: int) -> int:
+        return self._words[self._offset(self._words[0]) // 8 + 1 + rank]
+
+    def _ends_by(self, end_s: float, rank: int) -> bool:
+        """Whether a rank's large steps are expected to have ended by then, and have not been waited for in vain."""
+        end = self._words[self._end_of(rank)]
+        return end != self._overdue.get(rank) and end <= end_s * 1e6
 
     def _end_of(self, rank: int) -> int:
         return (_RECORDS + 2 * self._format.size) // 8 + rank

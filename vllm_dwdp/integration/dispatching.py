@@ -58,7 +58,7 @@ def limits(
     return Limits(
         max_tokens=most, graph_sizes=dispatched_sizes(sizes, most, lengths),
         patience_s=functools.cache(costs.patience_s) if costs is not None else lambda _: HOST_PATIENCE_S,
-        large_s=costs.large_s if costs is not None else lambda _: HOST_LARGE_S,
+        alone_s=functools.cache(costs.alone_s) if costs is not None else lambda count: HOST_LARGE_S if count > most else 0.0,
     )
 
 
