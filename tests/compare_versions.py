@@ -1,9 +1,9 @@
-"""Prefill of two installs of this package side by side on the same GPUs, in turns: A B A B.
+"""Prefill of installs of this package side by side on the same GPUs, in turns: A B A B.
 
-    python tests/compare_versions.py MODEL OUT.json FOLDER_A FOLDER_B [TURNS]
+    python tests/compare_versions.py MODEL OUT.json FOLDER[,OPTION=VALUE...] FOLDER[,OPTION=VALUE...]...
 
-A folder is one that `pip install --target` has filled. Every turn gives each of the two ranks the same prompts at once, of
-half a step each, so that no step is short; tokens/s per GPU, medians, and their ratio.
+A folder is one that `pip install --target` has filled, an option one of DWDP's. Every turn gives each of the two ranks the
+same prompts at once, of half a step each, so that no step is short; tokens/s per GPU, medians, and their ratios to the first.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vllm_dwdp.channel import free_port
 
-SIZE, PROMPTS, LENGTH, LAYERS, STEP = 2, 16, 8192, 12, 16384
+SIZE, PROMPTS, LENGTH, LAYERS, STEP, TURNS = 2, 16, 8192, 12, 16384, 12
 RANK = """
 import json, os, random, sys
 from vllm import LLM, SamplingParams
@@ -35,16 +35,20 @@ for _ in sys.stdin:
 class Ranks:
     """Both ranks of one version, ready to prefill."""
 
-    def __init__(self, folder: str, model: str, log: Path):
+    def __init__(self, version: str, model: str, log: Path):
+        folder, *options = version.split(",")
         port, self._ranks = free_port(), []
         for rank in range(SIZE):
             engine = {
                 "model": model, "load_format": "dummy", "hf_overrides": {"num_hidden_layers": LAYERS},
-                "max_num_batched_tokens": STEP, "max_model_len": LENGTH + 1, "kv_cache_memory_bytes": 3 << 30,
-                "gpu_memory_utilization": 0.4, "enable_prefix_caching": False, "skip_tokenizer_init": True,
-                "additional_config": {"dwdp": {"size": SIZE, "rank": rank, "rendezvous": f"127.0.0.1:{port}"}},
+                "max_num_batched_tokens": STEP, "max_model_len": LENGTH + 1, "kv_cache_memory_bytes": 1 << 30,
+                "gpu_memory_utilization": 0.1, "enable_prefix_caching": False, "skip_tokenizer_init": True,
+                "additional_config": {"dwdp": {
+                    "size": SIZE, "rank": rank, "rendezvous": f"127.0.0.1:{port}", **dict(option.split("=") for option in options),
+                }},
             }
-            visible = ",".join(str((rank + n) % SIZE) for n in range(SIZE))
+            gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+            visible = ",".join(gpus[rank:] + gpus[:rank])
             environment = os.environ | {
                 "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}", "CUDA_VISIBLE_DEVICES": visible,
             }
@@ -78,20 +82,23 @@ class Ranks:
 
 
 def main() -> None:
-    model, out, *folders = sys.argv[1:5]
-    turns = int(sys.argv[5]) if len(sys.argv) > 5 else 10
-    versions = [Ranks(folder, model, Path(f"{out}.{name}.log")) for name, folder in zip("ab", folders, strict=True)]
+    model, out, *names = sys.argv[1:]
+    versions = [Ranks(name, model, Path(f"{out}.{number}.log")) for number, name in enumerate(names)]
     tokens = [int(version.wait()[0]) for version in versions]
     for version, count in zip(versions, tokens, strict=True):
         version.tokens_per_s(count)
-    found = {name: [] for name in "ab"}
-    for _ in range(turns):
-        for name, version, count in zip("ab", versions, tokens, strict=True):
-            found[name].append(round(version.tokens_per_s(count)))
-    medians = {name: statistics.median(values) for name, values in found.items()}
-    result = {"tokens/s per GPU": found, "medians": medians, "b / a": round(medians["b"] / medians["a"], 4)}
-    print(json.dumps(result))
-    Path(out).write_text(json.dumps({"command": sys.argv, "folders": folders} | result, indent=1))
+    found: list[list[int]] = [[] for _ in names]
+    for _ in range(TURNS):
+        for readings, version, count in zip(found, versions, tokens, strict=True):
+            readings.append(round(version.tokens_per_s(count)))
+    medians = [statistics.median(readings) for readings in found]
+    results = [
+        {"version": name, "median": median, "ratio": round(median / medians[0], 4), "tokens/s per GPU": readings}
+        for name, median, readings in zip(names, medians, found, strict=True)
+    ]
+    for result in results:
+        print(json.dumps(result))
+    Path(out).write_text(json.dumps({"command": sys.argv, "versions": results}, indent=1))
     for version in versions:
         version.close()
 

@@ -3,6 +3,7 @@
 Real meetings and hosts that run one step ahead of simulated devices, whose steps take as long as is expected of them.
 """
 
+import os
 import random
 import time
 from collections.abc import Callable
@@ -23,8 +24,8 @@ End = Callable[[], float | None]  # when a step ends on the device; None until t
 class Rank:
     """One rank. Its token exchange and stream are itself."""
 
-    def __init__(self, fd: int, rank: int, rounds: dict[int, dict[int, End]]):
-        self.meeting, self.kinds = Meeting(fd, rank, 2), ""
+    def __init__(self, fd: int, rank: int, size: int, rounds: dict[int, dict[int, End]]):
+        self.meeting, self.kinds = Meeting(fd, rank, size), ""
         limits = Limits(
             max_tokens=MOST, graph_sizes=(SMALL,), patience_s=lambda _: PATIENCE_S,
             alone_s=lambda tokens: ALONE_S if tokens <= MOST else LARGE_S,
@@ -55,13 +56,13 @@ class Rank:
                 time.sleep(1e-4)
             self._layout = None
             self._dispatch.begin_step(tokens)
-            meets = self._layout is not None and len(self._layout.members) > 1
-            self.kinds += "l" if tokens > MOST else "r" if meets else "a"
-            self._launch(self._layout.number if meets else 0, LARGE_S if tokens > MOST else ALONE_S)
+            number = self._layout.number if self._layout else 0
+            self.kinds += "l" if tokens > MOST else "r" if number else "a"
+            self._launch(number, ROUND_S if number else LARGE_S if tokens > MOST else ALONE_S)
             self._dispatch.end_step()
 
     def _launch(self, number: int, takes_s: float) -> None:
-        before, now = self._ends[-1], time.monotonic()
+        before, now, alike = self._ends[-1], time.monotonic(), len(self._layout.members) if number else 1
         known: list[float] = []
 
         def starts() -> float | None:
@@ -72,39 +73,41 @@ class Rank:
         members[self.meeting.rank] = starts
 
         def ends() -> float | None:
-            if not known and len(members) == (2 if number else 1):
+            if not known and len(members) == alike:
                 all_start = [start() for start in list(members.values())]
                 if None not in all_start:
-                    known.append(max(all_start) + (ROUND_S if number else takes_s))
+                    known.append(max(all_start) + takes_s)
             return known[0] if known else None
 
         self._ends.append(ends)
 
 
 def run(steps: list[list[int]], late_s: float) -> list[str]:
-    """What each rank's steps were: l for large, r for a round, a for alone. Rank 1 begins later."""
-    fd, rounds = create(2), {}
-    ranks = [Rank(fd, rank, rounds) for rank in range(2)]
+    """What each rank's steps were: l for large, r for a round, a for alone. Each begins `late_s` after the one before."""
+    size, rounds = len(steps), {}
+    fd = create(size)
+    ranks = [Rank(fd, rank, size, rounds) for rank in range(size)]
+    os.close(fd)
 
-    def drive(rank: Rank, own: list[int], delay_s: float) -> None:
-        time.sleep(delay_s)
-        rank.run(own)
-        rank.meeting.close()
+    def drive(number: int) -> None:
+        time.sleep(number * late_s)
+        ranks[number].run(steps[number])
+        ranks[number].meeting.close()
 
-    with ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(drive, *given) for given in zip(ranks, steps, (0.0, late_s), strict=True)]:
+    with ThreadPoolExecutor(size) as pool:
+        for done in [pool.submit(drive, number) for number in range(size)]:
             done.result(60)
     return [rank.kinds for rank in ranks]
 
 
-@pytest.mark.parametrize("late_s", [ALONE_S / 4, ALONE_S / 2])
-def test_ranks_that_begin_apart_go_on_together(late_s: float) -> None:
-    for kinds in run([[SMALL] * 60] * 2, late_s):
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ranks_that_begin_apart_go_on_together(size: int) -> None:
+    for kinds in run([[SMALL] * 60] * size, ALONE_S / 4):
         assert kinds.count("a") <= 6, kinds
 
 
-def test_ranks_come_together_after_large_steps() -> None:
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_come_together_after_large_steps(size: int) -> None:
     rng = random.Random(1)
-    steps = [[LARGE if rng.random() < 0.07 else SMALL for _ in range(100)] for _ in range(2)]
-    found = run(steps, ALONE_S / 2)
+    found = run([[LARGE if rng.random() < 0.07 else SMALL for _ in range(100)] for _ in range(size)], ALONE_S / 2)
     assert sum(kinds.count("a") for kinds in found) <= 2.5 * sum(kinds.count("l") for kinds in found) + 8, found
