@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.update(
     HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="INFO", VLLM_HOST_IP="127.0.0.1",
     VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1", VLLM_CPU_CI_ENV="1", TOKENIZERS_PARALLELISM="false",
+    TRITON_F32_DEFAULT="ieee",  # on a GPU: its default rounds float32 factors to 10 bits, which tells orders of addition apart
     VLLM_CPU_SIM_MULTI_NUMA="0",  # from 0.33 a rank has the memory node of its number, unless this is set
 )
 ROOT = Path(__file__).resolve().parent.parent
