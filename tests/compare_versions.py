@@ -3,7 +3,8 @@
     python tests/compare_versions.py MODEL OUT.json FOLDER[,OPTION=VALUE...] FOLDER[,OPTION=VALUE...]...
 
 A folder is one that `pip install --target` has filled, an option one of DWDP's. Every turn gives each of the two ranks the
-same prompts at once, of half a step each, so that no step is short; tokens/s per GPU, medians, and their ratios to the first.
+same prompts at once, of half a step each, so that no step is short; tokens/s per GPU. Ratios are to the first install's reading
+of the same turn, so that what slows a host for some turns slows both sides; their median and its quartiles.
 """
 
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from vllm_dwdp.channel import free_port
 
-SIZE, PROMPTS, LENGTH, LAYERS, STEP, TURNS = 2, 16, 8192, 12, 16384, 12
+SIZE, PROMPTS, LENGTH, LAYERS, STEP, TURNS = 2, 16, 8192, 12, 16384, 30
 RANK = """
 import json, os, random, sys
 from vllm import LLM, SamplingParams
@@ -91,11 +92,14 @@ def main() -> None:
     for _ in range(TURNS):
         for readings, version, count in zip(found, versions, tokens, strict=True):
             readings.append(round(version.tokens_per_s(count)))
-    medians = [statistics.median(readings) for readings in found]
-    results = [
-        {"version": name, "median": median, "ratio": round(median / medians[0], 4), "tokens/s per GPU": readings}
-        for name, median, readings in zip(names, medians, found, strict=True)
-    ]
+    results = []
+    for name, readings in zip(names, found, strict=True):
+        ratios = [reading / first for reading, first in zip(readings, found[0], strict=True)]
+        low, median, high = (round(part, 4) for part in statistics.quantiles(ratios, n=4))
+        results.append({
+            "version": name, "median": statistics.median(readings), "ratio": median, "quartiles": [low, high],
+            "tokens/s per GPU": readings,
+        })
     for result in results:
         print(json.dumps(result))
     Path(out).write_text(json.dumps({"command": sys.argv, "versions": results}, indent=1))

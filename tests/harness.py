@@ -25,9 +25,9 @@ ARGUMENTS = [  # of `vllm serve`
     "--dtype", "float32", "--enforce-eager", "--max-model-len", "1536", "--max-num-seqs", "8",
     "--hf-overrides", '{"max_position_embeddings": 1536}',
     "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", str(64 << 20), "--no-enable-prefix-caching",
-    "--distributed-executor-backend", "uni",  # vLLM's default on a GPU: an engine and its worker are one process
+    "--distributed-executor-backend", "uni",  # an engine and its worker are one process, as of a rank that vLLM does not count
 ]
-WORKERS = ["--distributed-executor-backend", "mp"]  # its default on CPU
+WORKERS = ["--distributed-executor-backend", "mp"]  # vLLM's default of several ranks, and on CPU of any
 START_S = 400.0  # compiled on a GPU
 
 

@@ -31,7 +31,7 @@ from vllm_dwdp.integration.hooks import CHOOSE_GRAPH
 from vllm_dwdp.kernels.tokens import RoundLayout, did_not_come
 from vllm_dwdp.meeting import Stats
 
-from harness import Group, generate, reference, stats, streamed_model
+from harness import WORKERS, Group, generate, reference, stats, streamed_model
 
 MOST = 16
 SMALL, LARGE = 3, MOST + 1
@@ -421,7 +421,7 @@ def serving(models, tmp_path_factory: pytest.TempPathFactory):
     """Two ranks; a chunk of a prompt is large, a decode is small."""
     folder: Path = tmp_path_factory.mktemp("dispatch")
     with Server(models("qwen3_moe"), folder, "--data-parallel-size", "2", "--parallel", "dwdp",
-                "--dwdp-dispatch-max-tokens", "16") as server:
+                "--dwdp-dispatch-max-tokens", "16", *WORKERS) as server:
         yield server
 
 

@@ -1,9 +1,11 @@
 """Invariant: output equals vLLM without the plugin, token for token, and the bytes moved are those the layout says."""
 
+import shutil
+
 import pytest
 
 import families
-from drafts import add_head
+from drafts import add_eagle, add_head
 from harness import Group, generate, keep_step, reference, stats
 from tiny_models import ENGINE_ARGS
 
@@ -112,13 +114,19 @@ def test_speculative_decoding(models) -> None:
             assert s["forwards"]["streamed"] > 0 and s["forwards"]["dispatched"] > 5 and s["refills"] == 0
 
 
-def test_draft_head(models, tmp_path) -> None:
+@pytest.mark.parametrize("method", ["mtp", "eagle"])
+def test_draft_head(models, tmp_path, method: str) -> None:
     """A head with experts drafts as in stock vLLM, and as often rightly, whose slots the model's layers get back."""
-    model = add_head(models(families.FAMILIES["glm4_moe"]), tmp_path / "head")
-    engine = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}, "disable_log_stats": False}
-    with Group(model, 0, engine=engine) as stock:
+    if method == "mtp":
+        model, engine, beside = add_head(models(families.FAMILIES["glm4_moe"]), tmp_path / "head"), {}, {}
+    else:
+        model, engine = shutil.copytree(models("deepseek_v3"), tmp_path / "model"), ENGINE_ARGS["deepseek_v3"]
+        beside = {"model": add_eagle(model, tmp_path / "eagle")}
+    speculative = {"method": method, "num_speculative_tokens": 2, **beside}
+    engine = engine | {"speculative_config": speculative, "disable_log_stats": False}
+    with Group(str(model), 0, engine=engine) as stock:
         expected, acceptance = stock.run(generate)[0], stock.run(drafted)
-    with Group(model, 2, {"dispatch_max_tokens": 12, "direct_max_tokens": 4}, engine=engine, setup=keep_step) as group:
+    with Group(str(model), 2, {"dispatch_max_tokens": 12, "direct_max_tokens": 4}, engine=engine, setup=keep_step) as group:
         assert group.run(generate) == [expected] * 2
         assert group.run(drafted) == acceptance * 2 and 0 < acceptance[0][1] < acceptance[0][0]
         for s in group.run(stats):

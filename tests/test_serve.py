@@ -20,7 +20,7 @@ from vllm_dwdp.entrypoints.server import QUIT_S
 from vllm_dwdp.integration.metrics import UPDATE_S
 
 from conftest import ROOT
-from harness import ARGUMENTS, WORKERS, await_that
+from harness import ARGUMENTS, await_that
 
 pytestmark = pytest.mark.engine
 
@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", name="server")
 def serving(models, folder: Path):
     with Server(models("qwen3_moe"), folder, "--data-parallel-size", "2", "--parallel", "dwdp",
-                "--dwdp-direct-max-tokens", "0", "--dwdp-dispatch", "off", *WORKERS) as server:  # dispatch: test_dispatch.py
+                "--dwdp-direct-max-tokens", "0", "--dwdp-dispatch", "off") as server:  # dispatch: test_dispatch.py
         yield server
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that is owed on two GPUs, in one visit. Run where vLLM is importable: tests/visit.sh MODEL OUT PART...
 #   MODEL: a folder with Qwen3-30B-A3B's config.json. OUT gets JSON, pictures and logs. Parts, with seconds on two H100s:
-#   before (150)  layers (40)  decode (110)  prefill (200)  serve (420)  unequal (260)  tests (430)  sanitize (170)
+#   before (150)  layers (40)  decode (110)  prefill (200)  serve (540)  unequal (260)  tests (430)  sanitize (170)
 # DECODE_MODES names the bench's modes for decode, LOADS the servers' loads.
 # VISIT_CPU=1 goes through the same steps with a tiny model on CPU.
 set -u
@@ -12,14 +12,14 @@ export PYTHONPATH="${PYTHONPATH:-}:$here"
 bench="python3 -P -m vllm_dwdp.entrypoints.cli bench --model $model --load-format dummy"
 serving="python3 -P -m vllm_dwdp.entrypoints.cli bench --serve --model $model"
 layers='{"num_hidden_layers": 12}'
-cut='{"num_hidden_layers": 24}'
 engine='{"kv_cache_memory_bytes": 3221225472}'
 serve='--load-format dummy --gpu-memory-utilization 0.45 --kv-cache-memory-bytes 8589934592 --hf-overrides {\"num_hidden_layers\":24}'
 rival=ep batches=1,4,16,32,64,128 steps=16384,8192 prompts=16
-loads=${LOADS:-2048:256:inf:256,8192:64:inf:128,512:256:8:100,8192:1:inf:160}
+saturated=2048:256:inf:256,8192:64:inf:128,8192:1:inf:160 chats=512:256:8:80,512:256:2:20
+loads=${LOADS:-$saturated,2048:256:24:200,2048:256:16:160,2048:256:8:80,8192:64:12:100,8192:64:8:80,8192:64:4:40,$chats}
 unequal=8192:1:inf:64@0+512:256:2:16@1,8192:64:2:16@0+512:256:4:32@1
 if [ -n "${VISIT_CPU:-}" ]; then
-  layers='{}' cut='{}' engine='{"kv_cache_memory_bytes": 67108864, "max_num_seqs": 8}'
+  layers='{}' engine='{"kv_cache_memory_bytes": 67108864, "max_num_seqs": 8}'
   serve='--load-format dummy --kv-cache-memory-bytes 67108864 --dtype float32 --enforce-eager --max-model-len 200'
   rival=tp batches=1,2 steps=256 prompts=3 loads=20:8:inf:6 unequal=100:1:inf:4@0+20:8:4:4@1
 fi
@@ -34,7 +34,7 @@ for part; do
       timeout 280 $bench --modes dwdp,$rival,single --hf-overrides "$layers" --engine-args "$engine" --side-by-side \
         --max-num-batched-tokens $steps --num-prompts $prompts --rounds 2 --repeats 2 --out "$out/prefill" ;;
     serve)  # real servers, vLLM's defaults
-      timeout 520 $serving --modes dwdp,$rival --side-by-side --loads "$loads" \
+      timeout 560 $serving --modes dwdp,$rival --side-by-side --loads "$loads" \
         --serve-args "$serve" --timeout 240 --out "$out/serve" ;;
     unequal)  # one rank has long prompts, the other chats
       timeout 400 $serving --modes dwdp,$rival --side-by-side --loads "$unequal" \
@@ -42,8 +42,8 @@ for part; do
     tests)
       DWDP_RECORD="$out/tests.json" timeout 480 python3 -P -m pytest -q -n 3 --dist loadfile -m gpu "$here" > "$out/tests.log" 2>&1
       tail -15 "$out/tests.log" ;;
-    before)  # prefill beside another install of this package, in $BEFORE
-      timeout 200 python3 -P "$here/compare_versions.py" "$model" "$out/before.json" "$BEFORE" "${PYTHONPATH%%:*}" ;;
+    before)  # prefill beside other installs of this package, in the folders of $BEFORE
+      timeout 200 python3 -P "$here/compare_versions.py" "$model" "$out/before.json" $BEFORE "${PYTHONPATH%%:*}" ;;
     sanitize)
       timeout 280 compute-sanitizer --tool memcheck --target-processes all --report-api-errors no --error-exitcode 3 \
         python3 -P -m pytest -q -m gpu "$here/test_transport.py" "$here/test_tokens.py" -k "views or sums" > "$out/sanitize.log" 2>&1
