@@ -64,7 +64,7 @@ class Fakes:
     def large(self, takes_s: float) -> Round | None:
         return self._next("large", takes_s)
 
-    def join(self, num_tokens: int, patience_s: float) -> Round | None:
+    def join(self, num_tokens: int, patience_s: float, end_s: float, is_at_work: Callable[[], bool]) -> Round | None:
         return self._next("join", num_tokens, patience_s, otherwise=self._joined)
 
     def has_company(self, patience_s: float) -> bool:
@@ -88,10 +88,11 @@ class Fakes:
 
     def event(self) -> str:
         self._events += 1
-        return f"event {self._events}"
+        return f"event {self._events}"  # 1: the end of every step
 
     def compute_record(self, event: str) -> None:
-        self.note("record", event)
+        if event != "event 1":
+            self.note("record", event)
 
     def is_done(self, event: str) -> bool:
         self.note("look", event)
@@ -152,7 +153,7 @@ def test_an_engine_that_warms_up_meets_nobody() -> None:
 @pytest.mark.parametrize("is_graph", [False, True])
 def test_after_a_large_step_peers_are_met_when_the_device_is_at_its_last_layer(is_graph: bool) -> None:
     """The host runs ahead: two large steps leave one event, in the last of them, and nobody waits between them."""
-    fakes = Fakes(joined=OURS, looks=2)
+    fakes = Fakes(joined=OURS, looks=3)
     made = make(fakes)
     for _ in range(2):
         made.begin_step(LARGE)
@@ -160,8 +161,10 @@ def test_after_a_large_step_peers_are_met_when_the_device_is_at_its_last_layer(i
             made.reach_last_layer()
         fakes.note("last layer")
         made.end_step()
-    step = [("record", "event 1"), ("last layer",)]
-    assert fakes.said() == [("check",), ("large", 7.0), *(step[::-1] if is_graph else step)] * 2
+    step = [("record", "event 2"), ("last layer",)]
+    step = step[::-1] if is_graph else step
+    first, then = ("large", 7.0), ("large", 14.0)
+    assert fakes.said() == [("check",), first, *step, ("check",), ("look", "event 2"), then, *step], "one behind the other"
     made.begin_step(SMALL)
     assert [name for name, *_ in fakes.said()] == ["check", "look", "company", "look", "look", "large done", "join", "begin"]
     made.reach_last_layer()
@@ -177,7 +180,7 @@ def test_a_step_alone_that_outlasts_the_patience_counts_as_large() -> None:
     assert made.begin_step(SMALL), "alone in a graph"
     made.end_step()
     assert fakes.said() == [
-        ("check",), ("join", SMALL, SMALL / 1000), ("large", 0.002 * SMALL), ("begin", 0, (0,), (SMALL, 0), 4), ("record", "event 1")
+        ("check",), ("join", SMALL, SMALL / 1000), ("large", 0.002 * SMALL), ("begin", 0, (0,), (SMALL, 0), 4), ("record", "event 2")
     ]
     made.begin_step(MOST)
     assert [name for name, *_ in fakes.said()] == ["check", "look", "company", "look", "large done", "join"]

@@ -21,7 +21,7 @@ class State(enum.IntEnum):
     AWAY = 0  # has not come yet, has left, or was waited for in vain: not waited for until it comes
     BUSY = 1  # its host has launched a step and comes again soon
     WAITING = 2  # waits in the convoy with a step of its own
-    LARGE = 3  # its device works on a large step
+    LARGE = 3  # its device works on a large step, or on one that went alone and takes long
     IDLE = 4  # has no request: helps
 
 

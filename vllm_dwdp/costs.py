@@ -7,7 +7,7 @@ was measured on two GPUs; nothing is measured at start. Formats that compute in 
 import dataclasses
 import math
 
-LEAST_PATIENCE_S, MOST_PATIENCE_S = 2e-3, 0.1
+LEAST_PATIENCE_S, MOST_PATIENCE_S = 2e-3, 0.3
 WORTH = 0.1  # the part of a step that dispatching must save: costs leave out meeting, and peers that come late
 
 
@@ -92,12 +92,13 @@ class Costs:
         return next((own for own in range(bound, 0, -1) if self.saved_us(own) > WORTH * self.alone_us(own)), 0)
 
     def patience_s(self, num_tokens: int) -> float:
-        """Seconds that a step may wait for its peers: what it gains over all layers, within bounds."""
-        gained = self.num_layers * self.saved_us(num_tokens) * 1e-6
+        """Seconds that a step may wait for its peers: what it gains over all layers if all are alike, within bounds."""
+        together_us = self.dispatched_us(num_tokens, self.size * num_tokens, self.size)
+        gained = self.num_layers * (self.alone_us(num_tokens) - together_us) * 1e-6
         return min(max(gained, LEAST_PATIENCE_S), MOST_PATIENCE_S)
 
     def alone_s(self, num_tokens: int) -> float:
-        """Seconds that a step takes which goes without peers."""
+        """Seconds on the device that a step takes which goes without peers. In a graph it reads in place, even if that takes longer."""
         return self.num_layers * self.alone_us(num_tokens) * 1e-6
 
     def _experts_us(self, own: int, rows: int, near: float, far: float) -> float:

@@ -3,13 +3,14 @@
 A step of at most `max_tokens` is worth meeting for: it takes part in a round with the ranks that are at hand, or goes
 alone. A larger one starts at once, and its rank takes part again when its device has reached the last layer of it: the
 host then prepares the next step while that layer runs, for which peers may have to wait. A step that went alone and takes
-longer than a peer would wait for it counts as large: else one step alone makes the peer's next one go alone, without end.
-An idle rank helps.
+longer than its rank waits for peers counts as large, too: peers who took it for a short one would give up just before it
+ends and go alone in turn, without end. An idle rank helps.
 """
 
 import bisect
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,6 +24,8 @@ from vllm_dwdp.meeting import Meeting
 from vllm_dwdp.rendezvous import DispatchManifest
 
 _LOOK_S = 50e-6
+APART = 0.55  # of two ranks that go alone by turns, one waits for the other: half a step alone at most, and some more
+MOST_PACE = 4.0
 LARGE_STEP_S = 60.0  # how long a small step waits for a large one on its own device, before it goes alone
 
 
@@ -30,7 +33,7 @@ LARGE_STEP_S = 60.0  # how long a small step waits for a large one on its own de
 class Limits:
     """Which steps meet, and for how long they wait for it. `graph_sizes` are the rows that vLLM captures, ascending.
 
-    `alone_s` is how long a step that goes without peers is expected to take on the device after its host has launched it.
+    `alone_s` is how long a step that goes without peers is expected to take on the device.
     """
 
     max_tokens: int
@@ -62,7 +65,10 @@ class Dispatch:
         self._meeting, self._tokens, self._stream = meeting, tokens, stream
         self._layout: RoundLayout | None = None  # of the step under way, if its layers dispatch
         self._in_step = False
+        self._last = stream.event()  # the end of the last step
         self._ending: Any = None  # the event at the last layer of the large step that peers know of
+        self._announced = (0.0, 0.0, 0.0)  # when it was, what it takes, and what it and the step before it take
+        self._pace = 1.0  # what large steps have taken, as a part of what was expected of them
         self._is_marked = False  # by the step under way, if it is large
 
     def report(self) -> dict[str, Any]:
@@ -100,18 +106,27 @@ class Dispatch:
     def _meet(self, num_tokens: int) -> Round | None:
         """The round that takes a small step; None: it goes alone."""
         patience_s, rank = self.limits.patience_s(num_tokens), self._meeting.rank
-        if self._ending is not None and (self._stream.is_done(self._ending) or self._meeting.has_company(patience_s)):
+        alone_s = self._pace * self.limits.alone_s(num_tokens)
+        end_s = max(patience_s, APART * alone_s)
+        if self._ending is not None and (self._stream.is_done(self._ending) or self._meeting.has_company(end_s)):
             self._end_large_step()
-        while (made := self._meeting.join(num_tokens, patience_s)) is not None and not made.tokens[rank]:
+        while (made := self._meeting.join(num_tokens, patience_s, end_s, self._is_at_work)) is not None and not made.tokens[rank]:
             self._launch(made)
-        if made is None and self.limits.alone_s(num_tokens) > patience_s:
+        if made is None and alone_s > patience_s:
             self._announce(num_tokens)
         return made
+
+    def _is_at_work(self) -> bool:
+        return not self._stream.is_done(self._last)
 
     def _announce(self, num_tokens: int) -> None:
         """Tell peers that the step under way is large, and until when they need not expect this rank."""
         self._is_marked = False
-        while self.meets and (owed := self._meeting.large(self.limits.alone_s(num_tokens))) is not None:
+        takes_s = self._pace * self.limits.alone_s(num_tokens)
+        follows = self._ending is not None and not self._stream.is_done(self._ending)  # the host is one step ahead at most
+        both_s = takes_s + (self._announced[1] if follows else 0.0)
+        self._announced = (time.monotonic(), takes_s, both_s)
+        while self.meets and (owed := self._meeting.large(both_s)) is not None:
             self._launch(owed)
 
     def reach_last_layer(self) -> None:
@@ -123,14 +138,19 @@ class Dispatch:
     def end_step(self) -> None:
         """The step's kernels are enqueued."""
         self.reach_last_layer()
+        self._stream.compute_record(self._last)
         self._layout, self._in_step = None, False
 
     def help(self, timeout_s: float = 0.0, wake: Callable[[], bool] = lambda: False) -> bool:
         """No request: launch the round that asks for this rank, once one does within `timeout_s` and before `wake()`."""
         self._tokens.check()
-        if self._ending is not None and self._stream.is_done(self._ending):
+
+        def has_ended() -> bool:
+            return self._ending is not None and self._stream.is_done(self._ending)
+
+        if has_ended():
             self._end_large_step()
-        made = self._meeting.help(timeout_s, wake)
+        made = self._meeting.help(timeout_s, lambda: wake() or has_ended())
         if made is not None:
             self._launch(made)
         return made is not None
@@ -174,6 +194,7 @@ class Dispatch:
         in_step, self._in_step = self._in_step, True
         with self._laid_out(self._layout_of(owed)):
             self.help_out()
+        self._stream.compute_record(self._last)
         self._in_step = in_step
 
     @contextlib.contextmanager
@@ -202,10 +223,16 @@ class Dispatch:
         """A rank whose device is still at a large step must not be met: its peers' kernels would wait for all of it."""
         if self._ending is None:
             return
-        deadline = time.monotonic() + LARGE_STEP_S
+        entered = time.monotonic()
+        is_seen = False
         while not self._stream.is_done(self._ending):
-            if time.monotonic() > deadline:
+            if time.monotonic() > entered + LARGE_STEP_S:
                 return
+            is_seen = True
             time.sleep(_LOOK_S)
+        now, (began, _, expected_s) = time.monotonic(), self._announced
+        self._meeting.stats.waited_s += now - entered
+        if is_seen and 0 < expected_s < math.inf:
+            self._pace = min(max(self._pace * (1 + (now - began) / expected_s) / 2, 1 / MOST_PACE), MOST_PACE)
         self._ending = None
         self._meeting.large_done()

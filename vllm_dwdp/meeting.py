@@ -27,6 +27,7 @@ from vllm_dwdp.errors import DWDPError
 logger = logging.getLogger("vllm.dwdp.meeting")
 
 LOCK_TIMEOUT_S = 1.0
+WORK_S = 60.0  # for as long a device is believed to be at work
 _LOOK_S, _REST_S, _CHECK_S = 20e-6, 2e-3, 2e-3  # between looks: at least, at most; between checks that peers live
 _SPIN_S = 200e-6  # a holder's change takes less, unless it has lost its core; so does a peer's next step, as a rule
 _SEAL = 0x0010  # F_SEAL_FUTURE_WRITE: every later write to the file fails
@@ -65,7 +66,7 @@ class Meeting:
         self._words = memoryview(self._map).cast("q")
         self._final: Record | None = None  # once the page is sealed
         self._seen, self._last = -1, time.monotonic()
-        self._end_s = self._takes_s = 0.0  # when this rank's large steps are expected to have ended; what the last one takes
+        self._end_s = 0.0  # when this rank's large steps are expected to have ended
         self._overdue: dict[int, int] = {}  # by rank: the end of a large step that was waited for in vain
         if (found := self._words[_SIZE // 8]) != size:
             raise DWDPError(f"the convoy's page is for {found} ranks, data_parallel_size={size}: use one size on all ranks")
@@ -74,13 +75,19 @@ class Meeting:
         os.register_at_fork(after_in_child=self._close)  # a child would keep the place
         self._change(lambda record: (_newcomer(record, rank), convoy.GO))
 
-    def join(self, num_tokens: int, patience_s: float) -> Round | None:
-        """Before a small step: the round that takes it, after at most `patience_s`; None: go alone.
+    def join(
+        self, num_tokens: int, patience_s: float, end_s: float = 0.0, is_at_work: Callable[[], bool] = lambda: False
+    ) -> Round | None:
+        """Before a small step: the round that takes it; None: go alone. A helper's round has no tokens of its own: launch it, join again.
 
-        With no tokens of its own in the round, the rank owed it as a helper: launch it, then join again.
+        Peers are waited for while this rank's device `is_at_work`, which costs nothing, and for `patience_s` after that; the end
+        of a large step for `end_s`, if that is more, and only where it is expected by then.
         """
-        began = time.monotonic()
-        ends_soon = functools.partial(self._ends_by, began + patience_s)
+        entered = began = time.monotonic()
+        end_s = max(end_s, patience_s)
+
+        def ends_soon(rank: int) -> bool:
+            return self._ends_by(began + end_s, rank)
 
         def join(record: Record) -> convoy.Outcome:
             return convoy.join(record, self.rank, num_tokens, self.is_alive, ends_soon)
@@ -88,40 +95,37 @@ class Meeting:
         looked, answer = began, self._change(join)
         while answer is convoy.WAIT:
             now = time.monotonic()
-            if now - began >= patience_s:
+            if now - entered < WORK_S and is_at_work():
+                began = now
+            bound_s = patience_s if State.BUSY in self._states() else end_s
+            if now - began >= bound_s:
                 answer = self._change(lambda record: self._give_up(record, ends_soon, blame=patience_s > 0))
             elif self._words[0] != self._seen or now - looked > _CHECK_S:
                 looked, answer = now, self._change(join)
             else:
-                time.sleep(0 if now - began < _SPIN_S else min(_LOOK_S, began + patience_s - now))
-        self.stats.waited_s += time.monotonic() - began
+                time.sleep(0 if now - entered < _SPIN_S else min(_LOOK_S, began + bound_s - now))
+        self.stats.waited_s += time.monotonic() - entered
         self.stats.alone += answer is convoy.GO
         return self._count(answer)
 
     def large(self, takes_s: float = math.inf) -> Round | None:
-        """Before a large step, which is expected to take `takes_s`: None, launch it; a Round is owed: launch that and call again."""
-        now = time.monotonic()  # the host is ahead of its device by one step at most
-        end_s = now + min(max(self._end_s - now, 0.0), self._takes_s) + takes_s
-        self._words[self._end_of(self.rank)] = int(min(end_s, _NEVER_S) * 1e6)  # before peers see that the step is large
-        made = self._count(self._change(lambda record: convoy.large(record, self.rank, self.is_alive)))
-        if made is None:
-            self._end_s, self._takes_s = end_s, takes_s
-        return made
+        """Before a step alone that the device is expected to end in `takes_s`: None, launch it; a Round: launch that, call again."""
+        self._end_s = time.monotonic() + takes_s
+        self._tell_end(self._end_s)  # before peers see that the step is large
+        return self._count(self._change(lambda record: convoy.large(record, self.rank, self.is_alive)))
 
     def has_company(self, patience_s: float) -> bool:
-        """Whether a small step might meet somebody within `patience_s` of the end of this rank's large steps.
-
-        One look without the lock: it may be wrong.
-        """
+        """Whether a small step might meet somebody within `patience_s` of the end of this rank's large steps. One look may be wrong."""
+        if self._final is not None:
+            return False
         end_s = max(self._end_s, time.monotonic()) + patience_s
-        states = {rank: self._state(rank) for rank in range(self.size) if rank != self.rank and self.is_alive(rank)}
+        states = {rank: state for rank, state in enumerate(self._states()) if rank != self.rank and self.is_alive(rank)}
         return any(
             self._ends_by(end_s, rank) if state == State.LARGE else state != State.AWAY for rank, state in states.items()
         )
 
     def large_done(self) -> None:
         """The device has finished all large steps: this rank takes part again."""
-        self._end_s = 0.0
         self._change(lambda record: convoy.large_done(record, self.rank))
 
     def idle(self) -> Round | None:
@@ -134,7 +138,7 @@ class Meeting:
         Looks every 20 us (and the system's timer slack) after a round, then at a hundredth of the quiet time, at most 2 ms.
         """
         end = time.monotonic() + timeout_s
-        if self._state(self.rank) != State.IDLE and (made := self.idle()):
+        if self._states()[self.rank] != State.IDLE and (made := self.idle()):
             return made
         while not self._owes():
             now = time.monotonic()
@@ -145,6 +149,7 @@ class Meeting:
 
     def leave(self) -> Round | None:
         """Before this rank does something else than steps: None; a Round is owed: launch that and call again."""
+        self._tell_end(_NEVER_S)  # where its device is still at a large step
         return self._count(self._change(lambda record: convoy.leave(record, self.rank, self.is_alive)))
 
     def close(self) -> None:
@@ -234,8 +239,13 @@ class Meeting:
             return record.due[self.rank] is not None
         return self._words[self._offset(self._words[0]) // 8 + 1 + 2 * self.size + self.rank] != 0
 
-    def _state(self, rank: int) -> int:
-        return self._words[self._offset(self._words[0]) // 8 + 1 + rank]
+    def _states(self) -> list[int]:
+        """Seen without the lock, as in `_owes`."""
+        at = self._offset(self._words[0]) // 8 + 1
+        return self._words[at : at + self.size].tolist()
+
+    def _tell_end(self, end_s: float) -> None:
+        self._words[self._end_of(self.rank)] = int(min(end_s, _NEVER_S) * 1e6)
 
     def _ends_by(self, end_s: float, rank: int) -> bool:
         """Whether a rank's large steps are expected to have ended by then, and have not been waited for in vain."""
