@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,23 +17,14 @@ def add_head(model: str, folder: Path) -> str:
     The model says six tokens only, so that some of what the head predicts is right.
     """
     shutil.copytree(model, folder)
-    config = json.loads((folder / "config.json").read_text())
-    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
-    config["num_nextn_predict_layers"] = 1
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = load_file(folder / "model.safetensors")
-    tensors["lm_head.weight"][PRINTABLE.start + 6 :] = 0.0
-    last, head = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
-    added = {name.replace(last, head): tensor.clone() for name, tensor in tensors.items() if name.startswith(last)}
-    one = torch.eye(hidden)
+    config, tensors = read_laconic(folder)
+    head = f"model.layers.{config['num_hidden_layers']}."
+    added = last_layer(config, tensors, head, f"{head}eh_proj", [f"{head}{norm}" for norm in ("enorm", "hnorm", "shared_head.norm")])
     added |= {
-        f"{head}eh_proj.weight": torch.cat([one, 0.5 * one], dim=1),
         f"{head}embed_tokens.weight": tensors["model.embed_tokens.weight"].clone(),
         f"{head}shared_head.head.weight": tensors["lm_head.weight"].clone(),
     }
-    added |= {f"{head}{name}.weight": torch.ones(hidden) for name in ("enorm", "hnorm", "shared_head.norm")}
-    save_file(tensors | added, folder / "model.safetensors", metadata={"format": "pt"})
-    return str(folder)
+    return write(folder, config | {"num_nextn_predict_layers": 1}, tensors | added)
 
 
 def add_eagle(model: Path, folder: Path) -> str:
@@ -40,20 +32,35 @@ def add_eagle(model: Path, folder: Path) -> str:
 
     The model is rewritten to say six tokens only, so that some of what the draft predicts is right.
     """
-    config = json.loads((model / "config.json").read_text())
-    last, hidden = f"model.layers.{config['num_hidden_layers'] - 1}.", config["hidden_size"]
-    tensors = load_file(model / "model.safetensors")
-    tensors["lm_head.weight"][PRINTABLE.start + 6 :] = 0.0
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    folder.mkdir()
-    config |= {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 1}
-    (folder / "config.json").write_text(json.dumps(config))
-    one = torch.eye(hidden)
-    draft = {name.replace(last, "layers.0."): tensor.clone() for name, tensor in tensors.items() if name.startswith(last)}
+    config, tensors = read_laconic(model)
+    write(model, config, tensors)
+    draft = last_layer(config, tensors, "layers.0.", "fc", ["enorm", "hnorm", "norm"])
     draft |= {
-        "fc.weight": torch.cat([one, 0.5 * one], dim=1),
         "embed_tokens.weight": tensors["model.embed_tokens.weight"].clone(), "lm_head.weight": tensors["lm_head.weight"].clone(),
     }
-    draft |= {f"{name}.weight": torch.ones(hidden) for name in ("enorm", "hnorm", "norm")}
-    save_file(draft, folder / "model.safetensors", metadata={"format": "pt"})
+    folder.mkdir()
+    config |= {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 1}
+    return write(folder, config, draft)
+
+
+def read_laconic(model: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A checkpoint's config and tensors, with a head that says six tokens only."""
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"][PRINTABLE.start + 6 :] = 0.0
+    return json.loads((model / "config.json").read_text()), tensors
+
+
+def last_layer(
+    config: dict[str, Any], tensors: dict[str, torch.Tensor], prefix: str, projection: str, norms: list[str]
+) -> dict[str, torch.Tensor]:
+    """The last layer again as `prefix`, the projection of embeddings and hidden states ahead of it, and norms of ones."""
+    last, hidden = f"model.layers.{config['num_hidden_layers'] - 1}.", config["hidden_size"]
+    layer = {name.replace(last, prefix): tensor.clone() for name, tensor in tensors.items() if name.startswith(last)}
+    layer[f"{projection}.weight"] = torch.cat([torch.eye(hidden), 0.5 * torch.eye(hidden)], dim=1)
+    return layer | {f"{name}.weight": torch.ones(hidden) for name in norms}
+
+
+def write(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return str(folder)

@@ -152,10 +152,10 @@ def test_an_engine_that_warms_up_meets_nobody() -> None:
 
 @pytest.mark.parametrize("is_graph", [False, True])
 def test_after_a_large_step_peers_are_met_when_the_device_is_at_its_last_layer(is_graph: bool) -> None:
-    """The host runs ahead: two large steps leave one event, in the last of them, and nobody waits between them."""
-    fakes = Fakes(joined=OURS, looks=3)
+    """The host runs ahead: large steps leave one event, in the last of them, and nobody waits between them."""
+    fakes = Fakes(joined=OURS, looks=4)
     made = make(fakes)
-    for _ in range(2):
+    for _ in range(3):
         made.begin_step(LARGE)
         if not is_graph:
             made.reach_last_layer()
@@ -163,8 +163,8 @@ def test_after_a_large_step_peers_are_met_when_the_device_is_at_its_last_layer(i
         made.end_step()
     step = [("record", "event 2"), ("last layer",)]
     step = step[::-1] if is_graph else step
-    first, then = ("large", 7.0), ("large", 14.0)
-    assert fakes.said() == [("check",), first, *step, ("check",), ("look", "event 2"), then, *step], "one behind the other"
+    first, behind_another = ("large", 7.0), ("large", 14.0)
+    assert fakes.said() == [("check",), first, *step, *[("check",), ("look", "event 2"), behind_another, *step] * 2]
     made.begin_step(SMALL)
     assert [name for name, *_ in fakes.said()] == ["check", "look", "company", "look", "look", "large done", "join", "begin"]
     made.reach_last_layer()
@@ -200,7 +200,7 @@ def test_a_step_that_can_meet_nobody_is_launched_behind_a_large_one() -> None:
 
 def test_a_large_step_without_end_is_waited_for_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rank then goes alone: its peers are not told that it takes part again."""
-    monkeypatch.setattr(module, "LARGE_STEP_S", 0.02)
+    monkeypatch.setattr(module, "WORK_S", 0.02)
     fakes = Fakes(looks=10**9)
     made = make(fakes)
     made.begin_step(LARGE)

@@ -118,6 +118,12 @@ def drive(
     return answers, leads, seen, engine.get_num_unfinished_requests() + len(scheduler.requests)
 
 
+def first_difference(found: list[int], wanted: list[int], leads: list[float]) -> tuple[int, float] | None:
+    """The first token of `wanted` that `found` lacks, counted from 0, and its lead; None where only the ends differ."""
+    compared = enumerate(zip([*found, None], wanted, leads, strict=False))
+    return next(((at, lead) for at, (token, other, lead) in compared if token != other), None)
+
+
 @pytest.mark.parametrize("kind", [k if k == "host" else pytest.param(k, marks=pytest.mark.gpu) for k in KINDS])
 @pytest.mark.timeout(3 * LIMIT_S)
 def test_everyday_traffic(models, kind: str) -> None:
@@ -137,9 +143,8 @@ def test_everyday_traffic(models, kind: str) -> None:
         counters = group.run(stats)
     for (answers, _, seen, left), (wanted, leads, stock_seen, _), s in zip(found, expected, counters, strict=True):
         wrong = [number for number in wanted if answers[number] != wanted[number]]
-        at = [[a == b for a, b in zip([*answers[n][1], None], wanted[n][1], strict=False)].index(False) for n in wrong]
-        ahead = [leads[number][token] for number, token in zip(wrong, at, strict=True)]
-        assert not wrong, f"{len(wrong)} of {count} answers differ: {wrong} at tokens {at}, which were ahead by {ahead}"
+        firsts = {number: first_difference(answers[number][1], wanted[number][1], leads.get(number, [])) for number in wrong}
+        assert not wrong, f"{len(wrong)} of {count} answers differ, first at (token, how far stock's was ahead): {firsts}"
         assert seen == stock_seen and seen["finished"] + seen["aborted waiting"] + seen["aborted running"] == count
         assert left == 0 and not [claim for claim in CLAIMS if not seen[claim]]
         assert s["refills"] == 0 and {view for view, count in s["forwards"].items() if count} == views

@@ -5,7 +5,7 @@ Ranks change one shared record, one at a time (`meeting` keeps it). Every functi
 
 Whatever a rank comes for, a round that it owes comes first; after that round it comes again. A convoy leaves with everyone who
 waits or is idle, as soon as someone waits and nobody is busy. Dead ranks are never waited for, nor large steps but for
-their last part: a small step without company waits for one that is expected to end within its patience.
+their end: a small step without company waits for one that is expected to end soon.
 """
 
 import enum
@@ -60,7 +60,7 @@ def start(size: int) -> Record:
 def join(record: Record, rank: int, tokens: int, alive: Alive, ends_soon: Callable[[int], bool]) -> Outcome:
     """A step that is worth a convoy. WAIT: join again whenever the record changes, or give up.
 
-    `ends_soon(rank)`: that rank's large step is expected to end within this step's patience.
+    `ends_soon(rank)`: that rank's large step is expected to end while this step may wait for it.
     """
     if record.due[rank]:
         return _launch(record, rank)

@@ -80,9 +80,9 @@ class Costs:
         experts = self._experts_us(own, rows, 1 / self.size, 1 - members / self.size)
         return self.rest_us(own) + self.rates.dispatch_us + experts + exchanges
 
-    def saved_us(self, own: int) -> float:
-        """What a step of `own` rows gains a layer by going with one peer that has as many; negative if it loses."""
-        return self.alone_us(own) - self.dispatched_us(own, 2 * own, 2)
+    def saved_us(self, own: int, members: int = 2) -> float:
+        """What a step of `own` rows gains a layer in a round of `members` that have as many each; negative if it loses."""
+        return self.alone_us(own) - self.dispatched_us(own, members * own, members)
 
     def alone_us(self, own: int) -> float:
         return min(self.streamed_us(own), self.direct_us(own))
@@ -93,8 +93,7 @@ class Costs:
 
     def patience_s(self, num_tokens: int) -> float:
         """Seconds that a step may wait for its peers: what it gains over all layers if all are alike, within bounds."""
-        together_us = self.dispatched_us(num_tokens, self.size * num_tokens, self.size)
-        gained = self.num_layers * (self.alone_us(num_tokens) - together_us) * 1e-6
+        gained = self.num_layers * self.saved_us(num_tokens, self.size) * 1e-6
         return min(max(gained, LEAST_PATIENCE_S), MOST_PATIENCE_S)
 
     def alone_s(self, num_tokens: int) -> float:

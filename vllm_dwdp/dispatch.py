@@ -13,20 +13,19 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from vllm_dwdp.convoy import Round
 from vllm_dwdp.kernels.device import Block, CopyStream
 from vllm_dwdp.kernels.tokens import RoundLayout, TokenExchange
-from vllm_dwdp.meeting import Meeting
+from vllm_dwdp.meeting import WORK_S, Meeting
 from vllm_dwdp.rendezvous import DispatchManifest
 
 _LOOK_S = 50e-6
 APART = 0.55  # of two ranks that go alone by turns, one waits for the other: half a step alone at most, and some more
 MOST_PACE = 4.0
-LARGE_STEP_S = 60.0  # how long a small step waits for a large one on its own device, before it goes alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +50,14 @@ class Limits:
         return self.graph_sizes[at] if at < len(self.graph_sizes) else 0
 
 
+class Announced(NamedTuple):
+    """What peers were told of the last large step, in seconds."""
+
+    at: float = 0.0
+    takes: float = 0.0  # by itself
+    ends_in: float = 0.0  # behind the one before it
+
+
 class Dispatch:
     """One rank's dispatched steps. Only the thread that runs the model may call it.
 
@@ -67,7 +74,7 @@ class Dispatch:
         self._in_step = False
         self._last = stream.event()  # the end of the last step
         self._ending: Any = None  # the event at the last layer of the large step that peers know of
-        self._announced = (0.0, 0.0, 0.0)  # when it was, what it takes, and what it and the step before it take
+        self._announced = Announced()
         self._pace = 1.0  # what large steps have taken, as a part of what was expected of them
         self._is_marked = False  # by the step under way, if it is large
 
@@ -106,9 +113,9 @@ class Dispatch:
     def _meet(self, num_tokens: int) -> Round | None:
         """The round that takes a small step; None: it goes alone."""
         patience_s, rank = self.limits.patience_s(num_tokens), self._meeting.rank
-        alone_s = self._pace * self.limits.alone_s(num_tokens)
+        alone_s = self._alone_s(num_tokens)
         end_s = max(patience_s, APART * alone_s)
-        if self._ending is not None and (self._stream.is_done(self._ending) or self._meeting.has_company(end_s)):
+        if not self._is_at_large_step() or self._meeting.has_company(end_s):
             self._end_large_step()
         while (made := self._meeting.join(num_tokens, patience_s, end_s, self._is_at_work)) is not None and not made.tokens[rank]:
             self._launch(made)
@@ -116,17 +123,22 @@ class Dispatch:
             self._announce(num_tokens)
         return made
 
+    def _alone_s(self, num_tokens: int) -> float:
+        return self._pace * self.limits.alone_s(num_tokens)
+
     def _is_at_work(self) -> bool:
         return not self._stream.is_done(self._last)
+
+    def _is_at_large_step(self) -> bool:
+        return self._ending is not None and not self._stream.is_done(self._ending)
 
     def _announce(self, num_tokens: int) -> None:
         """Tell peers that the step under way is large, and until when they need not expect this rank."""
         self._is_marked = False
-        takes_s = self._pace * self.limits.alone_s(num_tokens)
-        follows = self._ending is not None and not self._stream.is_done(self._ending)  # the host is one step ahead at most
-        both_s = takes_s + (self._announced[1] if follows else 0.0)
-        self._announced = (time.monotonic(), takes_s, both_s)
-        while self.meets and (owed := self._meeting.large(both_s)) is not None:
+        takes_s = self._alone_s(num_tokens)
+        before_s = self._announced.takes if self._is_at_large_step() else 0.0  # the host is one step ahead at most
+        self._announced = Announced(time.monotonic(), takes_s, before_s + takes_s)
+        while self.meets and (owed := self._meeting.large(self._announced.ends_in)) is not None:
             self._launch(owed)
 
     def reach_last_layer(self) -> None:
@@ -144,13 +156,9 @@ class Dispatch:
     def help(self, timeout_s: float = 0.0, wake: Callable[[], bool] = lambda: False) -> bool:
         """No request: launch the round that asks for this rank, once one does within `timeout_s` and before `wake()`."""
         self._tokens.check()
-
-        def has_ended() -> bool:
-            return self._ending is not None and self._stream.is_done(self._ending)
-
-        if has_ended():
+        if not (at_large := self._is_at_large_step()):
             self._end_large_step()
-        made = self._meeting.help(timeout_s, lambda: wake() or has_ended())
+        made = self._meeting.help(timeout_s, lambda: wake() or (at_large and not self._is_at_large_step()))
         if made is not None:
             self._launch(made)
         return made is not None
@@ -225,14 +233,14 @@ class Dispatch:
             return
         entered = time.monotonic()
         is_seen = False
-        while not self._stream.is_done(self._ending):
-            if time.monotonic() > entered + LARGE_STEP_S:
+        while self._is_at_large_step():
+            if time.monotonic() > entered + WORK_S:
                 return
             is_seen = True
             time.sleep(_LOOK_S)
-        now, (began, _, expected_s) = time.monotonic(), self._announced
+        now, told = time.monotonic(), self._announced
         self._meeting.stats.waited_s += now - entered
-        if is_seen and 0 < expected_s < math.inf:
-            self._pace = min(max(self._pace * (1 + (now - began) / expected_s) / 2, 1 / MOST_PACE), MOST_PACE)
+        if is_seen and 0 < told.ends_in < math.inf:
+            self._pace = min(max(self._pace * (1 + (now - told.at) / told.ends_in) / 2, 1 / MOST_PACE), MOST_PACE)
         self._ending = None
         self._meeting.large_done()

@@ -27,7 +27,7 @@ from vllm_dwdp.errors import DWDPError
 logger = logging.getLogger("vllm.dwdp.meeting")
 
 LOCK_TIMEOUT_S = 1.0
-WORK_S = 60.0  # for as long a device is believed to be at work
+WORK_S = 60.0  # how long a small step waits for its own device, before it goes alone or counts its patience
 _LOOK_S, _REST_S, _CHECK_S = 20e-6, 2e-3, 2e-3  # between looks: at least, at most; between checks that peers live
 _SPIN_S = 200e-6  # a holder's change takes less, unless it has lost its core; so does a peer's next step, as a rule
 _SEAL = 0x0010  # F_SEAL_FUTURE_WRITE: every later write to the file fails
@@ -119,9 +119,9 @@ class Meeting:
         if self._final is not None:
             return False
         end_s = max(self._end_s, time.monotonic()) + patience_s
-        states = {rank: state for rank, state in enumerate(self._states()) if rank != self.rank and self.is_alive(rank)}
         return any(
-            self._ends_by(end_s, rank) if state == State.LARGE else state != State.AWAY for rank, state in states.items()
+            self._ends_by(end_s, rank) if state == State.LARGE else state != State.AWAY
+            for rank, state in enumerate(self._states()) if rank != self.rank and self.is_alive(rank)
         )
 
     def large_done(self) -> None:
