@@ -300,11 +300,13 @@ def test_places(graph_sizes: tuple[int, ...], alone: int | None) -> None:
         assert fakes.said()[-1] == ("begin", 0, (0,), (SMALL, 0), 4)
 
 
-def test_a_rehearsal_is_a_step_alone_in_no_graph() -> None:
+def test_a_rehearsal_is_steps_alone_in_no_graph_of_counts_that_16_divides_and_does_not() -> None:
     fakes = Fakes(joined=OURS)
     made = make(fakes)
     made.rehearse(lambda tokens: fakes.note("forward", tokens, made.is_beyond_graphs, made.places(tokens)))
-    assert fakes.said() == [("begin", 0, (0,), (MOST, 0), 0), ("forward", MOST, True, 0)]
+    assert MOST % 16 == 0 and fakes.said() == [
+        said for tokens in (MOST, MOST - 1) for said in [("begin", 0, (0,), (tokens, 0), 0), ("forward", tokens, True, 0)]
+    ]
     assert made.places(1) == 1 and not made.is_beyond_graphs, "it is over"
 
 

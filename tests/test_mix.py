@@ -39,6 +39,8 @@ KINDS: dict[str, tuple[dict, dict, dict, set[str]]] = {  # model, engine, DWDP o
         ), {"direct_max_tokens": 4, "dispatch_max_tokens": MAX_TOKENS // 2}, {"streamed", "dispatched"},
     ),
 }
+# Of a greedy token, ahead of the second best: less is a tie. Partial sums of a GPU's round are added in another order than stock adds.
+TIES = {"dispatched graphs": 1e-4}
 BURSTS = [1, 1, 1, 2, 3, 6, MAX_SEQS + 4]
 LENGTHS = [range(1, 12), range(12, MAX_TOKENS), range(MAX_TOKENS + 1, MAX_LEN - 40)]  # of a burst's prompts
 PAUSES = [0, 1, 2, 8, 20, 100]  # steps until the next burst; after the longest most are idle
@@ -118,10 +120,10 @@ def drive(
     return answers, leads, seen, engine.get_num_unfinished_requests() + len(scheduler.requests)
 
 
-def first_difference(found: list[int], wanted: list[int], leads: list[float]) -> tuple[int, float] | None:
-    """The first token of `wanted` that `found` lacks, counted from 0, and its lead; None where only the ends differ."""
-    compared = enumerate(zip([*found, None], wanted, leads, strict=False))
-    return next(((at, lead) for at, (token, other, lead) in compared if token != other), None)
+def first_difference(found: list[int], wanted: list[int], leads: list[float]) -> tuple[int, float]:
+    """The first token of `wanted` that is another in `found`, counted from 0, and its lead."""
+    compared = enumerate(zip(found, wanted, leads, strict=True))
+    return next((at, lead) for at, (token, other, lead) in compared if token != other)
 
 
 @pytest.mark.parametrize("kind", [k if k == "host" else pytest.param(k, marks=pytest.mark.gpu) for k in KINDS])
@@ -142,9 +144,12 @@ def test_everyday_traffic(models, kind: str) -> None:
         found = [rank.answer(LIMIT_S) for rank in group.ranks]
         counters = group.run(stats)
     for (answers, _, seen, left), (wanted, leads, stock_seen, _), s in zip(found, expected, counters, strict=True):
-        wrong = [number for number in wanted if answers[number] != wanted[number]]
-        firsts = {number: first_difference(answers[number][1], wanted[number][1], leads.get(number, [])) for number in wrong}
+        ends = {number: (state, len(tokens)) for number, (state, tokens) in answers.items()}
+        assert ends == {number: (state, len(tokens)) for number, (state, tokens) in wanted.items()}
+        firsts = {n: first_difference(answers[n][1], wanted[n][1], leads[n]) for n in wanted if answers[n] != wanted[n]}
+        wrong = [number for number, (_, lead) in firsts.items() if lead >= TIES.get(kind, 0.0)]
         assert not wrong, f"{len(wrong)} of {count} answers differ, first at (token, how far stock's was ahead): {firsts}"
+        assert len(firsts) <= count // 20, f"{len(firsts)} of {count} answers differ at ties: {firsts}"
         assert seen == stock_seen and seen["finished"] + seen["aborted waiting"] + seen["aborted running"] == count
         assert left == 0 and not [claim for claim in CLAIMS if not seen[claim]]
         assert s["refills"] == 0 and {view for view, count in s["forwards"].items() if count} == views

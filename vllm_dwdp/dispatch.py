@@ -169,10 +169,15 @@ class Dispatch:
             self._launch(owed)
 
     def rehearse(self, forward: Callable[[int], Any]) -> None:
-        """Run the largest step that dispatches, alone and without a graph: no request waits for its kernels to be compiled."""
-        most, self._in_step = self.limits.max_tokens, True
-        with self._laid_out(dataclasses.replace(self._alone(most), padded=0)):
-            forward(most)
+        """Run the largest steps that dispatch, alone and without a graph: no request waits for their kernels to be compiled.
+
+        Triton compiles a kernel anew for a count that 16 does not divide.
+        """
+        most = self.limits.max_tokens // 16 * 16 or self.limits.max_tokens
+        self._in_step = True
+        for num_tokens in (most, most - 1 or most):
+            with self._laid_out(dataclasses.replace(self._alone(num_tokens), padded=0)):
+                forward(num_tokens)
         self._in_step = False
 
     def places(self, num_rows: int) -> int | None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import msgspec
 
-from vllm_dwdp.entrypoints.server import VLLM, Server, Session, SessionFailure
+from vllm_dwdp.entrypoints.bench import client
+from vllm_dwdp.entrypoints.server import Server, SessionFailure
 from vllm_dwdp.errors import DWDPError
 
 FIGURES = ("request_throughput", "total_token_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms",
@@ -88,12 +89,12 @@ def put_under_load(
     Its logs and JSON are `logs` and the load's name. Raises SessionFailure unless every request completes within `timeout_s`.
     """
     found = []
-    with contextlib.ExitStack() as clients:
+    with contextlib.ExitStack() as ends:
         running = []
         for number, load in enumerate(mix):
             log = logs.with_name(f"{logs.name}-{str(load).replace(':', '-')}.log")
-            command = [
-                *VLLM, "bench", "serve", "--base-url", server.url, "--model", model, "--tokenizer", tokenizer,
+            arguments = [
+                "--base-url", server.url, "--model", model, "--tokenizer", tokenizer,
                 "--dataset-name", "random", "--ignore-eos", "--random-input-len", str(load.input_len),
                 "--random-output-len", str(load.output_len),
                 "--request-rate", "inf" if math.isinf(load.rate) else str(load.rate), "--num-prompts", str(load.count),
@@ -101,11 +102,14 @@ def put_under_load(
                 "--result-dir", str(log.parent), "--result-filename", log.with_suffix(".json").name,
                 *([] if load.rank is None else ["--header", f"X-data-parallel-rank={load.rank}"]),
             ]
-            running.append((load, log, clients.enter_context(Session(command, log))))
-        for load, log, client in running:
-            client.wait_until(client.has_ended, "load", timeout_s)
-            if client.process.returncode:
-                raise SessionFailure(f"`vllm bench serve` ended with {client.process.returncode}, see {log}")
+            running.append((load, log, started := client.start(arguments, log)))
+            ends.callback(started.kill)
+        for load, log, started in running:
+            started.join(timeout_s)
+            if started.exitcode is None:
+                raise SessionFailure(f"load: not done after {timeout_s:g} s, see {log}")
+            if started.exitcode:
+                raise SessionFailure(f"`vllm bench serve` ended with {started.exitcode}, see {log}")
             figures = json.loads(log.with_suffix(".json").read_text())
             if figures["completed"] != load.count:
                 raise SessionFailure(f"{figures['completed']} of {load.count} requests were completed, see {log}")

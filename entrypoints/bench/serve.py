@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from vllm_dwdp import config
-from vllm_dwdp.entrypoints.bench import front
+from vllm_dwdp.entrypoints.bench import client, front
 from vllm_dwdp.entrypoints.bench.checks import model_config, refuse_impossible
 from vllm_dwdp.entrypoints.bench.comparison import Comparison
 from vllm_dwdp.entrypoints.bench.loads import Load, Mix, counted, names, put_under_load, warm_up
@@ -104,7 +104,7 @@ class Serving(Comparison):
         """Each mode's server, one after the other or all together. None outlives this."""
         modes = self.settings.modes
         for group in [modes] if self.settings.side_by_side else [(mode,) for mode in modes]:
-            with contextlib.ExitStack() as running:
+            with client.importing(), contextlib.ExitStack() as running:
                 servers = {mode: running.enter_context(self._server(mode)) for mode in group}
                 for mode, server in servers.items():
                     with self._noting_failure(mode, server):

@@ -111,10 +111,11 @@ class DWDPWorker(PlatformWorker):
         self._end_metrics = metrics.export(self.dwdp)
 
     def compile_or_warm_up_model(self) -> Any:
+        dispatch = self.dwdp.dispatch
+        if dispatch is not None and not current_platform.is_cpu():
+            dispatch.rehearse(self.model_runner._dummy_run)  # before vLLM watches for kernels that are compiled late
         times = super().compile_or_warm_up_model()
-        if (dispatch := self.dwdp.dispatch) is not None:
-            if not current_platform.is_cpu():
-                dispatch.rehearse(self.model_runner._dummy_run)
+        if dispatch is not None:
             dispatch.meets = True
         return times
 
