@@ -8,7 +8,7 @@ Every rank has an inbox, a block of memory that its peers map writable. A dispat
 
 Rows are dealt out to lanes, each with a flag of its own at every member. A flag is raised, and waited for, only where its
 lane has rows: who helps sends none and is not waited for until sums come back. A flag carries the round and the layer, so
-a late or early rank cannot take another round's rows. An inbox has a region
+a late or early rank cannot take another round's rows. An inbox has a region, a seat,
 for every sender and needs no second copy: a rank pushes layer l + 1's rows after it has the receiver's partial sums of
 layer l, which the receiver sends when its kernels have read its inbox; and it pushes partial sums of layer l + 1 after
 it has the receiver's rows of that layer, which the receiver sends when it has added those of layer l.
@@ -29,7 +29,7 @@ WAIT_S = 20.0  # how long a rank waits inside a round, before it names whom it w
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InboxMap:
-    """Where things lie in an inbox, in bytes. `rows` is what one sender may send at once.
+    """Where things lie in an inbox, in bytes. `rows` is what one sender may send at once; every rank but the owner has a seat.
 
     `hidden` and `top_k` are the largest of all layers, `itemsize` is of the activations' dtype.
     """
@@ -42,31 +42,35 @@ class InboxMap:
 
     @property
     def ids(self) -> int:
-        """int32 [size, rows, top_k], after the flags, int64 [2, size, LANES]."""
+        """int32 [size - 1, rows, top_k], after the flags, int64 [2, size, LANES]."""
         return self.flag(2, 0)
 
     @property
     def weights(self) -> int:
-        """float32 [size, rows, top_k]."""
-        return _aligned(self.ids + 4 * self.size * self.rows * self.top_k)
+        """float32 [size - 1, rows, top_k]."""
+        return _aligned(self.ids + 4 * (self.size - 1) * self.rows * self.top_k)
 
     @property
     def hiddens(self) -> int:
-        """Rows that arrived, [size, rows, hidden]."""
-        return _aligned(self.weights + 4 * self.size * self.rows * self.top_k)
+        """Rows that arrived, [size - 1, rows, hidden]."""
+        return _aligned(self.weights + 4 * (self.size - 1) * self.rows * self.top_k)
 
     @property
     def sums(self) -> int:
-        """Partial sums that came back, [size, rows, hidden]."""
-        return self.hiddens + self.itemsize * self.size * self.rows * self.hidden
+        """Partial sums that came back, [size - 1, rows, hidden]."""
+        return self.hiddens + self.itemsize * (self.size - 1) * self.rows * self.hidden
 
     @property
     def nbytes(self) -> int:
-        return self.sums + self.itemsize * self.size * self.rows * self.hidden
+        return self.sums + self.itemsize * (self.size - 1) * self.rows * self.hidden
 
     def flag(self, phase: int, sender: int) -> int:
         """Where the flags of a sender's lanes begin, in its phase: 0 for dispatch, 1 for combine."""
         return (phase * self.size + sender) * LANES * FLAG_BYTES
+
+
+def seat(sender: int, receiver: int) -> int:
+    return sender - (sender > receiver)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

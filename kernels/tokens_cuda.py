@@ -25,6 +25,12 @@ def _at(address, offset: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
+def _seat(sender, receiver):
+    """`tokens.seat`."""
+    return sender - (sender > receiver) * 1
+
+
+@triton.jit
 def _lanes(rows, R: tl.constexpr, LANES: tl.constexpr):
     """How many lanes have some of `rows`: R at a time go to one after the other."""
     return tl.minimum(tl.cdiv(rows, R), LANES)
@@ -81,9 +87,10 @@ def _dispatch(hidden, ids, weights, out_hidden, out_ids, out_weights, control, p
             if peer != ME:
                 if (mask >> peer) & 1 != 0:
                     base = tl.load(peers + peer)
-                    to_hidden = _at(base, AT_HIDDEN, dtype) + ME * ROWS * H
-                    to_ids = _at(base, AT_IDS, tl.int32) + ME * ROWS * K
-                    to_weights = _at(base, AT_WEIGHTS, tl.float32) + ME * ROWS * K
+                    first = _seat(ME, peer) * ROWS
+                    to_hidden = _at(base, AT_HIDDEN, dtype) + first * H
+                    to_ids = _at(base, AT_IDS, tl.int32) + first * K
+                    to_weights = _at(base, AT_WEIGHTS, tl.float32) + first * K
                     for row in range(lane * R, mine, LANES * R):
                         is_h, is_k = _inside(row, mine, H, BLOCK_H, R), _inside(row, mine, K, BLOCK_K, R)
                         x = tl.load(_rows(hidden, row, stride_hidden, BLOCK_H, R), mask=is_h)
@@ -121,9 +128,10 @@ def _dispatch(hidden, ids, weights, out_hidden, out_ids, out_weights, control, p
                     w = tl.load(_rows(weights, row, K, BLOCK_K, R), mask=has_k, other=0.0).to(tl.float32)
                     x = tl.load(_rows(hidden, row, stride_hidden, BLOCK_H, R), mask=has_h, other=0.0)
                 else:
-                    from_ids = _rows(_at(here, AT_IDS, tl.int32) + sender * ROWS * K, row, K, BLOCK_K, R)
-                    from_weights = _rows(_at(here, AT_WEIGHTS, tl.float32) + sender * ROWS * K, row, K, BLOCK_K, R)
-                    from_hidden = _rows(_at(here, AT_HIDDEN, dtype) + sender * ROWS * H, row, H, BLOCK_H, R)
+                    first = _seat(sender, ME) * ROWS
+                    from_ids = _rows(_at(here, AT_IDS, tl.int32) + first * K, row, K, BLOCK_K, R)
+                    from_weights = _rows(_at(here, AT_WEIGHTS, tl.float32) + first * K, row, K, BLOCK_K, R)
+                    from_hidden = _rows(_at(here, AT_HIDDEN, dtype) + first * H, row, H, BLOCK_H, R)
                     e = tl.load(from_ids, mask=has_k, other=-1, cache_modifier=".cg")
                     w = tl.load(from_weights, mask=has_k, other=0.0, cache_modifier=".cg")
                     x = tl.load(from_hidden, mask=has_h, other=0.0, cache_modifier=".cg")
@@ -151,7 +159,7 @@ def _combine(partial, out, control, peers, failed, error, layer, num_rows, padde
                 if padded > 0:
                     begin, theirs = (padded * peer).to(tl.int64), tl.minimum(theirs, padded.to(tl.int64))
                 base = tl.load(peers + peer)
-                to = _at(base, AT_SUMS, dtype) + ME * ROWS * H
+                to = _at(base, AT_SUMS, dtype) + _seat(ME, peer) * ROWS * H
                 for lane in range(program, _lanes(theirs, R, LANES), programs):
                     for row in range(lane * R, theirs, LANES * R):
                         is_h = _inside(row, theirs, H, BLOCK_H, R)
@@ -181,7 +189,7 @@ def _combine(partial, out, control, peers, failed, error, layer, num_rows, padde
                     total += tl.load(sums, mask=has_h, other=0.0).to(tl.float32)
                 else:
                     came = has_h & (((mask >> rank) & 1) != 0)
-                    sums = _rows(here + rank * ROWS * H, row, H, BLOCK_H, R)
+                    sums = _rows(here + _seat(rank, ME) * ROWS * H, row, H, BLOCK_H, R)
                     total += tl.load(sums, mask=came, other=0.0, cache_modifier=".cg").to(tl.float32)
             tl.store(_rows(out, row, H, BLOCK_H, R), total.to(dtype), mask=is_h)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from vllm_dwdp.kernels.tokens import WAIT_S, InboxMap, RoundLayout, TokenExchange, did_not_come
+from vllm_dwdp.kernels.tokens import WAIT_S, InboxMap, RoundLayout, TokenExchange, did_not_come, seat
 
 POLL_S = 20e-6
 
@@ -36,7 +36,7 @@ class HostTokens(TokenExchange):
 
     def _area(self, inbox: int, offset: int, sender: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         """[rows, columns] of what `sender` puts into an inbox at `offset`."""
-        start = offset + sender * self._at.rows * shape[1] * dtype.itemsize
+        start = offset + seat(sender, inbox) * self._at.rows * shape[1] * dtype.itemsize
         return self._bytes[inbox][start : start + shape[0] * shape[1] * dtype.itemsize].view(dtype).view(shape)
 
     def begin(self, layout: RoundLayout) -> None:

@@ -57,7 +57,8 @@ def actions(world: World, sizes: tuple[int, ...]) -> Iterator[tuple]:
             yield rank, "give_up", 0
         else:
             yield from ((rank, "join", tokens, soon) for tokens in sizes for soon in (False, True))
-            yield from ((rank, what, 0) for what in ("large", "idle", "leave"))
+            yield from ((rank, "large", tokens) for tokens in (0, *sizes))
+            yield from ((rank, what, 0) for what in ("idle", "leave"))
         if world.loaded[rank] or does == "help":
             yield rank, "large_done", 0
         if world.deaths:
@@ -69,16 +70,19 @@ def act(rules: types.ModuleType, world: World, action: tuple) -> World:
     if what == "die":
         return world._replace(does=put(world.does, rank, "dead"), owes=put(world.owes, rank, None), deaths=world.deaths - 1)
     again, alive = isinstance(world.does[rank], tuple), lambda r: world.does[r] != "dead"
-    before, give = world.record, {"join": (tokens, alive, lambda r: soon[0]), "give_up": (), "large_done": ()}.get(what, (alive,))
+    before, given = world.record, {"join": (tokens, alive, lambda r: soon[0]), "large": (tokens, alive), "give_up": (), "large_done": ()}
+    give = given.get(what, (alive,))
     record, answer = getattr(rules, what)(before, rank, *give)
     if what == "large_done" and not world.loaded[rank]:
         check(record == before, "a large step ends that never began")
         return world
     # in the world as it was when the rank came
-    does = put(world.does, rank, {"join": "wait", "give_up": "wait", "idle": "help"}.get(what, "run"))
+    helped = what == "large" and tokens and not world.loaded[rank] and not world.owes[rank] and all(
+        world.does[r] == "help" and not world.owes[r] for r in range(len(world.does)) if r != rank)
+    does = put(world.does, rank, {"join": "wait", "give_up": "wait", "idle": "help", "large": "wait" if helped else "run"}.get(what, "run"))
     loaded = put(world.loaded, rank, False) if what == "large_done" else world.loaded
     comes, owes = world.comes, world.owes
-    said = put(world.tokens, rank, tokens) if what == "join" else world.tokens
+    said = put(world.tokens, rank, tokens) if what == "join" or helped else world.tokens
     everyone = [r for r in range(len(does)) if does[r] != "dead"]
     if record.number != before.number:
         made = {d for d in (*record.due, answer) if isinstance(d, rules.Round) and d.number == record.number}
@@ -104,10 +108,11 @@ def act(rules: types.ModuleType, world: World, action: tuple) -> World:
         owes, comes = put(owes, rank, None), put(comes, rank, True)
         own = answer.tokens[rank] > 0 or what == "idle"
         does = put(does, rank, "run" if own else ("again", (what, tokens, *soon)))
-        check(what in ("join", "give_up") or not answer.tokens[rank], "a rank's step is launched, and it came for something else")
+        check(what in ("join", "give_up") or helped or not answer.tokens[rank], "a rank's step is launched, and it came for something else")
     else:
         check(owes[rank] is None, "a rank goes on while it owes a round")
         check(answer is rules.GO or what in ("join", "idle"), "a large step waits")
+        check(not helped, "a large step goes alone beside idle ranks")
         if what == "large":
             loaded = put(loaded, rank, True)
         if what == "idle":
@@ -203,6 +208,12 @@ LEAVES = "record = _depart(_enter(record, rank, State.IDLE), alive)"
         ("join", OWED, ""),
         ("give_up", OWED, ""),
         ("large", OWED, ""),
+        ("large", "tokens and ", ""),
+        ("large", " and record.states[rank] is not State.LARGE", ""),
+        ("large", " and alive(other)", ""),
+        ("large", "others == [State.IDLE] * (len(record.states) - 1)", "State.IDLE in others"),
+        ("large", "others == [State.IDLE] * (len(record.states) - 1)", "False"),
+        ("large", "_put(record.tokens, rank, tokens)", "record.tokens"),
         ("idle", OWED, ""),
         ("join", LOADED, "    if False:"),
         ("idle", LOADED, "    if False:"),

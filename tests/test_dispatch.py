@@ -34,7 +34,8 @@ from vllm_dwdp.meeting import Stats
 from harness import WORKERS, Group, generate, reference, stats, streamed_model
 
 MOST = 16
-SMALL, LARGE = 3, MOST + 1
+HELPED_MOST = 2 * MOST
+SMALL, MEDIUM, LARGE = 3, HELPED_MOST, HELPED_MOST + 1
 HELP = [Round(7, (0, 1), (0, 5)), Round(8, (0, 1), (0, 2))]  # owed to rank 1 by rank 0
 OURS = Round(9, (0, 1), (SMALL, 6))
 
@@ -42,9 +43,11 @@ OURS = Round(9, (0, 1), (SMALL, 6))
 class Fakes:
     """Meeting, token exchange and stream of rank 0 in one; `calls` is what they were asked to do, in order."""
 
-    def __init__(self, owed: Sequence[Round] = (), joined: Round | None = None, looks: int = 0, company: bool = True):
-        """`owed` are handed out first; `joined` is the next step's round; a step has ended after `looks` looks."""
-        self._company = company
+    def __init__(
+        self, owed: Sequence[Round] = (), joined: Round | None = None, looks: int = 0, company: bool = True, helped: Round | None = None
+    ):
+        """`owed` are handed out first; `joined` is the next step's round, `helped` a large one's; a step has ended after `looks` looks."""
+        self._company, self._helped = company, helped
         self.rank, self.size, self.stats = 0, 2, Stats(2)
         self.calls: list[tuple] = []
         self._owed, self._joined, self._looks, self._events = list(owed), joined, looks, 0
@@ -61,8 +64,12 @@ class Fakes:
         self.note(*call)
         return self._owed.pop(0) if self._owed else otherwise
 
-    def large(self, takes_s: float) -> Round | None:
-        return self._next("large", takes_s)
+    def large(self, takes_s: float, num_tokens: int = 0) -> Round | None:
+        return self._next("large", takes_s, *([num_tokens] if num_tokens else []), otherwise=self._helped if num_tokens else None)
+
+    def has_helpers(self) -> bool:
+        self.note("helpers")
+        return True
 
     def join(self, num_tokens: int, patience_s: float, end_s: float, is_at_work: Callable[[], bool]) -> Round | None:
         return self._next("join", num_tokens, patience_s, otherwise=self._joined)
@@ -102,7 +109,7 @@ class Fakes:
 
 def make(fakes: Fakes, graph_sizes: tuple[int, ...] = (4, 8), small_s: float = 0.0) -> Dispatch:
     limits = Limits(
-        max_tokens=MOST, graph_sizes=graph_sizes, patience_s=lambda tokens: tokens / 1000,
+        max_tokens=MOST, helped_max_tokens=HELPED_MOST, graph_sizes=graph_sizes, patience_s=lambda tokens: tokens / 1000,
         alone_s=lambda tokens: 7.0 if tokens > MOST else small_s,
     )
     made = Dispatch(fakes, fakes, fakes, fakes, limits)
@@ -121,6 +128,38 @@ def test_a_large_step_first_launches_what_it_owes_and_meets_nobody() -> None:
     fakes = Fakes(HELP)
     assert not make(fakes).begin_step(LARGE)
     assert fakes.said() == [("check",), ("large", 7.0), *HELPED[0], ("large", 7.0), *HELPED[1], ("large", 7.0)]
+
+
+def test_a_large_step_takes_idle_peers_along() -> None:
+    """In one round, beyond graphs, after which its rank may be met again; it goes alone where they are not idle."""
+    fakes = Fakes(HELP[:1], helped=(whole := Round(9, (0, 1), (MEDIUM, 0))))
+    made = make(fakes)
+    assert made.begin_step(MEDIUM) and made.is_beyond_graphs and made.places(MEDIUM) == 0
+    assert fakes.said() == [
+        ("check",), ("large", 7.0, MEDIUM), *HELPED[0], ("large", 7.0, MEDIUM), ("begin", 9, whole.members, whole.tokens, 0)
+    ]
+    made.end_step()
+    assert not [call for call in fakes.said() if call[0] == "record"], "no peer waits for its end"
+    fakes._joined = OURS
+    assert made.begin_step(SMALL) and ("large done",) not in fakes.said()
+    made.end_step()
+    fakes._helped = None
+    assert not made.begin_step(MEDIUM)
+    made.end_step()
+    assert ("record", "event 2") in fakes.said()
+
+
+@pytest.mark.parametrize(("looks", "is_over"), [(0, True), (9, False)])
+def test_a_large_step_that_has_ended_stands_in_no_peers_way(looks: int, is_over: bool) -> None:
+    """The next one may take them along; behind one on the device it goes alone, which the convoy's rules see to."""
+    fakes = Fakes(looks=looks)
+    made = make(fakes)
+    made.begin_step(LARGE)
+    made.end_step()
+    fakes.said()
+    assert not made.begin_step(MEDIUM)
+    said = [call for call in fakes.said() if call[0] != "look"]
+    assert said == [("check",), *([("large done",)] if is_over else []), ("large", 7.0 if is_over else 14.0, MEDIUM)]
 
 
 def test_a_small_step_first_launches_what_it_owes_then_joins_again() -> None:

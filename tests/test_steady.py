@@ -20,7 +20,7 @@ from vllm_dwdp.costs import H100, Costs
 from vllm_dwdp.dispatch import Dispatch, Limits
 from vllm_dwdp.kernels.tokens import RoundLayout
 
-TICK_S, HOST_S, STEPS = 5e-4, 1e-3, 40
+TICK_S, HOST_S, HELP_S, STEPS = 5e-4, 1e-3, 1e-2, 40
 LARGE = 8192
 End = Callable[[], float | None]  # when a step ends on the device; None until that is known
 
@@ -79,8 +79,8 @@ class World:
             rates=H100, num_layers=layers, num_experts=128, top_k=8, expert_bytes=9_437_184, hidden_size=2048, itemsize=2, size=size,
         )
         self.limits = Limits(
-            max_tokens=self.costs.max_tokens(LARGE // size), graph_sizes=(), patience_s=functools.cache(self.costs.patience_s),
-            alone_s=functools.cache(self.costs.alone_s),
+            max_tokens=self.costs.max_tokens(LARGE // size), helped_max_tokens=self.costs.helped_max_tokens(LARGE), graph_sizes=(),
+            patience_s=functools.cache(self.costs.patience_s), alone_s=functools.cache(self.costs.alone_s),
         )
         self.members: dict[int, dict[int, End]] = {}  # by round and rank: when its device reaches the round
         fd = meeting.create(size)
@@ -88,7 +88,10 @@ class World:
         os.close(fd)
 
     def run(self, steps: Sequence[Sequence[int]], late_s: Sequence[float]) -> list[str]:
-        """What each rank's steps were: l for large, r for a round, a for alone. It stops when the first rank has no more."""
+        """What each rank's steps were: l for large, L for one with help, r for a round, a for alone; it helps where they are 0.
+
+        It stops when the first rank has no more.
+        """
         def drive(rank: "Rank") -> None:
             self.clock.sleep(late_s[rank.number])
             rank.run(steps[rank.number])
@@ -134,6 +137,9 @@ class Rank:
 
     def run(self, steps: Sequence[int]) -> None:
         for tokens in steps:
+            if not tokens:
+                self._dispatch.help(HELP_S, lambda: self.world.is_over)
+                continue
             while not self.is_done([max(len(self._ends) - 2, 0)]) and not self.world.is_over:
                 self.world.clock.sleep(TICK_S)
             if self.world.is_over:
@@ -141,7 +147,7 @@ class Rank:
             self.world.clock.sleep(HOST_S)
             self._round = None
             self._dispatch.begin_step(tokens)
-            self.kinds += "l" if tokens > self.world.limits.max_tokens else "r" if self._round else "a"
+            self.kinds += ("lL" if tokens > self.world.limits.max_tokens else "ar")[self._round is not None]
             self._launch(tokens)
             self._dispatch.end_step()
         self.world.is_over = True
@@ -168,6 +174,7 @@ class Rank:
             return known[0] if known else None
 
         self._ends.append(ends)
+        self._round = None
 
 
 @pytest.fixture
@@ -231,3 +238,24 @@ def test_a_long_prefill_keeps_nobody(world) -> None:
     kinds, busy_s = made.ranks[1].kinds, made.ranks[1].meeting.stats.waited_s
     assert len(kinds) >= 0.9 * made.took_s / (made.costs.alone_s(16)), kinds
     assert busy_s < 0.1 * made.took_s
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_long_prompt_takes_idle_ranks_along(world, size: int) -> None:
+    """Its steps follow each other on all devices, each as short as all ranks can make it."""
+    made = world(size)
+    most = made.limits.helped_max_tokens
+    kinds, *_ = made.run([[most] * 20, *[[0] * 1000] * (size - 1)], [0.01] + [0.0] * (size - 1))
+    assert kinds == "L" * 20 and made.took_s < 20.5 * made.round_s(Round(1, tuple(range(size)), (most, *[0] * (size - 1))))
+
+
+def test_a_rank_that_helped_is_kept_no_longer_than_one_large_step(world) -> None:
+    """Once it has steps of its own they do not wait for its peer's large ones, nor those for them."""
+    made = world(2)
+    most = made.limits.helped_max_tokens
+    helped_s, alone_s = made.round_s(Round(1, (0, 1), (most, 0))), made.costs.alone_s(most)
+    large, small = made.run([[most] * 12, [0] * 20 + [16] * 400], [0.01, 0.0])
+    helped, alone = large.count("L"), large.count("l")
+    assert large == "L" * helped + "l" * alone and helped >= 3 and alone >= 6 and "r" not in small
+    assert made.took_s < 1.02 * (helped * helped_s + alone * alone_s)
+    assert len(small) > 0.8 * (alone * alone_s - helped_s) / made.costs.alone_s(16)

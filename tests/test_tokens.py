@@ -103,10 +103,10 @@ def rounds(size: int, count: int, seed: int = 0) -> list[RoundLayout]:
     return found
 
 
-def poison(ranks: Ranks, senders: Sequence[int], offset: int, row_bytes: int) -> None:
+def poison(ranks: Ranks, rank: int, senders: Sequence[int], offset: int, row_bytes: int) -> None:
     """Ruin what was sent in this round; a rank that has sent nothing may have sent rows of the next."""
-    for sender in senders:
-        start = offset + sender * ROWS * row_bytes
+    for sender in set(senders) - {rank}:
+        start = offset + (sender - (sender > rank)) * ROWS * row_bytes
         ranks.mine[start : start + ROWS * row_bytes].fill_(0xFF)
 
 
@@ -135,13 +135,13 @@ def check_rounds(
                 time.sleep(rng.random() * 0.01)
             gathered = ranks.tokens.dispatch(layer, hidden, weights, ids, places)
             assert gathered[0].shape[0] == (places * size or layout.num_rows)
-            poison(ranks, senders, at.hiddens, HIDDEN * at.itemsize)
-            poison(ranks, senders, at.ids, 4 * TOP_K)
-            poison(ranks, senders, at.weights, 4 * TOP_K)
+            poison(ranks, rank, senders, at.hiddens, HIDDEN * at.itemsize)
+            poison(ranks, rank, senders, at.ids, 4 * TOP_K)
+            poison(ranks, rank, senders, at.weights, 4 * TOP_K)
             chosen.append((gathered[2], layout))
             partial = experts(*gathered)
             sums = ranks.tokens.combine(layer, partial, own, places)
-            poison(ranks, layout.members if layout.tokens[rank] else (), at.sums, HIDDEN * at.itemsize)
+            poison(ranks, rank, layout.members if layout.tokens[rank] else (), at.sums, HIDDEN * at.itemsize)
             found.append((sums[: layout.tokens[rank]], seed, layout))
     for ids, layout in chosen:
         owner = torch.tensor(ranks.owners[layout.mask])[ids.long().cpu().clamp_min(0)]

@@ -236,7 +236,7 @@ def inbox_map(layers: Sequence[ExpertLayer], means: Means) -> InboxMap | None:
     if means.steps is None:
         return None
     return InboxMap(
-        size=means.group.size, rows=means.steps.max_tokens, hidden=max(layer.hidden_size for layer in layers),
+        size=means.group.size, rows=means.steps.helped_max_tokens, hidden=max(layer.hidden_size for layer in layers),
         top_k=max(layer.top_k for layer in layers), itemsize=max(layer.itemsize for layer in layers),
     )
 

@@ -5,7 +5,8 @@ Ranks change one shared record, one at a time (`meeting` keeps it). Every functi
 
 Whatever a rank comes for, a round that it owes comes first; after that round it comes again. A convoy leaves with everyone who
 waits or is idle, as soon as someone waits and nobody is busy. Dead ranks are never waited for, nor large steps but for
-their end: a small step without company waits for one that is expected to end soon.
+their end: a small step without company waits for one that is expected to end soon. A large step waits for nobody, but takes
+all other ranks along if all are idle.
 """
 
 import enum
@@ -57,6 +58,11 @@ def start(size: int) -> Record:
     return Record(0, (State.AWAY,) * size, (0,) * size, (None,) * size)
 
 
+def come(record: Record, rank: int) -> Outcome:
+    """A new process has the place: what the one before it owed is forgotten."""
+    return _enter(record._replace(due=_put(record.due, rank, None)), rank, State.AWAY), GO
+
+
 def join(record: Record, rank: int, tokens: int, alive: Alive, ends_soon: Callable[[int], bool]) -> Outcome:
     """A step that is worth a convoy. WAIT: join again whenever the record changes, or give up.
 
@@ -84,10 +90,14 @@ def give_up(record: Record, rank: int) -> Outcome:
     return _enter(record._replace(states=states), rank, State.BUSY), GO
 
 
-def large(record: Record, rank: int, alive: Alive) -> Outcome:
-    """A large step, launched at once."""
+def large(record: Record, rank: int, tokens: int, alive: Alive) -> Outcome:
+    """A large step, launched at once: with every other rank, if all are idle and it offers its `tokens`; else alone."""
     if record.due[rank]:
         return _launch(record, rank)
+    others = [state for other, state in enumerate(record.states) if other != rank and alive(other)]
+    if tokens and record.states[rank] is not State.LARGE and others == [State.IDLE] * (len(record.states) - 1):
+        record = record._replace(tokens=_put(record.tokens, rank, tokens))
+        return _launch(_depart(_enter(record, rank, State.WAITING), alive), rank)
     return _depart(_enter(record, rank, State.LARGE), alive), GO
 
 

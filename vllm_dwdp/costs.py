@@ -74,8 +74,11 @@ class Costs:
         return self.rest_us(own) + self._experts_us(own, own, 1 / self.size, 1 - 1 / self.size)
 
     def dispatched_us(self, own: int, rows: int, members: int) -> float:
-        """`own` rows in a round of `rows` in all among `members` ranks; experts of other ranks are read in place."""
-        sent = self._row_bytes(own * (members - 1) + rows - own)
+        """`own` rows in a round of `rows` in all among `members` ranks; experts of other ranks are read in place.
+
+        Sums that others push back, all at once, take as long as own ones for their rows, or more where they have none.
+        """
+        sent = self._row_bytes(own * (members - 1) + max(rows - own, own)) if members > 1 else 0
         exchanges = self.rates.exchange_us + sent / self.rates.exchange
         experts = self._experts_us(own, rows, 1 / self.size, 1 - members / self.size)
         return self.rest_us(own) + self.rates.dispatch_us + experts + exchanges
@@ -90,6 +93,11 @@ class Costs:
     def max_tokens(self, bound: int) -> int:
         """The largest step of at most `bound` tokens that gains enough by going with an alike peer; 0 if none does."""
         return next((own for own in range(bound, 0, -1) if self.saved_us(own) > WORTH * self.alone_us(own)), 0)
+
+    def helped_max_tokens(self, bound: int) -> int:
+        """The largest step of at most `bound` tokens that gains enough with every other rank's help; 0 if none does."""
+        gains = (own for own in range(bound, 0, -1) if self.dispatched_us(own, own, self.size) < (1 - WORTH) * self.alone_us(own))
+        return next(gains, 0)
 
     def patience_s(self, num_tokens: int) -> float:
         """Seconds that a step may wait for its peers: what it gains over all layers if all are alike, within bounds."""

@@ -1,7 +1,8 @@
 """Dispatch: the steps whose tokens travel. Meets the peers before a step, and says how its layers are laid out.
 
 A step of at most `max_tokens` is worth meeting for: it takes part in a round with the ranks that are at hand, or goes
-alone. A larger one starts at once, and its rank takes part again when its device has reached the last layer of it: the
+alone. A larger one starts at once: with all other ranks, if all are idle and it has at most `helped_max_tokens`, else alone,
+and then its rank takes part again when its device has reached the last layer of it: the
 host then prepares the next step while that layer runs, for which peers may have to wait. A step that went alone and takes
 longer than its rank waits for peers counts as large, too: peers who took it for a short one would give up just before it
 ends and go alone in turn, without end. An idle rank helps.
@@ -26,23 +27,29 @@ from vllm_dwdp.rendezvous import DispatchManifest
 _LOOK_S = 50e-6
 APART = 0.55  # of two ranks that go alone by turns, one waits for the other: half a step alone at most, and some more
 MOST_PACE = 4.0
+HELPERS_S = 0.02  # how long a large step looks out for idle ranks while its device is at one that they help with
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
     """Which steps meet, and for how long they wait for it. `graph_sizes` are the rows that vLLM captures, ascending.
 
-    `alone_s` is how long a step that goes without peers is expected to take on the device.
+    `helped_max_tokens`, no less than `max_tokens`, are of steps that idle ranks help with; `alone_s` is how long a step
+    that goes without peers is expected to take on the device.
     """
 
     max_tokens: int
+    helped_max_tokens: int
     graph_sizes: Sequence[int]
     patience_s: Callable[[int], float]
     alone_s: Callable[[int], float]
 
     def manifest(self) -> DispatchManifest:
         """What has to be alike on all ranks, whose rows and flags lie in each other's inboxes."""
-        return DispatchManifest(dispatch_max_tokens=self.max_tokens, cudagraph_capture_sizes=list(self.graph_sizes))
+        return DispatchManifest(
+            dispatch_max_tokens=self.max_tokens, helped_max_tokens=self.helped_max_tokens,
+            cudagraph_capture_sizes=list(self.graph_sizes),
+        )
 
     def places(self, num_tokens: int) -> int:
         """What every rank pads its rows to, so that all launch the same graph; 0 where none is so large."""
@@ -75,6 +82,7 @@ class Dispatch:
         self._last = stream.event()  # the end of the last step
         self._ending: Any = None  # the event at the last layer of the large step that peers know of
         self._announced = Announced()
+        self._helped_until_s = 0.0  # when the last large step in which all ranks took part is expected to have ended
         self._pace = 1.0  # what large steps have taken, as a part of what was expected of them
         self._is_marked = False  # by the step under way, if it is large
 
@@ -102,9 +110,9 @@ class Dispatch:
         self._tokens.check()
         self._in_step, self._is_marked = True, True
         if num_tokens > self.limits.max_tokens:
-            self._announce(num_tokens)
-            return False
-        if self.meets and (made := self._meet(num_tokens)) is not None:
+            if (made := self._offer(num_tokens)) is not None:
+                self._begin(self._layout_of(made))
+        elif self.meets and (made := self._meet(num_tokens)) is not None:
             self._begin(self._layout_of(made))
         elif self.limits.places(num_tokens):
             self._begin(self._alone(num_tokens))
@@ -132,14 +140,28 @@ class Dispatch:
     def _is_at_large_step(self) -> bool:
         return self._ending is not None and not self._stream.is_done(self._ending)
 
-    def _announce(self, num_tokens: int) -> None:
-        """Tell peers that the step under way is large, and until when they need not expect this rank."""
-        self._is_marked = False
-        takes_s = self._alone_s(num_tokens)
+    def _offer(self, num_tokens: int) -> Round | None:
+        """The round of a large step in which all other ranks help; None: it goes alone."""
+        if num_tokens > self.limits.helped_max_tokens:
+            return self._announce(num_tokens)
+        if not self._is_at_large_step():
+            self._end_large_step()
+        until_s = min(time.monotonic() + HELPERS_S, self._helped_until_s)  # who helped in the last step launches it now
+        while self.meets and time.monotonic() < until_s and self._is_at_work() and not self._meeting.has_helpers():
+            time.sleep(_LOOK_S)
+        return self._announce(num_tokens, num_tokens)
+
+    def _announce(self, num_tokens: int, offered: int = 0) -> Round | None:
+        """Tell peers that the step under way is large, and until when they need not expect this rank; or else `_offer`."""
+        now_s, takes_s = time.monotonic(), self._alone_s(num_tokens)
         before_s = self._announced.takes if self._is_at_large_step() else 0.0  # the host is one step ahead at most
-        self._announced = Announced(time.monotonic(), takes_s, before_s + takes_s)
-        while self.meets and (owed := self._meeting.large(self._announced.ends_in)) is not None:
-            self._launch(owed)
+        announced = Announced(now_s, takes_s, max(before_s, self._helped_until_s - now_s) + takes_s)
+        while self.meets and (made := self._meeting.large(announced.ends_in, offered)) is not None:
+            if made.tokens[self._meeting.rank]:
+                return made
+            self._launch(made)
+        self._announced, self._is_marked = announced, False
+        return None
 
     def reach_last_layer(self) -> None:
         """All of the step but its last layer is enqueued. Not told of a step that replays a graph."""
@@ -221,6 +243,8 @@ class Dispatch:
     def _begin(self, layout: RoundLayout) -> None:
         self._layout = layout
         self._tokens.begin(layout)
+        if (most := max(layout.tokens)) > self.limits.max_tokens:
+            self._helped_until_s = time.monotonic() + self._alone_s(most)
 
     def _layout_of(self, made: Round) -> RoundLayout:
         return RoundLayout(

@@ -73,7 +73,7 @@ class Meeting:
         if not self._lock(1 + rank):
             raise DWDPError(f"rank {rank} is in the convoy already: give each rank of the host a number of its own")
         os.register_at_fork(after_in_child=self._close)  # a child would keep the place
-        self._change(lambda record: (_newcomer(record, rank), convoy.GO))
+        self._change(lambda record: convoy.come(record, rank))
 
     def join(
         self, num_tokens: int, patience_s: float, end_s: float = 0.0, is_at_work: Callable[[], bool] = lambda: False
@@ -108,11 +108,14 @@ class Meeting:
         self.stats.alone += answer is convoy.GO
         return self._count(answer)
 
-    def large(self, takes_s: float = math.inf) -> Round | None:
-        """Before a step alone that the device is expected to end in `takes_s`: None, launch it; a Round: launch that, call again."""
+    def large(self, takes_s: float = math.inf, num_tokens: int = 0) -> Round | None:
+        """Before a step alone that the device is expected to end in `takes_s`: None, launch it; a Round: launch that, call again.
+
+        Not again after a Round of this rank's `num_tokens`, with which all other ranks help: it takes the step.
+        """
         self._end_s = time.monotonic() + takes_s
         self._tell_end(self._end_s)  # before peers see that the step is large
-        return self._count(self._change(lambda record: convoy.large(record, self.rank, self.is_alive)))
+        return self._count(self._change(lambda record: convoy.large(record, self.rank, num_tokens, self.is_alive)))
 
     def has_company(self, patience_s: float) -> bool:
         """Whether a small step might meet somebody within `patience_s` of the end of this rank's large steps. One look may be wrong."""
@@ -123,6 +126,10 @@ class Meeting:
             self._ends_by(end_s, rank) if state == State.LARGE else state != State.AWAY
             for rank, state in enumerate(self._states()) if rank != self.rank and self.is_alive(rank)
         )
+
+    def has_helpers(self) -> bool:
+        """Whether all other ranks are idle. One look may be wrong."""
+        return all(state == State.IDLE for rank, state in enumerate(self._states()) if rank != self.rank)
 
     def large_done(self) -> None:
         """The device has finished all large steps: this rank takes part again."""
@@ -285,12 +292,6 @@ def create(size: int) -> int:
 
 def seal(fd: int) -> None:
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEAL)
-
-
-def _newcomer(record: Record, rank: int) -> Record:
-    return record._replace(
-        states=convoy._put(record.states, rank, State.AWAY), due=convoy._put(record.due, rank, None)
-    )
 
 
 @functools.cache

@@ -67,6 +67,7 @@ class DispatchManifest(msgspec.Struct, frozen=True, kw_only=True):
     """Which steps a rank dispatches: the largest, whose rows an inbox has, and the rows of its graphs."""
 
     dispatch_max_tokens: int
+    helped_max_tokens: int
     cudagraph_capture_sizes: list[int]
 
 

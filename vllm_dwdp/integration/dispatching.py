@@ -34,7 +34,8 @@ def limits(
     """
     reason = why_not(vllm_config, options, device, layers)
     costs = None if current_platform.is_cpu() else costs_of(layers, current_platform.get_device_name())
-    bound = vllm_config.scheduler_config.max_num_batched_tokens // layers[0].placement.size
+    largest = vllm_config.scheduler_config.max_num_batched_tokens
+    bound = largest // layers[0].placement.size
     expected = bound if costs is None else costs.max_tokens(bound)
     most = options.dispatch_max_tokens or expected
     if reason is None and not most:
@@ -51,12 +52,14 @@ def limits(
         why = "as many as ranks have memory for together, --max-num-batched-tokens over their number"
     else:
         why = "above, a step alone is expected to take less"
+    helped = largest if costs is None else costs.helped_max_tokens(largest)
+    helped = max(most, 0 if options.dispatch_max_tokens else helped)
     logger.info(
-        "DWDP dispatch is on: steps of up to %d tokens send them to their experts' owners, with the ranks at hand (%s)",
-        most, why,
+        "DWDP dispatch is on: steps of up to %d tokens send them to their experts' owners, with the ranks at hand (%s)%s",
+        most, why, f"; of up to {helped} where all other ranks are idle" if helped > most else "",
     )
     return Limits(
-        max_tokens=most, graph_sizes=dispatched_sizes(sizes, most, lengths),
+        max_tokens=most, helped_max_tokens=helped, graph_sizes=dispatched_sizes(sizes, most, lengths),
         patience_s=functools.cache(costs.patience_s) if costs is not None else lambda _: HOST_PATIENCE_S,
         alone_s=functools.cache(costs.alone_s) if costs is not None else lambda count: HOST_LARGE_S if count > most else 0.0,
     )
