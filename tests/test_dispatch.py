@@ -50,7 +50,7 @@ class Fakes:
         self._company, self._helped = company, helped
         self.rank, self.size, self.stats = 0, 2, Stats(2)
         self.calls: list[tuple] = []
-        self._owed, self._joined, self._looks, self._events = list(owed), joined, looks, 0
+        self._owed, self._joined, self._looks, self.events = list(owed), joined, looks, 0
 
     def note(self, *call: Any) -> None:
         self.calls.append(call)
@@ -94,8 +94,8 @@ class Fakes:
         self.note("check")
 
     def event(self) -> str:
-        self._events += 1
-        return f"event {self._events}"  # 1: the end of every step
+        self.events += 1
+        return f"event {self.events}"  # 1: the end of every step, 2: the last layer of large ones
 
     def compute_record(self, event: str) -> None:
         if event != "event 1":
@@ -160,6 +160,7 @@ def test_a_large_step_that_has_ended_stands_in_no_peers_way(looks: int, is_over:
     assert not made.begin_step(MEDIUM)
     said = [call for call in fakes.said() if call[0] != "look"]
     assert said == [("check",), *([("large done",)] if is_over else []), ("large", 7.0 if is_over else 14.0, MEDIUM)]
+    assert fakes.events == 2, "the driver frees none"
 
 
 def test_a_small_step_first_launches_what_it_owes_then_joins_again() -> None:
@@ -251,11 +252,11 @@ def test_a_large_step_without_end_is_waited_for_within_a_bound(monkeypatch: pyte
 def test_an_idle_rank_never_waits() -> None:
     fakes = Fakes(HELP[:1], looks=1)
     made = make(fakes)
-    made._ending = "event"
+    made._is_large = True
     assert made.help() and not made.help()
     assert fakes.said() == [
-        ("check",), ("look", "event"), ("help", 0.0), *HELPED[0],
-        ("check",), *[("look", "event")] * 2, ("large done",), ("help", 0.0),
+        ("check",), ("look", "event 2"), ("help", 0.0), *HELPED[0],
+        ("check",), *[("look", "event 2")] * 2, ("large done",), ("help", 0.0),
     ]
     assert made.padded == 0 and made.places(1) == 1, "the round is over"
 

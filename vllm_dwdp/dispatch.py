@@ -80,7 +80,8 @@ class Dispatch:
         self._layout: RoundLayout | None = None  # of the step under way, if its layers dispatch
         self._in_step = False
         self._last = stream.event()  # the end of the last step
-        self._ending: Any = None  # the event at the last layer of the large step that peers know of
+        self._ending = stream.event()  # the last layer of the last large step
+        self._is_large = False  # peers know of one
         self._announced = Announced()
         self._helped_until_s = 0.0  # when the last large step in which all ranks took part is expected to have ended
         self._pace = 1.0  # what large steps have taken, as a part of what was expected of them
@@ -138,7 +139,7 @@ class Dispatch:
         return not self._stream.is_done(self._last)
 
     def _is_at_large_step(self) -> bool:
-        return self._ending is not None and not self._stream.is_done(self._ending)
+        return self._is_large and not self._stream.is_done(self._ending)
 
     def _offer(self, num_tokens: int) -> Round | None:
         """The round of a large step in which all other ranks help; None: it goes alone."""
@@ -166,7 +167,7 @@ class Dispatch:
     def reach_last_layer(self) -> None:
         """All of the step but its last layer is enqueued. Not told of a step that replays a graph."""
         if self._in_step and not self._is_marked:
-            self._ending, self._is_marked = self._ending or self._stream.event(), True
+            self._is_large = self._is_marked = True
             self._stream.compute_record(self._ending)
 
     def end_step(self) -> None:
@@ -258,7 +259,7 @@ class Dispatch:
 
     def _end_large_step(self) -> None:
         """A rank whose device is still at a large step must not be met: its peers' kernels would wait for all of it."""
-        if self._ending is None:
+        if not self._is_large:
             return
         entered = time.monotonic()
         is_seen = False
@@ -271,5 +272,5 @@ class Dispatch:
         self._meeting.stats.waited_s += now - entered
         if is_seen and 0 < told.ends_in < math.inf:
             self._pace = min(max(self._pace * (1 + (now - told.at) / told.ends_in) / 2, 1 / MOST_PACE), MOST_PACE)
-        self._ending = None
+        self._is_large = False
         self._meeting.large_done()
