@@ -26,8 +26,8 @@ def _at(address, offset: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _seat(sender, receiver):
-    """`tokens.seat`."""
-    return sender - (sender > receiver) * 1
+    """`tokens.seat`, int64: what lies before it may be more than 2 GiB."""
+    return tl.cast(sender - (sender > receiver) * 1, tl.int64)
 
 
 @triton.jit

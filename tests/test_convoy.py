@@ -187,6 +187,16 @@ def test_every_interleaving(size: int, deaths: int, tokens: tuple[int, ...]) -> 
     assert states > 100
 
 
+def test_a_helper_may_die_at_any_look() -> None:
+    """A rule looks more than once whether a rank lives."""
+    record = convoy.idle(convoy.start(2), 1, lambda _: True)[0]
+    for looks in range(4):
+        seen = iter(range(looks))
+        after, answer = convoy.large(record, 0, 3, lambda rank, seen=seen: rank == 0 or next(seen, None) is not None)
+        assert after.number == (1 if isinstance(answer, convoy.Round) else 0)
+        assert after.number or (answer is convoy.GO and after.states[0] is convoy.State.LARGE)
+
+
 def test_four_ranks_at_random() -> None:
     """Four ranks, long random runs with up to two deaths."""
     for seed in range(60):
@@ -208,8 +218,7 @@ LEAVES = "record = _depart(_enter(record, rank, State.IDLE), alive)"
         ("join", OWED, ""),
         ("give_up", OWED, ""),
         ("large", OWED, ""),
-        ("large", "tokens and ", ""),
-        ("large", " and record.states[rank] is not State.LARGE", ""),
+        ("large", "record.states[rank] is not State.LARGE and ", ""),
         ("large", " and alive(other)", ""),
         ("large", "others == [State.IDLE] * (len(record.states) - 1)", "State.IDLE in others"),
         ("large", "others == [State.IDLE] * (len(record.states) - 1)", "False"),

@@ -87,6 +87,32 @@ def test_patience() -> None:
     assert dataclasses.replace(QWEN3, num_layers=200).patience_s(64) == MOST_PATIENCE_S
 
 
+def test_helped_max_tokens() -> None:
+    """A large step gains by idle ranks whatever its size: their experts are computed beside its own, and nothing streams."""
+    for size in (2, 4, 8):
+        costs = dataclasses.replace(QWEN3, size=size)
+        assert costs.helped_max_tokens(8192) == 8192 > costs.max_tokens(8192 // size)
+        assert costs.helped_s(8192) < 0.9 * costs.alone_s(8192)
+    rare = dataclasses.replace(QWEN3, rates=dataclasses.replace(H100, exchange=H100.exchange / 10))
+    assert rare.helped_max_tokens(8192) < 4096, "a slow exchange"
+
+
+@pytest.mark.parametrize(("size", "hidden", "most"), [(2, 7168, 8192), (8, 7168, 5349), (8, 2048, 8192)])
+def test_an_inbox_has_a_bound(monkeypatch, size: int, hidden: int, most: int) -> None:
+    """2**30 bytes of activations and sums, of whatever many ranks."""
+    platform = SimpleNamespace(is_cpu=lambda: False, get_device_name=lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(dispatching, "current_platform", platform)
+    monkeypatch.setattr(dispatching, "has_graphs", lambda _: False)
+    placement = Placement(num_experts=256, size=size)
+    layer = SimpleNamespace(
+        module=SimpleNamespace(quant_method=SimpleNamespace(is_monolithic=False)), placement=placement, hidden_size=hidden, top_k=8,
+        itemsize=2, size=LayerSize(placement=placement, expert_bytes=[2 * 2 * hidden * 2048, 2 * hidden * 2048]),
+    )
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=8192), speculative_config=None)
+    limits = dispatching.limits(config, Options(size=size), SimpleNamespace(handle_kind="fd"), [layer] * 58, 1)
+    assert limits and limits.helped_max_tokens == most
+
+
 def test_members() -> None:
     """Of four ranks, each that takes part spares reads in place; a round of this rank alone costs what direct does."""
     four = dataclasses.replace(QWEN3, size=4)
@@ -136,4 +162,5 @@ def test_limits(monkeypatch, hidden: int, batched: int, given: int | None, most:
     assert len(lines) == 1 and said in lines[0]
     assert (limits and limits.max_tokens) == most
     if limits:
+        assert limits.helped_max_tokens == (given or QWEN3.helped_max_tokens(batched))
         assert f"up to {most} tokens" in lines[0] and limits.patience_s(16) == QWEN3.patience_s(16)

@@ -4,6 +4,7 @@ The rules of one rank are traced against a fake convoy; ranks that die, stop or 
 """
 
 import collections
+import dataclasses
 import functools
 import os
 import signal
@@ -31,7 +32,8 @@ from vllm_dwdp.integration.hooks import CHOOSE_GRAPH
 from vllm_dwdp.kernels.tokens import RoundLayout, did_not_come
 from vllm_dwdp.meeting import Stats
 
-from harness import WORKERS, Group, generate, reference, stats, streamed_model
+from harness import WORKERS, Group, await_that, generate, reference, stats, streamed_model
+from quantized import SHAPE
 
 MOST = 16
 HELPED_MOST = 2 * MOST
@@ -44,10 +46,13 @@ class Fakes:
     """Meeting, token exchange and stream of rank 0 in one; `calls` is what they were asked to do, in order."""
 
     def __init__(
-        self, owed: Sequence[Round] = (), joined: Round | None = None, looks: int = 0, company: bool = True, helped: Round | None = None
+        self, owed: Sequence[Round] = (), joined: Round | None = None, looks: int = 0, company: bool = True,
+        helped: Round | None = None, late: int = 0,
     ):
-        """`owed` are handed out first; `joined` is the next step's round, `helped` a large one's; a step has ended after `looks` looks."""
-        self._company, self._helped = company, helped
+        """`owed` are handed out first; `joined` is the next step's round, `helped` a large one's. After `looks` looks a step has
+        ended, after `late` looks peers are idle.
+        """
+        self._company, self._helped, self._late = company, helped, late
         self.rank, self.size, self.stats = 0, 2, Stats(2)
         self.calls: list[tuple] = []
         self._owed, self._joined, self._looks, self.events = list(owed), joined, looks, 0
@@ -69,7 +74,8 @@ class Fakes:
 
     def has_helpers(self) -> bool:
         self.note("helpers")
-        return True
+        self._late -= 1
+        return self._late < 0
 
     def join(self, num_tokens: int, patience_s: float, end_s: float, is_at_work: Callable[[], bool]) -> Round | None:
         return self._next("join", num_tokens, patience_s, otherwise=self._joined)
@@ -110,7 +116,7 @@ class Fakes:
 def make(fakes: Fakes, graph_sizes: tuple[int, ...] = (4, 8), small_s: float = 0.0) -> Dispatch:
     limits = Limits(
         max_tokens=MOST, helped_max_tokens=HELPED_MOST, graph_sizes=graph_sizes, patience_s=lambda tokens: tokens / 1000,
-        alone_s=lambda tokens: 7.0 if tokens > MOST else small_s,
+        helped_s=lambda _: 4.0, alone_s=lambda tokens: 7.0 if tokens > MOST else small_s,
     )
     made = Dispatch(fakes, fakes, fakes, fakes, limits)
     made.help_out = lambda: fakes.note("help out", made.padded, made.places(1))
@@ -149,17 +155,39 @@ def test_a_large_step_takes_idle_peers_along() -> None:
     assert ("record", "event 2") in fakes.said()
 
 
-@pytest.mark.parametrize(("looks", "is_over"), [(0, True), (9, False)])
-def test_a_large_step_that_has_ended_stands_in_no_peers_way(looks: int, is_over: bool) -> None:
-    """The next one may take them along; behind one on the device it goes alone, which the convoy's rules see to."""
-    fakes = Fakes(looks=looks)
+def test_a_large_step_looks_out_for_who_helped_with_the_last_one() -> None:
+    """They launch it meanwhile; no longer than the device has work, or HELPERS_S."""
+    fakes = Fakes(helped=Round(9, (0, 1), (MEDIUM, 0)), late=3)
+    made = make(fakes)
+    for looks, looked in ((10**9, 4), (2, 2)):
+        made.begin_step(MEDIUM)
+        made.end_step()
+        fakes.said()
+        fakes._late, fakes._looks = 3, looks
+        made.begin_step(MEDIUM)
+        assert collections.Counter(call[0] for call in fakes.said())["helpers"] == looked
+        made.end_step()
+    fakes._late = fakes._looks = 10**9
+    began = time.monotonic()
+    made.begin_step(MEDIUM)
+    assert module.HELPERS_S <= time.monotonic() - began < module.HELPERS_S + 0.1
+    made.end_step()
+    fakes.said()
+    made.begin_step(MEDIUM, is_ready=False)
+    assert [call for call in fakes.said() if call[0] != "look"] == [("check",), ("large", pytest.approx(11.0, abs=0.5))]
+
+
+@pytest.mark.parametrize(("looks", "late", "takes_s"), [(0, 1, 7.0), (9, 0, 3.5), (9, 1, 14.0)])
+def test_a_large_step_that_has_ended_stands_in_no_peers_way(looks: int, late: int, takes_s: float) -> None:
+    """The next one may take them along, and waits for that while they are idle; else it is launched behind, alone."""
+    fakes = Fakes(looks=looks, late=late)
     made = make(fakes)
     made.begin_step(LARGE)
     made.end_step()
     fakes.said()
     assert not made.begin_step(MEDIUM)
-    said = [call for call in fakes.said() if call[0] != "look"]
-    assert said == [("check",), *([("large done",)] if is_over else []), ("large", 7.0 if is_over else 14.0, MEDIUM)]
+    said = [call for call in fakes.said() if call[0] not in ("look", "helpers")]
+    assert said == [("check",), *([("large done",)] if takes_s < 14.0 else []), ("large", pytest.approx(takes_s, rel=0.01), MEDIUM)]
     assert fakes.events == 2, "the driver frees none"
 
 
@@ -345,7 +373,8 @@ def test_a_rehearsal_is_steps_alone_in_no_graph_of_counts_that_16_divides_and_do
     made = make(fakes)
     made.rehearse(lambda tokens: fakes.note("forward", tokens, made.is_beyond_graphs, made.places(tokens)))
     assert MOST % 16 == 0 and fakes.said() == [
-        said for tokens in (MOST, MOST - 1) for said in [("begin", 0, (0,), (tokens, 0), 0), ("forward", tokens, True, 0)]
+        said for tokens in (MOST - 1, MOST, HELPED_MOST - 1, HELPED_MOST)
+        for said in [("begin", 0, (0,), (tokens, 0), 0), ("forward", tokens, True, 0)]
     ]
     assert made.places(1) == 1 and not made.is_beyond_graphs, "it is over"
 
@@ -361,10 +390,15 @@ def test_a_member_that_did_not_come_is_named_before_the_next_step() -> None:
 
 
 SOON_S = 2.0
+LONG = "x" * 1400
 
 
 def meetings(llm: Any) -> dict[str, Any]:
     return stats(llm)["dispatch"]
+
+
+def has_helpers(llm: Any) -> bool:
+    return streamed_model(llm).dispatch._meeting.has_helpers()
 
 
 def told(llm: Any) -> list[str]:
@@ -405,6 +439,37 @@ def test_peers_that_stop_or_end_between_rounds(models) -> None:
         second.process.join()
         assert first.run(generate) == expected
         assert first.run(meetings)["steps"] == again["steps"]
+
+
+def offer_all(rank: int) -> None:
+    """Steps of up to 256 tokens are helped with, on a GPU too, where a tiny model's would not gain."""
+    limits = dispatching.limits
+    dispatching.limits = lambda *args: dataclasses.replace(limits(*args), helped_max_tokens=256)
+
+
+def lend(llm: Any, over: Path) -> None:
+    while not over.exists():
+        llm.llm_engine.model_executor.driver_worker.worker.dwdp_help()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", ["host", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_prompts_with_which_an_idle_rank_helps_are_answered_as_by_stock_vllm(models, tmp_path: Path, kind: str) -> None:
+    model, work = models("qwen3_moe", **SHAPE | dict(dtype="float32")), functools.partial(generate, lengths=(200, 255, 90), tokens=6)
+    with Group(model, 0) as stock:
+        (expected,) = stock.run(work)
+    with Group(model, 2, {"dispatch_max_tokens": 16}, setup=offer_all) as group:
+        first, second = group.ranks
+        was = first.run(stats)["forwards"]
+        second.send(lend, over := tmp_path / "over")
+        await_that(lambda: first.run(has_helpers), "rank 1 to be idle")
+        assert first.run(work) == expected
+        over.touch()
+        second.answer(60)
+        now, (met, helped) = first.run(stats)["forwards"], group.run(meetings)
+    steps = now["dispatched"] - was["dispatched"]
+    assert steps >= 8 and now["streamed"] == was["streamed"] and now["direct"] == was["direct"]
+    assert met["rounds"] == helped["helper_rounds"] == steps
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -463,10 +528,9 @@ def test_a_member_that_ends_inside_a_round(models, kind: str) -> None:
 
 @pytest.fixture(scope="module", name="server")
 def serving(models, tmp_path_factory: pytest.TempPathFactory):
-    """Two ranks; a chunk of a prompt is large, a decode is small."""
+    """Two ranks; a chunk of a prompt, of 64 tokens, is large, a decode is small."""
     folder: Path = tmp_path_factory.mktemp("dispatch")
-    with Server(models("qwen3_moe"), folder, "--data-parallel-size", "2", "--parallel", "dwdp",
-                "--dwdp-dispatch-max-tokens", "16", *WORKERS) as server:
+    with Server(models("qwen3_moe"), folder, "--data-parallel-size", "2", "--parallel", "dwdp", *WORKERS) as server:
         yield server
 
 
@@ -516,6 +580,19 @@ def test_an_idle_rank_helps_and_takes_no_step(server: Server) -> None:
 
 
 @pytest.mark.engine
+def test_an_idle_rank_helps_with_a_long_prompt(server: Server) -> None:
+    """Every large step of it is a round of both ranks, which streams nothing; a rank that decodes takes no part."""
+    text, (busy, idle) = during(server, lambda: server.complete(LONG, 4, rank=0))
+    assert busy["dispatched"] == busy["forwards"] == busy["rounds"] >= 25 and busy["prefetch_bytes"] == 0
+    assert idle["forwards"] == 0 and idle["helper_rounds"] == busy["rounds"]
+    with server.request("hello", 400, rank=1, stream=True) as decoding:
+        assert decoding.readline().startswith(b"data:")
+        again, (alone, _) = during(server, lambda: server.complete(LONG, 4, rank=0))
+        decoding.close()
+    assert again == text and alone["streamed"] > 15
+
+
+@pytest.mark.engine
 def test_ranks_that_decode_dispatch(server: Server) -> None:
     """Nearly every step of two busy ranks is a round of both."""
     def both() -> list[str]:
@@ -534,14 +611,14 @@ def test_a_long_prefill_is_not_waited_for(server: Server) -> None:
     """While rank 1 prefills prompt after prompt in large steps, rank 0's steps do not wait for those."""
     def work() -> str:
         with ThreadPoolExecutor(1) as pool:
-            prompts = pool.map(lambda i: server.complete(f"{i}" + "x" * 1400, 1, rank=1), range(4))
+            prompts = pool.map(lambda i: server.complete(f"{i}" + LONG, 1, rank=1), range(4))
             text = server.complete("hello", 100, rank=0)
             list(prompts)
             return text
 
     text, (decoding, prefilling) = during(server, work)
     assert text == server.complete("hello", 100, rank=0)
-    assert prefilling["streamed"] + prefilling["direct"] >= 4 * 21, "64 tokens a step"
+    assert prefilling["forwards"] >= 4 * 22 and prefilling["streamed"] > 22, "but for those that begin when rank 0 is idle"
     assert decoding["alone"] > 10
     assert decoding["meeting_seconds"] < 1.0, "a wait for each large step would be many times as long"
     print(decoding, prefilling)

@@ -114,11 +114,12 @@ def test_no_embedding_of_a_round_that_a_member_did_not_come_to(monkeypatch: pyte
     made.dwdp = types.SimpleNamespace(dispatch=dispatch, prefetcher=types.SimpleNamespace(begin_step=nothing, end_step=nothing))
     made.vllm_config = types.SimpleNamespace(speculative_config=None)
     monkeypatch.setattr(worker.PlatformWorker, "execute_model", lambda *_: Pooled())
-    output = made.execute_model(types.SimpleNamespace(total_num_scheduled_tokens=5))
+    step = types.SimpleNamespace(total_num_scheduled_tokens=5, scheduled_encoder_inputs={})
+    output = made.execute_model(step)
     with pytest.raises(worker.DWDPError, match="rank 1 did not come"):
         output.get_output()
     monkeypatch.setattr(worker.PlatformWorker, "execute_model", lambda *_: None)
-    assert made.execute_model(types.SimpleNamespace(total_num_scheduled_tokens=5)) is None, "tokens are sampled later"
+    assert made.execute_model(step) is None, "tokens are sampled later"
 
 
 def test_warm_up_meets_nobody_and_steps_then_do(monkeypatch: pytest.MonkeyPatch) -> None:

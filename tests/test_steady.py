@@ -11,6 +11,7 @@ import os
 import random
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
@@ -80,7 +81,7 @@ class World:
         )
         self.limits = Limits(
             max_tokens=self.costs.max_tokens(LARGE // size), helped_max_tokens=self.costs.helped_max_tokens(LARGE), graph_sizes=(),
-            patience_s=functools.cache(self.costs.patience_s), alone_s=functools.cache(self.costs.alone_s),
+            patience_s=functools.cache(self.costs.patience_s), helped_s=self.costs.helped_s, alone_s=functools.cache(self.costs.alone_s),
         )
         self.members: dict[int, dict[int, End]] = {}  # by round and rank: when its device reaches the round
         fd = meeting.create(size)
@@ -113,8 +114,10 @@ class Rank:
 
     def __init__(self, world: World, fd: int, number: int):
         self.world, self.number, self.kinds = world, number, ""
+        self.first: list[Any] = []  # when it had its first step, and the End of that
         self.meeting = meeting.Meeting(fd, number, world.costs.size)
         self._ends: list[End] = [lambda: 0.0]
+        self._own: list[int] = []  # its own steps
         self._round: Round | None = None
         self._dispatch = Dispatch(self, self, self.meeting, self, world.limits)
         self._dispatch.meets = True
@@ -140,7 +143,8 @@ class Rank:
             if not tokens:
                 self._dispatch.help(HELP_S, lambda: self.world.is_over)
                 continue
-            while not self.is_done([max(len(self._ends) - 2, 0)]) and not self.world.is_over:
+            self.first = self.first or [self.world.clock.monotonic()]
+            while not self.is_done(self._own[-2:-1] or [0]) and not self.world.is_over:
                 self.world.clock.sleep(TICK_S)
             if self.world.is_over:
                 break
@@ -149,6 +153,8 @@ class Rank:
             self._dispatch.begin_step(tokens)
             self.kinds += ("lL" if tokens > self.world.limits.max_tokens else "ar")[self._round is not None]
             self._launch(tokens)
+            self._own.append(len(self._ends) - 1)
+            self.first[1:] = self.first[1:] or [self._ends[-1]]
             self._dispatch.end_step()
         self.world.is_over = True
         self.meeting.leave()
@@ -249,7 +255,15 @@ def test_a_long_prompt_takes_idle_ranks_along(world, size: int) -> None:
     assert kinds == "L" * 20 and made.took_s < 20.5 * made.round_s(Round(1, tuple(range(size)), (most, *[0] * (size - 1))))
 
 
-def test_a_rank_that_helped_is_kept_no_longer_than_one_large_step(world) -> None:
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_large_step_that_went_alone_keeps_no_later_one_from_help(world, size: int) -> None:
+    made = world(size)
+    most = made.limits.helped_max_tokens
+    kinds, *_ = made.run([[most] * 20, [16] * 3 + [0] * 1000, *[[0] * 1000] * (size - 2)], [0.0] * size)
+    assert "l" in kinds and kinds.endswith("L" * 15), kinds
+
+
+def test_a_rank_that_helped_is_kept_no_longer_than_two_large_steps(world) -> None:
     """Once it has steps of its own they do not wait for its peer's large ones, nor those for them."""
     made = world(2)
     most = made.limits.helped_max_tokens
@@ -259,3 +273,5 @@ def test_a_rank_that_helped_is_kept_no_longer_than_one_large_step(world) -> None
     assert large == "L" * helped + "l" * alone and helped >= 3 and alone >= 6 and "r" not in small
     assert made.took_s < 1.02 * (helped * helped_s + alone * alone_s)
     assert len(small) > 0.8 * (alone * alone_s - helped_s) / made.costs.alone_s(16)
+    request_s, end = made.ranks[1].first
+    assert 0 < end() - request_s < 2 * helped_s + made.costs.alone_s(16) + 4 * HOST_S

@@ -63,10 +63,10 @@ class Ranks:
             self.tokens = CudaTokens(self.device.device, rank, at, inboxes, [self.owners] * num_layers)
 
 
-def rows_of(seed: int, rank: int, count: int, dtype: torch.dtype):
+def rows_of(seed: int, rank: int, count: int, dtype: torch.dtype, width: int = HIDDEN):
     """What a rank computes on in one layer: the same for whoever asks."""
     generator = torch.Generator().manual_seed(1000 * seed + rank)
-    hidden = torch.randn(count, HIDDEN, generator=generator).to(dtype)
+    hidden = torch.randn(count, width, generator=generator).to(dtype)
     weights = torch.rand(count, TOP_K, generator=generator)
     ids = torch.rand(count, EXPERTS, generator=generator).argsort(1)[:, :TOP_K].to(torch.int32).contiguous()
     ids[torch.rand(ids.shape, generator=generator) < 0.05] = -1  # a place that the router left empty
@@ -82,8 +82,10 @@ def experts(hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> t
     return total.to(hidden.dtype)
 
 
-def expected(seed: int, rank: int, layout: RoundLayout, owners: list[list[int]], dtype: torch.dtype) -> torch.Tensor:
-    hidden, weights, ids = rows_of(seed, rank, layout.tokens[rank], dtype)
+def expected(
+    seed: int, rank: int, layout: RoundLayout, owners: list[list[int]], dtype: torch.dtype, width: int
+) -> torch.Tensor:
+    hidden, weights, ids = rows_of(seed, rank, layout.tokens[rank], dtype, width)
     owner = torch.tensor(owners[layout.mask])[ids.long()]
     total = torch.zeros(hidden.shape, dtype=torch.float32)
     for member in layout.members:
@@ -103,21 +105,29 @@ def rounds(size: int, count: int, seed: int = 0) -> list[RoundLayout]:
     return found
 
 
-def poison(ranks: Ranks, rank: int, senders: Sequence[int], offset: int, row_bytes: int) -> None:
+def helped(size: int, count: int, rows: int) -> list[RoundLayout]:
+    """Rounds of all ranks in which one has up to `rows` rows and the others help."""
+    rng = random.Random(0)
+    tokens = [[rng.choice([rows, rows - 1, 1025]) if r == number % size else 0 for r in range(size)] for number in range(count)]
+    return [RoundLayout(number=number + 1, members=tuple(range(size)), tokens=tuple(row)) for number, row in enumerate(tokens)]
+
+
+def poison(ranks: Ranks, rank: int, senders: Sequence[int], offset: int, seat_bytes: int) -> None:
     """Ruin what was sent in this round; a rank that has sent nothing may have sent rows of the next."""
     for sender in set(senders) - {rank}:
-        start = offset + (sender - (sender > rank)) * ROWS * row_bytes
-        ranks.mine[start : start + ROWS * row_bytes].fill_(0xFF)
+        start = offset + (sender - (sender > rank)) * seat_bytes
+        ranks.mine[start : start + seat_bytes].fill_(0xFF)
 
 
 def check_rounds(
-    rank: int, size: int, kind: str, pipes: dict, dtype: torch.dtype, count: int, per_rank: int | None, num_layers: int
+    rank: int, size: int, kind: str, pipes: dict, dtype: torch.dtype, layouts: list[RoundLayout], per_rank: int | None, num_layers: int,
+    width: int = HIDDEN, num_rows: int = ROWS,
 ) -> None:
-    at = InboxMap(size=size, rows=ROWS, hidden=HIDDEN, top_k=TOP_K, itemsize=dtype.itemsize)
+    at = InboxMap(size=size, rows=num_rows, hidden=width, top_k=TOP_K, itemsize=dtype.itemsize)
     ranks = Ranks(rank, size, kind, pipes, at=at, per_rank=per_rank, num_layers=num_layers)
     where, rng = torch_device(ranks.device), random.Random(rank)
     found, chosen = [], []
-    for layout in rounds(size, count):
+    for layout in layouts:
         if rank not in layout.members:
             alone = tuple(rng.randint(1, ROWS) if r == rank else 0 for r in range(size))
             layout = RoundLayout(number=layout.number, members=(rank,), tokens=alone, padded=rng.choice([0, ROWS]))
@@ -127,7 +137,7 @@ def check_rounds(
         senders = [member for member in layout.members if layout.tokens[member]]
         for layer in range(num_layers):
             seed = layout.number * num_layers + layer
-            rows = rows_of(seed, rank, layout.tokens[rank], dtype)
+            rows = rows_of(seed, rank, layout.tokens[rank], dtype, width)
             hidden, weights, ids = (
                 torch.cat([r, r.new_full((own - r.shape[0], r.shape[1]), -1)]).to(where) for r in rows
             )
@@ -135,20 +145,20 @@ def check_rounds(
                 time.sleep(rng.random() * 0.01)
             gathered = ranks.tokens.dispatch(layer, hidden, weights, ids, places)
             assert gathered[0].shape[0] == (places * size or layout.num_rows)
-            poison(ranks, rank, senders, at.hiddens, HIDDEN * at.itemsize)
-            poison(ranks, rank, senders, at.ids, 4 * TOP_K)
-            poison(ranks, rank, senders, at.weights, 4 * TOP_K)
+            poison(ranks, rank, senders, at.hiddens, at.rows * width * at.itemsize)
+            poison(ranks, rank, senders, at.ids, at.rows * 4 * TOP_K)
+            poison(ranks, rank, senders, at.weights, at.rows * 4 * TOP_K)
             chosen.append((gathered[2], layout))
             partial = experts(*gathered)
             sums = ranks.tokens.combine(layer, partial, own, places)
-            poison(ranks, rank, layout.members if layout.tokens[rank] else (), at.sums, HIDDEN * at.itemsize)
+            poison(ranks, rank, layout.members if layout.tokens[rank] else (), at.sums, at.rows * width * at.itemsize)
             found.append((sums[: layout.tokens[rank]], seed, layout))
     for ids, layout in chosen:
         owner = torch.tensor(ranks.owners[layout.mask])[ids.long().cpu().clamp_min(0)]
         assert ((owner == rank) | (owner == -1) | (ids.cpu() < 0)).all(), "no expert that another member computes"
         assert kind == "cuda" or (ids >= 0).all(), "vLLM's CPU kernel takes no empty place"
     for sums, seed, layout in found:
-        wanted = expected(seed, rank, layout, ranks.owners, dtype)
+        wanted = expected(seed, rank, layout, ranks.owners, dtype, width)
         assert torch.equal(sums.cpu(), wanted), f"round {layout}: {(sums.cpu() - wanted).abs().max()}"
     ranks.tokens.check()
     ranks.tokens.close()
@@ -194,7 +204,18 @@ def test_sums_are_exact(kind: str, size: int, dtype: torch.dtype, per_rank: int 
 
     With one layer the flags of two rounds differ by the round alone.
     """
-    outcomes = run(check_rounds, size, kind, dtype=dtype, count=60, per_rank=per_rank, num_layers=num_layers)
+    outcomes = run(check_rounds, size, kind, dtype=dtype, layouts=rounds(size, 60), per_rank=per_rank, num_layers=num_layers)
+    assert outcomes == dict.fromkeys(range(size)), "\n".join(filter(None, outcomes.values()))
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+@pytest.mark.parametrize("size", [2, 3])
+def test_sums_of_one_rank_s_many_rows_are_exact(kind: str, size: int) -> None:
+    """More than lanes take at once, all of one sender, as in a large step with which idle ranks help."""
+    outcomes = run(
+        check_rounds, size, kind, dtype=torch.bfloat16, layouts=helped(size, 6, 3000), per_rank=None, num_layers=2, width=2048,
+        num_rows=3000,
+    )
     assert outcomes == dict.fromkeys(range(size)), "\n".join(filter(None, outcomes.values()))
 
 

@@ -49,7 +49,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = "auto"
     dispatch_max_tokens: Annotated[
         Annotated[int, Meta(ge=1)] | None,
-        Meta(description="steps up to this many tokens are dispatched", extra={"unset": "derived at start-up"}),
+        Meta(description="steps up to this many tokens are dispatched, even where idle ranks could help with larger ones",
+             extra={"unset": "derived at start-up"}),
     ] = None
     experts_per_rank: Annotated[
         Annotated[int, Meta(ge=1)] | None,

@@ -95,9 +95,10 @@ def large(record: Record, rank: int, tokens: int, alive: Alive) -> Outcome:
     if record.due[rank]:
         return _launch(record, rank)
     others = [state for other, state in enumerate(record.states) if other != rank and alive(other)]
-    if tokens and record.states[rank] is not State.LARGE and others == [State.IDLE] * (len(record.states) - 1):
-        record = record._replace(tokens=_put(record.tokens, rank, tokens))
-        return _launch(_depart(_enter(record, rank, State.WAITING), alive), rank)
+    if record.states[rank] is not State.LARGE and others == [State.IDLE] * (len(record.states) - 1):
+        made = _enter(record._replace(tokens=_put(record.tokens, rank, tokens)), rank, State.WAITING)
+        if (made := _depart(made, alive)).due[rank]:
+            return _launch(made, rank)
     return _depart(_enter(record, rank, State.LARGE), alive), GO
 
 

@@ -96,13 +96,16 @@ class Costs:
 
     def helped_max_tokens(self, bound: int) -> int:
         """The largest step of at most `bound` tokens that gains enough with every other rank's help; 0 if none does."""
-        gains = (own for own in range(bound, 0, -1) if self.dispatched_us(own, own, self.size) < (1 - WORTH) * self.alone_us(own))
-        return next(gains, 0)
+        return next((own for own in range(bound, 0, -1) if self.helped_s(own) < (1 - WORTH) * self.alone_s(own)), 0)
 
     def patience_s(self, num_tokens: int) -> float:
         """Seconds that a step may wait for its peers: what it gains over all layers if all are alike, within bounds."""
         gained = self.num_layers * self.saved_us(num_tokens, self.size) * 1e-6
         return min(max(gained, LEAST_PATIENCE_S), MOST_PATIENCE_S)
+
+    def helped_s(self, num_tokens: int) -> float:
+        """Seconds on the device that a step takes with which all other ranks help."""
+        return self.num_layers * self.dispatched_us(num_tokens, num_tokens, self.size) * 1e-6
 
     def alone_s(self, num_tokens: int) -> float:
         """Seconds on the device that a step takes which goes without peers. In a graph it reads in place, even if that takes longer."""

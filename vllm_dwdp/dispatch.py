@@ -34,14 +34,15 @@ HELPERS_S = 0.02  # how long a large step looks out for idle ranks while its dev
 class Limits:
     """Which steps meet, and for how long they wait for it. `graph_sizes` are the rows that vLLM captures, ascending.
 
-    `helped_max_tokens`, no less than `max_tokens`, are of steps that idle ranks help with; `alone_s` is how long a step
-    that goes without peers is expected to take on the device.
+    `helped_max_tokens`, no less than `max_tokens`, are of steps that idle ranks help with; `helped_s` and `alone_s` are how long
+    a step that all of them help with, and one that goes without peers, are expected to take on the device.
     """
 
     max_tokens: int
     helped_max_tokens: int
     graph_sizes: Sequence[int]
     patience_s: Callable[[int], float]
+    helped_s: Callable[[int], float]
     alone_s: Callable[[int], float]
 
     def manifest(self) -> DispatchManifest:
@@ -106,12 +107,15 @@ class Dispatch:
         """Whether the step under way must run without a graph: a graph has no places for the largest step of its round."""
         return self._layout is not None and not self._layout.padded
 
-    def begin_step(self, num_tokens: int) -> bool:
-        """Meet the peers, if the step is worth it. Returns whether its layers dispatch: with peers, or alone in a graph."""
+    def begin_step(self, num_tokens: int, is_ready: bool = True) -> bool:
+        """Meet the peers, if the step is worth it. Returns whether its layers dispatch: with peers, or alone in a graph.
+
+        A large step that is not ready, as it has inputs to encode first, asks nobody for help.
+        """
         self._tokens.check()
         self._in_step, self._is_marked = True, True
         if num_tokens > self.limits.max_tokens:
-            if (made := self._offer(num_tokens)) is not None:
+            if (made := self._offer(num_tokens) if is_ready else self._announce(num_tokens)) is not None:
                 self._begin(self._layout_of(made))
         elif self.meets and (made := self._meet(num_tokens)) is not None:
             self._begin(self._layout_of(made))
@@ -145,7 +149,7 @@ class Dispatch:
         """The round of a large step in which all other ranks help; None: it goes alone."""
         if num_tokens > self.limits.helped_max_tokens:
             return self._announce(num_tokens)
-        if not self._is_at_large_step():
+        if not self._is_at_large_step() or self._meeting.has_helpers():
             self._end_large_step()
         until_s = min(time.monotonic() + HELPERS_S, self._helped_until_s)  # who helped in the last step launches it now
         while self.meets and time.monotonic() < until_s and self._is_at_work() and not self._meeting.has_helpers():
@@ -196,9 +200,9 @@ class Dispatch:
 
         Triton compiles a kernel anew for a count that 16 does not divide.
         """
-        most = self.limits.max_tokens // 16 * 16 or self.limits.max_tokens
+        most, helped = (count // 16 * 16 or count for count in (self.limits.max_tokens, self.limits.helped_max_tokens))
         self._in_step = True
-        for num_tokens in (most, most - 1 or most):
+        for num_tokens in sorted({most, most - 1 or most, helped, helped - 1 or helped}):
             with self._laid_out(dataclasses.replace(self._alone(num_tokens), padded=0)):
                 forward(num_tokens)
         self._in_step = False
@@ -244,8 +248,8 @@ class Dispatch:
     def _begin(self, layout: RoundLayout) -> None:
         self._layout = layout
         self._tokens.begin(layout)
-        if (most := max(layout.tokens)) > self.limits.max_tokens:
-            self._helped_until_s = time.monotonic() + self._alone_s(most)
+        if layout.number and (most := max(layout.tokens)) > self.limits.max_tokens:
+            self._helped_until_s = time.monotonic() + self.limits.helped_s(most)
 
     def _layout_of(self, made: Round) -> RoundLayout:
         return RoundLayout(

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import psutil
 
+from vllm_dwdp.entrypoints.server import SessionFailure
+
 _FORKS = multiprocessing.get_context("forkserver")
 
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Import vLLM, beside the body, once for all clients that it starts; it leaves no process behind."""
+    """Import vLLM, beside the body, once for all clients that it starts. It leaves no process behind; once in a process."""
     _FORKS.set_forkserver_preload(["vllm.benchmarks.serve", __name__])
     try:
         forkserver.ensure_running()
@@ -28,11 +30,19 @@ def importing() -> Iterator[None]:
                     process.wait()
 
 
-def start(arguments: Sequence[str], log: Path) -> BaseProcess:
-    """`vllm bench serve` with these arguments; its output goes to `log`."""
+@contextlib.contextmanager
+def started(arguments: Sequence[str], log: Path) -> Iterator[BaseProcess]:
+    """`vllm bench serve` with these arguments, ended after the body; its output goes to `log`."""
     client = _FORKS.Process(target=_run, args=(arguments, log), daemon=True)
-    client.start()
-    return client
+    try:
+        client.start()
+    except EOFError:
+        raise SessionFailure("the process that imports vLLM for `vllm bench serve` has ended: is there memory for it?") from None
+    try:
+        yield client
+    finally:
+        client.kill()
+        client.join()
 
 
 def _run(arguments: Sequence[str], log: Path) -> None:

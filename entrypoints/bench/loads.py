@@ -89,7 +89,7 @@ def put_under_load(
     Its logs and JSON are `logs` and the load's name. Raises SessionFailure unless every request completes within `timeout_s`.
     """
     found = []
-    with contextlib.ExitStack() as ends:
+    with contextlib.ExitStack() as clients:
         running = []
         for number, load in enumerate(mix):
             log = logs.with_name(f"{logs.name}-{str(load).replace(':', '-')}.log")
@@ -102,14 +102,13 @@ def put_under_load(
                 "--result-dir", str(log.parent), "--result-filename", log.with_suffix(".json").name,
                 *([] if load.rank is None else ["--header", f"X-data-parallel-rank={load.rank}"]),
             ]
-            running.append((load, log, started := client.start(arguments, log)))
-            ends.callback(started.kill)
-        for load, log, started in running:
-            started.join(timeout_s)
-            if started.exitcode is None:
+            running.append((load, log, clients.enter_context(client.started(arguments, log))))
+        for load, log, process in running:
+            process.join(timeout_s)
+            if process.exitcode is None:
                 raise SessionFailure(f"load: not done after {timeout_s:g} s, see {log}")
-            if started.exitcode:
-                raise SessionFailure(f"`vllm bench serve` ended with {started.exitcode}, see {log}")
+            if process.exitcode:
+                raise SessionFailure(f"`vllm bench serve` ended with {process.exitcode}, see {log}")
             figures = json.loads(log.with_suffix(".json").read_text())
             if figures["completed"] != load.count:
                 raise SessionFailure(f"{figures['completed']} of {load.count} requests were completed, see {log}")

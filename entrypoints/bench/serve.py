@@ -3,7 +3,7 @@
 import contextlib
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -103,18 +103,22 @@ class Serving(Comparison):
     def measure(self) -> None:
         """Each mode's server, one after the other or all together. None outlives this."""
         modes = self.settings.modes
-        for group in [modes] if self.settings.side_by_side else [(mode,) for mode in modes]:
-            with client.importing(), contextlib.ExitStack() as running:
-                servers = {mode: running.enter_context(self._server(mode)) for mode in group}
-                for mode, server in servers.items():
-                    with self._noting_failure(mode, server):
-                        self._prepare(mode, server)
-                for repeat in range(1, self.settings.repeats + 1):
-                    for index, mix in enumerate(self.mixes):  # which a sweep's first reading makes longer
-                        for mode in [mode for mode in group if mode not in self.failures]:
-                            with self._noting_failure(mode, servers[mode]):
-                                self._read(mode, servers[mode], mix, repeat, seed=1000 * repeat + index)
-                            self.write()
+        with client.importing():
+            for group in [modes] if self.settings.side_by_side else [(mode,) for mode in modes]:
+                self._measure_beside(group)
+
+    def _measure_beside(self, group: Sequence[str]) -> None:
+        with contextlib.ExitStack() as running:
+            servers = {mode: running.enter_context(self._server(mode)) for mode in group}
+            for mode, server in servers.items():
+                with self._noting_failure(mode, server):
+                    self._prepare(mode, server)
+            for repeat in range(1, self.settings.repeats + 1):
+                for index, mix in enumerate(self.mixes):  # which a sweep's first reading makes longer
+                    for mode in [mode for mode in group if mode not in self.failures]:
+                        with self._noting_failure(mode, servers[mode]):
+                            self._read(mode, servers[mode], mix, repeat, seed=1000 * repeat + index)
+                        self.write()
 
     @contextlib.contextmanager
     def _noting_failure(self, mode: str, server: Server) -> Iterator[None]:

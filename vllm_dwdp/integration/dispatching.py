@@ -23,6 +23,7 @@ from vllm_dwdp.kernels.device import Device
 logger = init_logger("vllm.dwdp.dispatching")
 # On CPU, whose costs are not known: some steps of a busy machine, and a peer that stops costs it once; no large step ends soon.
 HOST_PATIENCE_S, HOST_LARGE_S = 0.5, math.inf
+INBOX_BYTES = 2**30  # what an inbox may have for steps that all ranks help with
 
 
 def limits(
@@ -52,14 +53,16 @@ def limits(
         why = "as many as ranks have memory for together, --max-num-batched-tokens over their number"
     else:
         why = "above, a step alone is expected to take less"
-    helped = largest if costs is None else costs.helped_max_tokens(largest)
-    helped = max(most, 0 if options.dispatch_max_tokens else helped)
+    row_bytes = 2 * max(layer.hidden_size * layer.itemsize for layer in layers)  # of an inbox: activations, and sums
+    held = min(largest, INBOX_BYTES // (row_bytes * (layers[0].placement.size - 1)))
+    helped = max(most, 0 if options.dispatch_max_tokens else held if costs is None else costs.helped_max_tokens(held))
     logger.info(
         "DWDP dispatch is on: steps of up to %d tokens send them to their experts' owners, with the ranks at hand (%s)%s",
         most, why, f"; of up to {helped} where all other ranks are idle" if helped > most else "",
     )
     return Limits(
         max_tokens=most, helped_max_tokens=helped, graph_sizes=dispatched_sizes(sizes, most, lengths),
+        helped_s=functools.cache(costs.helped_s) if costs is not None else lambda _: HOST_LARGE_S,
         patience_s=functools.cache(costs.patience_s) if costs is not None else lambda _: HOST_PATIENCE_S,
         alone_s=functools.cache(costs.alone_s) if costs is not None else lambda count: HOST_LARGE_S if count > most else 0.0,
     )

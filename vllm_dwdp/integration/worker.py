@@ -125,7 +125,9 @@ class DWDPWorker(PlatformWorker):
         if not num_tokens:
             return super().execute_model(scheduler_output)
         self._is_idle = False
-        dispatched = dispatch is not None and dispatch.begin_step(num_tokens)
+        dispatched = dispatch is not None and dispatch.begin_step(
+            num_tokens, is_ready=not scheduler_output.scheduled_encoder_inputs
+        )
         # Where a request decodes several tokens, vLLM may pad a batch to a graph larger than the next captured size.
         exact = self.vllm_config.speculative_config is None
         self.dwdp.prefetcher.begin_step(num_tokens, exact=exact, dispatched=dispatched)
