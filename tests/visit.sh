@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that is owed on two GPUs, in one visit. Run where vLLM is importable: tests/visit.sh MODEL OUT PART...
 #   MODEL: a folder with Qwen3-30B-A3B's config.json. OUT gets JSON, pictures and logs. Parts, with seconds on two H100s:
-#   before (150)  layers (40)  decode (110)  prefill (200)  serve (540)  unequal (260)  tests (430)  sanitize (170)
+#   before (155)  layers (40)  decode (110)  prefill (200)  serve (500)  unequal (260)  tests (450)  sanitize (220)
 # DECODE_MODES names the bench's modes for decode, LOADS the servers' loads.
 # VISIT_CPU=1 goes through the same steps with a tiny model on CPU.
 set -u
@@ -16,7 +16,8 @@ engine='{"kv_cache_memory_bytes": 3221225472}'
 serve='--load-format dummy --gpu-memory-utilization 0.45 --kv-cache-memory-bytes 8589934592 --hf-overrides {\"num_hidden_layers\":24}'
 rival=ep batches=1,4,16,32,64,128 steps=16384,8192 prompts=16
 saturated=2048:256:inf:256,8192:64:inf:128,8192:1:inf:160 chats=512:256:8:80,512:256:2:20
-loads=${LOADS:-$saturated,2048:256:24:200,2048:256:16:160,2048:256:8:80,8192:64:12:100,8192:64:8:80,8192:64:4:40,$chats}
+prompts_alone=512:1:2:8,1024:1:2:8,2048:1:2:8,4096:1:2:8,8192:1:2:8,16384:1:1:6  # TTFT at a quiet server
+loads=${LOADS:-$prompts_alone,$saturated,2048:256:24:200,2048:256:16:160,2048:256:8:80,8192:64:12:100,8192:64:8:80,8192:64:4:40,$chats}
 unequal=8192:1:inf:64@0+512:256:2:16@1,8192:64:2:16@0+512:256:4:32@1
 if [ -n "${VISIT_CPU:-}" ]; then
   layers='{}' engine='{"kv_cache_memory_bytes": 67108864, "max_num_seqs": 8}'
