@@ -17,7 +17,7 @@ serve='--load-format dummy --gpu-memory-utilization 0.45 --kv-cache-memory-bytes
 rival=ep batches=1,4,16,32,64,128 steps=16384,8192 prompts=16
 saturated=2048:256:inf:256,8192:64:inf:128,8192:1:inf:160 chats=512:256:8:80,512:256:2:20
 prompts_alone=512:1:2:8,1024:1:2:8,2048:1:2:8,4096:1:2:8,8192:1:2:8,16384:1:1:6  # TTFT at a quiet server
-loads=${LOADS:-$prompts_alone,$saturated,2048:256:24:200,2048:256:16:160,2048:256:8:80,8192:64:12:100,8192:64:8:80,8192:64:4:40,$chats}
+loads=${LOADS:-$saturated,$prompts_alone,2048:256:24:200,2048:256:16:160,2048:256:8:80,8192:64:12:100,8192:64:8:80,8192:64:4:40,$chats}
 unequal=8192:1:inf:64@0+512:256:2:16@1,8192:64:2:16@0+512:256:4:32@1
 if [ -n "${VISIT_CPU:-}" ]; then
   layers='{}' engine='{"kv_cache_memory_bytes": 67108864, "max_num_seqs": 8}'
