@@ -77,7 +77,15 @@ def idle_servers(models, tmp_path, monkeypatch):
     monkeypatch.setattr(serve, "Server", Sleeper)
     monkeypatch.setattr(serve, "warm_up", lambda *_: None)
     monkeypatch.setattr(serve, "counted", lambda _: {})
-    monkeypatch.setattr(serve.client, "importing", contextlib.nullcontext)
+    entered = []
+
+    @contextlib.contextmanager
+    def importing():
+        assert not entered, "a process imports once: Python's fork server does not start again"
+        entered.append(True)
+        yield
+
+    monkeypatch.setattr(serve.client, "importing", importing)
     monkeypatch.chdir(tmp_path)
     yield models("qwen3_moe")
     assert processes_in(tmp_path) == []
