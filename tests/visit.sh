@@ -2,7 +2,7 @@
 # All that is owed on two GPUs, in one visit. Run where vLLM is importable: tests/visit.sh MODEL OUT PART...
 #   MODEL: a folder with Qwen3-30B-A3B's config.json. OUT gets JSON, pictures and logs. Parts, with seconds on two H100s:
 #   before (155)  layers (40)  decode (110)  prefill (200)  serve (500)  unequal (260)  tests (450)  sanitize (220)
-# DECODE_MODES names the bench's modes for decode, LOADS the servers' loads.
+# DECODE_MODES and SERVE_MODES name the bench's modes for decode and serve, LOADS the servers' loads.
 # VISIT_CPU=1 goes through the same steps with a tiny model on CPU.
 set -u
 model=$1 out=$2; shift 2
@@ -35,7 +35,7 @@ for part; do
       timeout 280 $bench --modes dwdp,$rival,single --hf-overrides "$layers" --engine-args "$engine" --side-by-side \
         --max-num-batched-tokens $steps --num-prompts $prompts --rounds 2 --repeats 2 --out "$out/prefill" ;;
     serve)  # real servers, vLLM's defaults
-      timeout 560 $serving --modes dwdp,$rival --side-by-side --loads "$loads" \
+      timeout 560 $serving --modes ${SERVE_MODES:-dwdp,$rival} --side-by-side --loads "$loads" \
         --serve-args "$serve" --timeout 240 --out "$out/serve" ;;
     unequal)  # one rank has long prompts, the other chats
       timeout 400 $serving --modes dwdp,$rival --side-by-side --loads "$unequal" \
