@@ -8,8 +8,8 @@ Every rank has an inbox, a block of memory that its peers map writable. A dispat
 
 Rows are dealt out to lanes, each with a flag of its own at every member. A flag is raised, and waited for, only where its
 lane has rows: who helps sends none and is not waited for until sums come back. A flag carries the round and the layer, so
-a late or early rank cannot take another round's rows. An inbox has a region, a seat,
-for every sender and needs no second copy: a rank pushes layer l + 1's rows after it has the receiver's partial sums of
+a late or early rank cannot take another round's rows. An inbox has a region, a seat, for
+every sender and needs no second copy: a rank pushes layer l + 1's rows after it has the receiver's partial sums of
 layer l, which the receiver sends when its kernels have read its inbox; and it pushes partial sums of layer l + 1 after
 it has the receiver's rows of that layer, which the receiver sends when it has added those of layer l.
 """
@@ -48,21 +48,26 @@ class InboxMap:
     @property
     def weights(self) -> int:
         """float32 [size - 1, rows, top_k]."""
-        return _aligned(self.ids + 4 * (self.size - 1) * self.rows * self.top_k)
+        return _aligned(self.ids + 4 * self._all_rows * self.top_k)
 
     @property
     def hiddens(self) -> int:
         """Rows that arrived, [size - 1, rows, hidden]."""
-        return _aligned(self.weights + 4 * (self.size - 1) * self.rows * self.top_k)
+        return _aligned(self.weights + 4 * self._all_rows * self.top_k)
 
     @property
     def sums(self) -> int:
         """Partial sums that came back, [size - 1, rows, hidden]."""
-        return self.hiddens + self.itemsize * (self.size - 1) * self.rows * self.hidden
+        return self.hiddens + self.itemsize * self._all_rows * self.hidden
 
     @property
     def nbytes(self) -> int:
-        return self.sums + self.itemsize * (self.size - 1) * self.rows * self.hidden
+        return self.sums + self.itemsize * self._all_rows * self.hidden
+
+    @property
+    def _all_rows(self) -> int:
+        """Of all seats."""
+        return (self.size - 1) * self.rows
 
     def flag(self, phase: int, sender: int) -> int:
         """Where the flags of a sender's lanes begin, in its phase: 0 for dispatch, 1 for combine."""

@@ -149,7 +149,6 @@ class Rank:
             if self.world.is_over:
                 break
             self.world.clock.sleep(HOST_S)
-            self._round = None
             self._dispatch.begin_step(tokens)
             self.kinds += ("lL" if tokens > self.world.limits.max_tokens else "ar")[self._round is not None]
             self._launch(tokens)

@@ -15,7 +15,7 @@ import torch
 from test_transport import DEVICES, make_device, torch_device
 
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.kernels.tokens import InboxMap, RoundLayout, owners_of
+from vllm_dwdp.kernels.tokens import InboxMap, RoundLayout, owners_of, seat
 from vllm_dwdp.placement import Placement
 
 from harness import CONTEXT
@@ -115,7 +115,7 @@ def helped(size: int, count: int, rows: int) -> list[RoundLayout]:
 def poison(ranks: Ranks, rank: int, senders: Sequence[int], offset: int, seat_bytes: int) -> None:
     """Ruin what was sent in this round; a rank that has sent nothing may have sent rows of the next."""
     for sender in set(senders) - {rank}:
-        start = offset + (sender - (sender > rank)) * seat_bytes
+        start = offset + seat(sender, rank) * seat_bytes
         ranks.mine[start : start + seat_bytes].fill_(0xFF)
 
 

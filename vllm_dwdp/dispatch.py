@@ -115,9 +115,10 @@ class Dispatch:
         self._tokens.check()
         self._in_step, self._is_marked = True, True
         if num_tokens > self.limits.max_tokens:
-            if (made := self._offer(num_tokens) if is_ready else self._announce(num_tokens)) is not None:
-                self._begin(self._layout_of(made))
-        elif self.meets and (made := self._meet(num_tokens)) is not None:
+            made = self._offer(num_tokens) if is_ready else self._announce(num_tokens)
+        else:
+            made = self._meet(num_tokens) if self.meets else None
+        if made is not None:
             self._begin(self._layout_of(made))
         elif self.limits.places(num_tokens):
             self._begin(self._alone(num_tokens))
