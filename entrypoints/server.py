@@ -41,10 +41,15 @@ class Session:
     ):
         """Start `command` in `folder`. Its output goes to `log`."""
         self.log = log
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [str(part) for part in command], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env=environment, cwd=folder, pass_fds=pass_fds, start_new_session=True,
+        self.process = self._start([str(part) for part in command], environment, folder, pass_fds)
+
+    def _start(
+        self, command: list[str], environment: Mapping[str, str] | None, folder: Path | None, pass_fds: Sequence[int]
+    ) -> "subprocess.Popen[bytes]":
+        with self.log.open("wb") as output:
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder,
+                pass_fds=pass_fds, start_new_session=True,
             )
 
     def __enter__(self) -> "Self":

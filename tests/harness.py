@@ -14,7 +14,8 @@ from vllm_dwdp.channel import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")  # vLLM takes 8 s to import: once for all ranks
 CONTEXT.set_forkserver_preload(
-    ["vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.model_executor.models.qwen3_moe"]
+    ["vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.model_executor.models.qwen3_moe", "vllm.entrypoints.cli.serve",
+     "vllm.entrypoints.openai.api_server"]
 )
 ENGINE = dict(
     dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8, max_num_batched_tokens=256,

@@ -126,9 +126,10 @@ def test_modes_start_the_ranks_that_they_are_made_of():
     loads = {mode: load_arguments(asked, mode, 16384, 4000) for mode in asked.modes}
     assert {mode: len(ranks) for mode, ranks in loads.items()} == {"dwdp": 3, "ep": 3, "tp": 1, "single": 1}
     assert loads["dwdp"][2]["engine"]["additional_config"] == {
-        "dwdp": {"timing": True, "slots": 3, "size": 3, "rank": 2, "rendezvous": "127.0.0.1:4000"}
+        "dwdp": {"timing": True, "slots": 3, "size": 3, "rank": 2}
     }
-    assert loads["ep"][1]["environment"]["VLLM_DP_RANK_LOCAL"] == "1" and not loads["dwdp"][1]["environment"]
+    assert loads["ep"][1]["environment"]["VLLM_DP_RANK_LOCAL"] == "1"
+    assert len({repr(load["environment"]) for load in loads["dwdp"]}) == 1 and "DWDP_GROUP_TOKEN" in loads["dwdp"][0]["environment"]
     assert loads["ep"][1]["engine"]["enable_expert_parallel"] and loads["tp"][0]["engine"]["tensor_parallel_size"] == 3
     assert loads["tp"][0]["ranks"] == [0, 1, 2] and loads["single"][0]["ranks"] == [0]
     assert {load["engine"]["seed"] for ranks in loads.values() for load in ranks} == {5}

@@ -18,9 +18,10 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.engine.output_processor import RequestState
 
 from vllm_dwdp.channel import free_port
-from vllm_dwdp.entrypoints.server import VLLM, Server, Session
+from vllm_dwdp.entrypoints.server import VLLM
 from vllm_dwdp.integration import remote
 
+from forks import ForkedServer, ForkedSession
 from harness import ARGUMENTS
 
 ENGINES = [rank.to_bytes(2, "little") for rank in range(3)]
@@ -181,8 +182,8 @@ def test_a_headless_node_dies(models, tmp_path: Path) -> None:
              "--dwdp-rendezvous", f"127.0.0.1:{free_port()}", "--dwdp-dispatch", "off"]
     node_command = [*VLLM, "serve", model, *group, "--headless", "--data-parallel-start-rank", "1"]
     with (
-        Server(model, [*group, "--api-server-count", "1"], tmp_path / "head.log", environment=os.environ) as head,
-        Session(node_command, tmp_path / "node.log", environment=os.environ) as node, ThreadPoolExecutor(1) as pool,
+        ForkedServer(model, [*group, "--api-server-count", "1"], tmp_path / "head.log", environment=os.environ) as head,
+        ForkedSession(node_command, tmp_path / "node.log", environment=os.environ) as node, ThreadPoolExecutor(1) as pool,
     ):
         head.wait_until_ready(300)
 

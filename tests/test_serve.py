@@ -1,10 +1,11 @@
 """The real server: two independent ranks behind vLLM's own API and load balancer."""
 
+import functools
 import http.client
 import json
 import os
 import re
-import shlex
+import resource
 import signal
 import subprocess
 import time
@@ -19,13 +20,15 @@ from vllm_dwdp.entrypoints import server
 from vllm_dwdp.entrypoints.server import QUIT_S
 from vllm_dwdp.integration.metrics import UPDATE_S
 
+import forks
 from conftest import ROOT
+from forks import ForkedServer
 from harness import ARGUMENTS, await_that
 
 pytestmark = pytest.mark.engine
 
 
-class Server(server.Server):
+class Server(ForkedServer):
     """A server of ours. `url` answers once the constructor returns."""
 
     def __init__(self, model: str, folder: Path, *arguments: str):
@@ -66,6 +69,12 @@ class Server(server.Server):
         return [int(pid) for _, pid in sorted(set(found))]
 
 
+class Spawned(Server):
+    """One whose processes all import vLLM, as a user's do."""
+
+    _start = server.Session._start
+
+
 MULTI_PORT = ["--parallel", "dwdp", "--data-parallel-size-local", "2", "--data-parallel-multi-port-external-lb",
               "--data-parallel-supervisor-port"]
 
@@ -77,8 +86,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", name="server")
 def serving(models, folder: Path):
-    with Server(models("qwen3_moe"), folder, "--data-parallel-size", "2", "--parallel", "dwdp",
-                "--dwdp-direct-max-tokens", "0", "--dwdp-dispatch", "off") as server:  # dispatch: test_dispatch.py
+    with Spawned(models("qwen3_moe"), folder, "--data-parallel-size", "2", "--parallel", "dwdp",
+                 "--dwdp-direct-max-tokens", "0", "--dwdp-dispatch", "off") as server:  # dispatch: test_dispatch.py
         yield server
 
 
@@ -184,25 +193,29 @@ def test_ranks_started_apart(models, folder: Path, server: Server) -> None:
             rank.end(QUIT_S)
 
 
-def test_help_shows_the_switch() -> None:
+def test_help_shows_the_switch(tmp_path: Path) -> None:
     """`vllm serve --help=parallel` finds the option."""
-    shown = subprocess.run([*server.VLLM, "serve", "--help=parallel"], capture_output=True, text=True, timeout=120).stdout
-    assert "--parallel {dwdp}" in shown and "Stream MoE experts" in shown
+    status, shown = forks.run(["serve", "--help=parallel"], tmp_path / "log", 120)
+    assert status == 0 and "--parallel {dwdp}" in shown and "Stream MoE experts" in shown
 
 
 @pytest.mark.parametrize(
-    ("arguments", "word"),
-    [(["--data-parallel-size", "2", "--enable-expert-parallel"], "--enable-expert-parallel"),
-     ([], "--data-parallel-size")],
+    ("arguments", "word", "forked"),
+    [(["--data-parallel-size", "2", "--enable-expert-parallel"], "--enable-expert-parallel", True),
+     ([], "--data-parallel-size", False)],
     ids=["expert-parallel", "one-rank"],
 )
-def test_refusals_are_the_last_line(models, arguments: list[str], word: str) -> None:
+def test_refusals_are_the_last_line(models, tmp_path: Path, arguments: list[str], word: str, forked: bool) -> None:
     """A wrong setting ends `vllm serve` with one line of ours, before anything is loaded."""
-    command = [*server.VLLM, "serve", models("qwen3_moe"), *ARGUMENTS, "--parallel", "dwdp", *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
-    last = ended.stderr.strip().splitlines()[-1]
-    assert ended.returncode != 0 and last.startswith("vllm-dwdp: error: ") and word in last
-    assert "Traceback" not in ended.stderr and "Loading safetensors" not in ended.stderr
+    arguments = ["serve", models("qwen3_moe"), *ARGUMENTS, "--parallel", "dwdp", *arguments]
+    if forked:
+        status, said = forks.run(arguments, tmp_path / "log", 120)
+    else:
+        ended = subprocess.run([*server.VLLM, *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT)
+        status, said = ended.returncode, ended.stderr
+    last = said.strip().splitlines()[-1]
+    assert status != 0 and last.startswith("vllm-dwdp: error: ") and word in last
+    assert "Traceback" not in said and "Loading safetensors" not in said
 
 
 def test_killed_rank_ends_the_server_and_a_restart_works(models, folder: Path, server: Server) -> None:
@@ -230,7 +243,7 @@ def test_one_launcher_for_a_server_a_rank(models, folder: Path) -> None:
     """Its ranks find each other without an option, answer alike, and end with it when it is killed."""
     supervisor = free_port()
     arguments = [*ARGUMENTS, *MULTI_PORT, str(supervisor), "--data-parallel-size", "2"]
-    with server.Server(models("qwen3_moe"), arguments, folder / "supervised.log") as session:
+    with ForkedServer(models("qwen3_moe"), arguments, folder / "supervised.log") as session:
         first = int(session.url.rsplit(":", 1)[1])
         session.url = f"http://127.0.0.1:{supervisor}"
         session.wait_until_ready(300)
@@ -243,7 +256,7 @@ def test_one_launcher_for_a_server_a_rank(models, folder: Path) -> None:
         assert_all_end_with_launcher(session)
 
 
-def test_what_fails_after_launch_is_the_last_line(models) -> None:
+def test_what_fails_after_launch_is_the_last_line(models, tmp_path: Path) -> None:
     """The sentence for which a rank, or a server that a supervisor started, has ended; the status is not 0."""
     rank_1 = ["--data-parallel-size", "2", "--data-parallel-rank", "1", "--dwdp-startup-timeout-s", "5",
               "--dwdp-rendezvous", f"127.0.0.1:{free_port()}", "--data-parallel-rpc-port", str(free_port())]
@@ -256,15 +269,12 @@ def test_what_fails_after_launch_is_the_last_line(models) -> None:
     }
 
     def end(said: str) -> tuple[int, str]:
-        few = "ulimit -n 300; " if "300" in said else ""
+        few = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (300, 300)) if "300" in said else None
         model = models("qwen3_moe", num_hidden_layers=48) if few else models("qwen3_moe")
-        command = [*server.VLLM, "serve", model, "--port", str(free_port()), *ARGUMENTS, "--data-parallel-address",
-                   "127.0.0.1", *ways[said]]
-        ended = subprocess.run(["bash", "-c", f"{few}exec {shlex.join(command)}"], capture_output=True, text=True,
-                               timeout=200, cwd=ROOT)
-        return ended.returncode, ended.stderr
+        arguments = ["serve", model, "--port", str(free_port()), *ARGUMENTS, "--data-parallel-address", "127.0.0.1", *ways[said]]
+        return forks.run(arguments, tmp_path / f"{free_port()}.log", 200, few)
 
     with ThreadPoolExecutor(3) as pool:
-        for said, (status, error) in zip(ways, pool.map(end, ways), strict=True):
-            last = error.strip().splitlines()[-1]
-            assert status != 0 and last.startswith("vllm-dwdp: error: ") and said in last, error[-3000:]
+        for said, (status, output) in zip(ways, pool.map(end, ways), strict=True):
+            last = output.strip().splitlines()[-1]
+            assert status != 0 and last.startswith("vllm-dwdp: error: ") and said in last, output[-3000:]

@@ -14,10 +14,13 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from vllm_dwdp.errors import DWDPError
 
 Address = tuple[str, int] | str
+# Environment variables, which children inherit: a group's secret, and that one process has started all of its ranks.
+TOKEN, TOGETHER = "DWDP_GROUP_TOKEN", "DWDP_STARTED_TOGETHER"
 _GREETING = b"vllm-dwdp "
 _STARTS, _ENDS = b"+", b"-"  # what follows the greeting: a nonce, or why nobody is served
 _NONCE_BYTES = _MAC_BYTES = 32
@@ -178,6 +181,11 @@ def private(secret: bytes, purpose: bytes) -> str:
     return "\0vllm-dwdp-" + hmac.new(secret, purpose, hashlib.sha256).hexdigest()
 
 
+def together() -> dict[str, str]:
+    """The environment in which all ranks of a group meet without an address."""
+    return {TOKEN: secrets.token_hex(32), TOGETHER: "1"}
+
+
 def parse(text: str) -> Address:
     """HOST:PORT, where HOST is a name, an IPv4 address or an IPv6 address in brackets."""
     host, port = text.rsplit(":", 1)
@@ -214,7 +222,9 @@ def _sign(secret: bytes, role: bytes, server_nonce: bytes, client_nonce: bytes) 
 
 def free_port() -> int:
     """A TCP port of the loopback interface below those that the kernel hands out by itself."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    lowest, highest = (first // 2, first) if first > 2048 else (20_000, 30_000)  # some hosts' kernels hand out nearly all
     while True:
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port := 20_000 + secrets.randbelow(10_000)))
+            probe.bind(("127.0.0.1", port := lowest + secrets.randbelow(highest - lowest)))
             return port

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from vllm_dwdp import config
+from vllm_dwdp.channel import together
 from vllm_dwdp.entrypoints.bench.rank import PROBE
 from vllm_dwdp.entrypoints.plugin import scalar
 from vllm_dwdp.errors import DWDPError
@@ -103,10 +104,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """vLLM sizes a KV cache by what is free before and after, which engines that load beside it would falsify."""
         return self.side_by_side and "kv_cache_memory_bytes" in self.engine_args
 
-    def dwdp_options(self, mode: str, rank: int, port: int) -> dict[str, Any]:
-        return self.dwdp | (own_options(mode) if is_dwdp(mode) else {}) | {
-            "timing": True, "size": max(self.size, 2), "rank": rank, "rendezvous": f"127.0.0.1:{port}"
-        }
+    def dwdp_options(self, mode: str, rank: int) -> dict[str, Any]:
+        own = own_options(mode) if is_dwdp(mode) else {}
+        return self.dwdp | own | {"timing": True, "size": max(self.size, 2), "rank": rank}
 
     def num_gpus(self, mode: str) -> int:
         return 1 if mode == "single" else self.size
@@ -156,7 +156,7 @@ def visible_devices(mode: str, devices: Sequence[str] | None, size: int) -> list
 
 
 def load_arguments(settings: Settings, mode: str, tokens: int, port: int) -> list[dict[str, Any]]:
-    """What each rank of a mode loads (see rank.py). `port` is where its ranks meet, free on this host.
+    """What each rank of a mode loads (see rank.py). `port` is where those of expert parallelism meet, free on this host.
 
     Offline, vLLM gives a worker process beside the engine core to ranks of expert parallelism (VLLM_DP_SIZE) alone;
     `vllm serve --data-parallel-size N` gives one to DWDP's ranks too, so they have it here.
@@ -195,6 +195,6 @@ def load_arguments(settings: Settings, mode: str, tokens: int, port: int) -> lis
         case "single":
             return [load(stock, [0], {})]
         case _:
-            options = [settings.dwdp_options(mode, rank, port) for rank in ranks]
+            options, group = [settings.dwdp_options(mode, rank) for rank in ranks], together()
             process = {"distributed_executor_backend": "mp"} | settings.engine_args
-            return [load(process | {"additional_config": {config.KEY: options[rank]}}, [rank], {}) for rank in ranks]
+            return [load(process | {"additional_config": {config.KEY: options[rank]}}, [rank], group) for rank in ranks]

@@ -34,7 +34,7 @@ def too_large(settings: Settings, model: Model, gpu_bytes: int) -> dict[str, str
 def weight_bytes(settings: Settings, model: Model, mode: str) -> int:
     """Of one GPU, slots and residents included."""
     if is_dwdp(mode):
-        options = config.parse({config.KEY: settings.dwdp_options(mode, rank=0, port=1)})
+        options = config.parse({config.KEY: settings.dwdp_options(mode, rank=0)})
         assert options is not None
         placement = Placement(
             num_experts=model.num_experts, size=settings.size, experts_per_rank=options.experts_per_rank

@@ -22,15 +22,12 @@ from vllm.platforms import current_platform
 
 import vllm_dwdp
 from vllm_dwdp import checkpoint, config
-from vllm_dwdp.channel import Address, name, parse, private
+from vllm_dwdp.channel import TOGETHER, TOKEN, Address, name, parse, private, together
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.rendezvous import Group, Hello, agree, demand_alike
 
 logger = init_logger("vllm.dwdp.joining")
-# Environment variables, which children inherit: additional_config would end in vLLM's compile cache key.
-TOKEN = "DWDP_GROUP_TOKEN"
-_TOGETHER = "DWDP_STARTED_TOGETHER"
 
 
 def give_token() -> None:
@@ -40,13 +37,16 @@ def give_token() -> None:
 
 
 def bring_together() -> None:
-    """A new secret for the servers that this process is about to start, which have all ranks of the group."""
-    os.environ.update({TOKEN: secrets.token_hex(32), _TOGETHER: "1"})
+    """Let the servers that this process is about to start, which have all ranks of the group, meet without an address.
+
+    By their environment: vLLM hashes additional_config into the key of its compile cache.
+    """
+    os.environ.update(together())
 
 
 def are_together() -> bool:
     """Whether one process above this one has started the servers of all ranks."""
-    return os.environ.get(_TOGETHER) == "1"
+    return os.environ.get(TOGETHER) == "1"
 
 
 def connect(vllm_config: VllmConfig, options: config.Options, rank: int, size: int) -> Group:
