@@ -1,17 +1,18 @@
-"""Servers forked from a process that has imported vLLM, which takes a core 10 s, and that fork their engines likewise.
+"""Processes forked from one that has imported vLLM, which takes a core 10 s; what they start is forked in turn.
 
-What `python -m vllm.entrypoints.cli.main serve` does otherwise, with processes of its own, is what test_serve.py's first server,
-the demo and the bench's tests show.
+What vLLM's commands do with processes of their own is what test_serve.py's first server, the demo and the bench's tests show.
 """
 
 import atexit
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import context, resource_tracker
 from pathlib import Path
+from typing import Any
 
+import setproctitle
 from prometheus_client import values
 
 from vllm_dwdp.entrypoints import server
@@ -21,14 +22,14 @@ from harness import CONTEXT
 
 
 class Fork:
-    """What a session uses of `subprocess.Popen`."""
+    """A process that calls a function in a session of its own: what a session uses of `subprocess.Popen`."""
 
     def __init__(
-        self, arguments: list[str], log: Path, environment: Mapping[str, str], folder: Path | None,
-        first: Callable[[], object] | None = None,
+        self, target: Callable[..., object], arguments: Sequence[Any], log: Path, environment: Mapping[str, str] | None = None,
+        folder: Path | None = None,
     ):
-        """`first` is called in the process before vLLM is."""
-        self._process = CONTEXT.Process(target=_become, args=(arguments, log, dict(environment), folder, first))
+        environment = dict(os.environ if environment is None else environment)
+        self._process = CONTEXT.Process(target=_become, args=(log, environment, folder, target, *arguments))
         self._process.start()
         self.pid = self._process.pid
 
@@ -57,47 +58,64 @@ class ForkedSession(server.Session):
 
     def _start(self, command, environment, folder, pass_fds):
         assert command[: len(server.VLLM)] == list(server.VLLM)
-        environment = os.environ if environment is None else environment
-        return Fork(command[len(server.VLLM) :], self.log, environment, folder, self.first)
+        return Fork(vllm, (command[len(server.VLLM) :], self.first), self.log, environment, folder)
 
 
 class ForkedServer(ForkedSession, server.Server):
     """`vllm serve`."""
 
 
-def run(arguments: list[str], log: Path, timeout_s: float, first: Callable[[], object] | None = None) -> tuple[int, str]:
-    """The status and the output of a command of vLLM's that ends by itself."""
-    process = Fork(arguments, log, os.environ, ROOT, first)
+def run(
+    target: Callable[..., object], *arguments: Any, log: Path, timeout_s: float, environment: Mapping[str, str] | None = None
+) -> tuple[int, str]:
+    """The status and the output of a process that ends by itself."""
+    process = Fork(target, arguments, log, environment, ROOT)
     try:
         return process.wait(timeout_s), log.read_text()
     finally:
         server.kill_session(process.pid)
 
 
+def vllm(arguments: Sequence[str], first: Callable[[], object] | None = None) -> None:
+    """A command of vLLM's, in this process; `first` is called before it."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else vLLM takes no "uni" executor on CPU
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        (folder := Path("/proc/self/fd/1").resolve().with_suffix(".metrics")).mkdir()
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
+        values.ValueClass = values.get_value_class()
+    sys.argv = ["vllm", *arguments]
+    if first is not None:
+        first()
+    from vllm.entrypoints.cli import main
+
+    main.main()
+
+
+def script(code: str, *arguments: str) -> None:
+    """What `python -c` does, in this process."""
+    sys.argv = ["-c", *arguments]
+    exec(code, {"__name__": "__main__"})
+
+
 def _become(
-    arguments: list[str], log: Path, environment: dict[str, str], folder: Path | None, first: Callable[[], object] | None
+    log: Path, environment: dict[str, str], folder: Path | None, target: Callable[..., object], *arguments: Any
 ) -> None:
     os.setsid()
+    setproctitle.getproctitle()  # looks once where titles have room: before the environment goes, which is beside it
     with log.open("wb") as output, open(os.devnull) as nothing:
         for stream, file in enumerate((nothing, output, output)):
             os.dup2(file.fileno(), stream)
     if folder is not None:
         os.chdir(folder)
     os.environ.clear()
-    os.environ.update(environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})  # else vLLM takes no "uni" executor on CPU
+    os.environ.update(environment)
+    values.ValueClass = values.get_value_class()  # chosen by the environment, where it is imported
     context._concrete_contexts["spawn"] = context._concrete_contexts["fork"]  # on CPU vLLM spawns whatever it is told
     tracker = resource_tracker._resource_tracker
-    tracker._fd = tracker._pid = None  # those of the tests: the session gets its own, which frees what its dead leave
-    (metrics := log.with_suffix(".metrics")).mkdir()
-    os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", str(metrics))
-    values.ValueClass = values.get_value_class()  # chosen by this variable, where it is imported
-    sys.argv = ["vllm", *arguments]
-    if first is not None:
-        first()
-    from vllm.entrypoints.cli import main
-
+    tracker._fd = tracker._pid = None  # those of the tests
+    tracker.ensure_running()  # the session's own, which all of it inherits, frees what its dead leave
     try:
-        main.main()
+        target(*arguments)
     except Exception:
         sys.excepthook(*sys.exc_info())
         sys.exit(1)

@@ -1,8 +1,7 @@
 """Invariant: the options reach `additional_config` by every way in, or the command ends with one line and status 2."""
 
 import re
-import subprocess
-import sys
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -12,6 +11,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 import vllm_dwdp.entrypoints.plugin as plugin
 from vllm_dwdp.config import Options, describe, is_on, parse
 from vllm_dwdp.entrypoints import cli
+
+import forks
 
 
 @pytest.fixture(scope="module")
@@ -123,14 +124,14 @@ def test_version(capsys) -> None:
 
 
 @pytest.mark.engine
-def test_refusal_is_one_line(models) -> None:
+def test_refusal_is_one_line(models, tmp_path: Path) -> None:
     """What is refused after parsing ends the process with one line instead of a stack, status 1."""
     code = (
         "from vllm.engine.arg_utils import EngineArgs; from vllm_dwdp.entrypoints import plugin; plugin.register();"
         f"EngineArgs(model={models('qwen3_moe')!r}, skip_tokenizer_init=True, data_parallel_size=13, max_model_len=64,"
         "additional_config={'dwdp': {}}).create_engine_config()"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 1
-    assert "Traceback" not in ended.stderr
-    assert ended.stderr.splitlines()[-1].startswith("vllm-dwdp: error: 13 ranks cannot share 12 experts")
+    status, said = forks.run(forks.script, code, log=tmp_path / "log", timeout_s=120)
+    assert status == 1
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("vllm-dwdp: error: 13 ranks cannot share 12 experts")

@@ -7,10 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +21,7 @@ from vllm_dwdp.entrypoints.plan import model as plan
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import hooks
 
+import forks
 from plan_models import HYBRIDS, QWEN3
 
 H100 = Gpu(name="H100", free_bytes=79 * GIB, total_bytes=80 * GIB, handles=frozenset({"fd"}))
@@ -222,18 +220,18 @@ def test_descriptors_are_judged_as_a_start_has_them(monkeypatch, limits, verdict
 
 
 @pytest.mark.engine
-def test_few_descriptors(models) -> None:
+def test_few_descriptors(models, tmp_path: Path) -> None:
     """The command in a process with a lower limit: one line fails, says the limit to set, and nothing else fails."""
     code = (
         "import resource, sys; from vllm_dwdp.entrypoints import cli;"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128)); sys.exit(cli.main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", code, "doctor", models("qwen3_moe"), "--size", "2"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
-    failed = [line for line in ended.stdout.splitlines() if line.startswith("fail")]
-    assert ended.returncode == 1, ended.stderr[-2000:]
+    arguments = ["doctor", models("qwen3_moe"), "--size", "2"]
+    status, said = forks.run(forks.script, code, *arguments, log=tmp_path / "log", timeout_s=120)
+    failed = [line for line in said.splitlines() if line.startswith("fail")]
+    assert status == 1, said[-2000:]
     assert len(failed) == 1 and "128 open files are allowed" in failed[0] and "ulimit -n" in failed[0]
-    assert ended.stdout.splitlines()[-1] == f"1 of {len(checks.CHECKS)} checks fail"
+    assert said.splitlines()[-1] == f"1 of {len(checks.CHECKS)} checks fail"
 
 
 @pytest.mark.parametrize("given", [["--size", "1"], ["--size", "two"]], ids=" ".join)

@@ -2,8 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from vllm_dwdp.channel import free_port
 from vllm_dwdp.integration import checks
 
+import forks
 from harness import ENGINE, refuse_unmarked
 
 OFFLINE = """
@@ -33,24 +33,18 @@ if __name__ == "__main__":
 def end_ranks(model: str, folder: Path, **environment: str) -> list[dict]:
     """What two ranks said that VLLM_DP_RANK and friends started, one process each; both ended by themselves."""
     refuse_unmarked()
-    (script := folder / "rank.py").write_text(OFFLINE)
-    group = {"VLLM_DP_SIZE": "2", "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": str(free_port()),
-             "PYTHONPATH": str(Path(__file__).parent)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), model, json.dumps(ENGINE)], text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | group | environment | {"VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)},
+    group = {"VLLM_DP_SIZE": "2", "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": str(free_port())}
+
+    def end(rank: int) -> tuple[int, str]:
+        own = {"VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)}
+        return forks.run(
+            forks.script, OFFLINE, model, json.dumps(ENGINE), log=folder / f"{rank}.log", timeout_s=200,
+            environment=os.environ | group | environment | own,
         )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=200)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            if rank.poll() is None:
-                os.killpg(rank.pid, 9)
-    assert [rank.returncode for rank in ranks] == [0, 0], [output[-2000:] for output in outputs]
+
+    with ThreadPoolExecutor(2) as pool:
+        statuses, outputs = zip(*pool.map(end, range(2)), strict=True)
+    assert statuses == (0, 0), [output[-2000:] for output in outputs]
     return [
         json.loads(line.removeprefix("SAID ")) for output in outputs for line in output.splitlines()
         if line.startswith("SAID ")
@@ -104,10 +98,8 @@ def test_metrics_never_stop_a_rank(tmp_path: Path, kind: str) -> None:
     code = EXPORT
     if kind == "of another program":  # of a process with our id, as in another container
         code = SPOIL + EXPORT
-    command = [sys.executable, "-c", code, str(folder)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    said = ended.stdout + ended.stderr
-    assert ended.returncode == 0 and "ended" in ended.stdout, said[-2000:]
+    status, said = forks.run(forks.script, code, str(folder), log=tmp_path / "log", timeout_s=120, environment=environment)
+    assert status == 0 and "ended" in said, said[-2000:]
     assert said.count("PROMETHEUS_MULTIPROC_DIR") == (kind != "empty"), said
     if kind == "empty":
         assert {file.name.split("_")[0] for file in folder.iterdir()} == {"counter", "gauge"}

@@ -195,7 +195,7 @@ def test_ranks_started_apart(models, folder: Path, server: Server) -> None:
 
 def test_help_shows_the_switch(tmp_path: Path) -> None:
     """`vllm serve --help=parallel` finds the option."""
-    status, shown = forks.run(["serve", "--help=parallel"], tmp_path / "log", 120)
+    status, shown = forks.run(forks.vllm, ["serve", "--help=parallel"], log=tmp_path / "log", timeout_s=120)
     assert status == 0 and "--parallel {dwdp}" in shown and "Stream MoE experts" in shown
 
 
@@ -209,7 +209,7 @@ def test_refusals_are_the_last_line(models, tmp_path: Path, arguments: list[str]
     """A wrong setting ends `vllm serve` with one line of ours, before anything is loaded."""
     arguments = ["serve", models("qwen3_moe"), *ARGUMENTS, "--parallel", "dwdp", *arguments]
     if forked:
-        status, said = forks.run(arguments, tmp_path / "log", 120)
+        status, said = forks.run(forks.vllm, arguments, log=tmp_path / "log", timeout_s=120)
     else:
         ended = subprocess.run([*server.VLLM, *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT)
         status, said = ended.returncode, ended.stderr
@@ -272,7 +272,7 @@ def test_what_fails_after_launch_is_the_last_line(models, tmp_path: Path) -> Non
         few = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (300, 300)) if "300" in said else None
         model = models("qwen3_moe", num_hidden_layers=48) if few else models("qwen3_moe")
         arguments = ["serve", model, "--port", str(free_port()), *ARGUMENTS, "--data-parallel-address", "127.0.0.1", *ways[said]]
-        return forks.run(arguments, tmp_path / f"{free_port()}.log", 200, few)
+        return forks.run(forks.vllm, arguments, few, log=tmp_path / f"{free_port()}.log", timeout_s=200)
 
     with ThreadPoolExecutor(3) as pool:
         for said, (status, output) in zip(ways, pool.map(end, ways), strict=True):
