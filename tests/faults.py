@@ -7,8 +7,6 @@
 
 import argparse
 import contextlib
-import functools
-import importlib
 import json
 import os
 import re
@@ -21,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -29,7 +26,6 @@ from vllm_dwdp.channel import free_port
 from vllm_dwdp.entrypoints.server import QUIT_S, VLLM, Server, Session, SessionFailure
 
 import conftest  # vLLM's environment
-from forks import ForkedServer
 from harness import ARGUMENTS, WORKERS, await_that
 from tiny_models import make_model
 
@@ -52,29 +48,35 @@ START, SERVING = ("rendezvous", "loading", "migration", "warm-up"), ("idle", "pr
 ENDS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM}
 START_S, END_S, STOP_S = 240, 40, 4
 # Ranks wait at each phase until `PHASE.go` is there, and show by a file that they do.
-PAUSES = (("integration.joining", "meet", "rendezvous"), ("integration.loading", "refuse_oversize", "loading"),
-          ("assembly", "import_peers", "migration"), ("integration.worker", "fit_graphs", "warm-up"))
-
-
-class PausedServer(ForkedServer):
-    @staticmethod
-    def first() -> None:
-        """In the launcher, before it starts those that pause."""
-        for module, attribute, phase in PAUSES:
-            found = importlib.import_module(f"vllm_dwdp.{module}")
-            setattr(found, attribute, pausing(getattr(found, attribute), phase))
-
-
-def pausing(function: Callable, phase: str) -> Callable:
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        at = Path(os.environ["DWDP_FAULTS"])
-        (at / f"{phase}.{os.getpid()}").touch()
-        while not (at / f"{phase}.go").exists():
+PAUSES = '''
+import importlib.abc, importlib.util, os, pathlib, sys, time
+AT = pathlib.Path(os.environ["DWDP_FAULTS"])
+PLACES = {"vllm_dwdp.integration.joining": ("meet", "rendezvous"), "vllm_dwdp.assembly": ("import_peers", "migration"),
+          "vllm_dwdp.integration.loading": ("refuse_oversize", "loading"), "vllm_dwdp.integration.worker": ("fit_graphs", "warm-up")}
+def pausing(function, phase):
+    def call(*args, **kwargs):
+        (AT / f"{phase}.{os.getpid()}").touch()
+        while not (AT / f"{phase}.go").exists():
             time.sleep(0.02)
         return function(*args, **kwargs)
-
     return call
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name not in PLACES:
+            return None
+        sys.meta_path.remove(self)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)
+        original, (attribute, phase) = spec.loader.exec_module, PLACES[name]
+        def exec_module(module):
+            original(module)
+            setattr(module, attribute, pausing(getattr(module, attribute), phase))
+        spec.loader.exec_module = exec_module
+        return spec
+sys.meta_path.insert(0, Finder())
+'''
 
 
 class Matrix:
@@ -123,10 +125,9 @@ class Matrix:
         (log := self.log()).touch()
         self._pauses = log.with_suffix("")
         self._pauses.mkdir()
-        environment = os.environ | {"DWDP_FAULTS": str(self._pauses)}
-        return (PausedServer if paused else ForkedServer)(
-            self.model, [*TWO, *arguments], log, environment=environment, folder=self.folder
-        )
+        (self.folder / "sitecustomize.py").write_text(PAUSES)
+        pauses = {"PYTHONPATH": str(self.folder), "DWDP_FAULTS": str(self._pauses)} if paused else {}
+        return Server(self.model, [*TWO, *arguments], log, environment=os.environ | pauses, folder=self.folder)
 
     @contextlib.contextmanager
     def serving(self, *arguments: str) -> Iterator[Server]:

@@ -5,6 +5,7 @@ What vLLM's commands do with processes of their own is what test_serve.py's firs
 
 import atexit
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -97,6 +98,13 @@ def script(code: str, *arguments: str) -> None:
     exec(code, {"__name__": "__main__"})
 
 
+def _forget_signals() -> None:
+    """What its parent does upon a signal is nothing to a child, as if it had been spawned."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _become(
     log: Path, environment: dict[str, str], folder: Path | None, target: Callable[..., object], *arguments: Any
 ) -> None:
@@ -114,6 +122,7 @@ def _become(
     tracker = resource_tracker._resource_tracker
     tracker._fd = tracker._pid = None  # those of the tests
     tracker.ensure_running()  # the session's own, which all of it inherits, frees what its dead leave
+    os.register_at_fork(after_in_child=_forget_signals)
     try:
         target(*arguments)
     except Exception:

@@ -19,7 +19,7 @@ from vllm_dwdp import convoy
 
 class World(NamedTuple):
     record: convoy.Record
-    does: tuple  # by rank: "run", "wait", "help", "dead", or ("again", what it came for) after a helper round
+    does: tuple  # by rank: "run", "wait", "help", "offer", "declined", "dead", or ("again", what it came for) after a helper round
     loaded: tuple  # a large step is on its device
     comes: tuple  # a small step or an operation is behind it, and it was not waited for in vain since
     owes: tuple  # the round that it was taken into and has not launched
@@ -36,6 +36,9 @@ def check(condition: object, what: str) -> None:
         raise Wrong(what)
 
 
+GUESSES = tuple((soon, gains) for soon in (False, True) for gains in (False, True))
+
+
 def put(row: tuple, rank: int, value: object) -> tuple:
     return (*row[:rank], value, *row[rank + 1 :])
 
@@ -46,18 +49,21 @@ def first(rules: types.ModuleType, size: int, deaths: int) -> World:
 
 
 def actions(world: World, sizes: tuple[int, ...]) -> Iterator[tuple]:
-    """Everything that may happen next: (rank, what, tokens, and of joining whether large steps end soon)."""
+    """Everything that may happen next: (rank, what, tokens, and whether large steps end soon and small ones gain by them)."""
     for rank, does in enumerate(world.does):
         if does == "dead":
             continue
         if isinstance(does, tuple):
             yield rank, *does[1]
         elif does == "wait":
-            yield from ((rank, "join", world.tokens[rank], soon) for soon in (False, True))
+            yield from ((rank, "join", world.tokens[rank], *guess) for guess in GUESSES)
             yield rank, "give_up", 0
+        elif does in ("offer", "declined"):
+            yield from ((rank, "large", tokens, *guess) for tokens in (0, world.tokens[rank]) for guess in GUESSES)
         else:
-            yield from ((rank, "join", tokens, soon) for tokens in sizes for soon in (False, True))
-            yield from ((rank, "large", tokens) for tokens in (0, *sizes))
+            yield from ((rank, "join", tokens, *guess) for tokens in sizes for guess in GUESSES)
+            yield from ((rank, "large", tokens, *guess) for tokens in sizes for guess in GUESSES)
+            yield rank, "large", 0, False, False
             yield from ((rank, what, 0) for what in ("idle", "leave"))
         if world.loaded[rank] or does == "help":
             yield rank, "large_done", 0
@@ -66,23 +72,34 @@ def actions(world: World, sizes: tuple[int, ...]) -> Iterator[tuple]:
 
 
 def act(rules: types.ModuleType, world: World, action: tuple) -> World:
-    rank, what, tokens, *soon = action
+    rank, what, tokens, *guess = action
+    soon, gains = guess or (False, False)
     if what == "die":
         return world._replace(does=put(world.does, rank, "dead"), owes=put(world.owes, rank, None), deaths=world.deaths - 1)
     again, alive = isinstance(world.does[rank], tuple), lambda r: world.does[r] != "dead"
-    before, given = world.record, {"join": (tokens, alive, lambda r: soon[0]), "large": (tokens, alive), "give_up": (), "large_done": ()}
+    before, given = world.record, {"give_up": (), "large_done": ()}
+    for step in ("join", "large"):
+        given[step] = tokens, alive, lambda r: soon, lambda t: gains
     give = given.get(what, (alive,))
     record, answer = getattr(rules, what)(before, rank, *give)
     if what == "large_done" and not world.loaded[rank]:
         check(record == before, "a large step ends that never began")
         return world
     # in the world as it was when the rank came
-    helped = what == "large" and tokens and not world.loaded[rank] and not world.owes[rank] and all(
-        world.does[r] == "help" and not world.owes[r] for r in range(len(world.does)) if r != rank)
+    others = [r for r in range(len(world.does)) if r != rank]
+    present = [r for r in others if not world.owes[r] and (world.does[r] == "help" or (world.does[r] == "wait" and gains))]
+    coming = [r for r in others if world.does[r] != "dead" and (
+        (soon and (world.loaded[r] or world.does[r] == "declined") and not world.owes[r]) or (
+            world.comes[r] and not world.loaded[r]
+            and (world.owes[r] or world.does[r] == "run" or isinstance(world.does[r], tuple))))]
+    offers = what == "large" and tokens and not world.loaded[rank] and not world.owes[rank] and world.does[rank] != "declined"
+    helped, waits = offers and len(present) == len(others), offers and coming and len({*present, *coming}) == len(others)
     does = put(world.does, rank, {"join": "wait", "give_up": "wait", "idle": "help", "large": "wait" if helped else "run"}.get(what, "run"))
     loaded = put(world.loaded, rank, False) if what == "large_done" else world.loaded
     comes, owes = world.comes, world.owes
-    said = put(world.tokens, rank, tokens) if what == "join" or helped else world.tokens
+    said = put(world.tokens, rank, tokens) if what == "join" or helped or waits else world.tokens
+    if what == "join" and not world.owes[rank] and not world.loaded[rank] and not gains:
+        does = tuple("declined" if d == "offer" and not o else d for d, o in zip(does, world.owes, strict=True))
     everyone = [r for r in range(len(does)) if does[r] != "dead"]
     if record.number != before.number:
         made = {d for d in (*record.due, answer) if isinstance(d, rules.Round) and d.number == record.number}
@@ -91,14 +108,16 @@ def act(rules: types.ModuleType, world: World, action: tuple) -> World:
         check(record.number == before.number + 1, "a round's number is left out")
         check(len(made.members) > 1, "a convoy of one")
         check(not any(world.owes[r] for r in made.members), "a rank is taken while it owes")
-        check(all(r in everyone and does[r] in ("wait", "help") for r in made.members), "a rank is taken that did not offer itself")
+        check(all(r in everyone and does[r] in ("wait", "help", "offer") for r in made.members), "a rank is taken that does not come")
+        large = [r for r in made.members if does[r] == "offer" or (r == rank and helped)]
+        check(not large or (len(large) == 1 and len(made.members) == len(does)), "a large step goes with some, or with another")
         check(not any(loaded[r] for r in made.members), "a rank is taken while its device is in a large step")
         check(
             all(r in made.members or loaded[r] or not comes[r] for r in everyone if r != rank or what == "join"),
             "a rank that comes soon is left out",
         )
         check(all(r in made.members or loaded[r] or world.owes[r] for r in everyone if does[r] == "help"), "an idle rank is left out")
-        own = tuple(said[r] if r in made.members and does[r] == "wait" else 0 for r in range(len(does)))
+        own = tuple(said[r] if r in made.members and does[r] in ("wait", "offer") else 0 for r in range(len(does)))
         check(made.tokens == own and any(own), "wrong tokens")
         owes = tuple(made if r in made.members else o for r, o in enumerate(owes))
         comes = tuple(c or r in made.members for r, c in enumerate(comes))
@@ -107,24 +126,30 @@ def act(rules: types.ModuleType, world: World, action: tuple) -> World:
         check(not (again and answer.tokens[rank] == 0), "a second helper round before the rank's own step")
         owes, comes = put(owes, rank, None), put(comes, rank, True)
         own = answer.tokens[rank] > 0 or what == "idle"
-        does = put(does, rank, "run" if own else ("again", (what, tokens, *soon)))
-        check(what in ("join", "give_up") or helped or not answer.tokens[rank], "a rank's step is launched, and it came for something else")
+        does = put(does, rank, "run" if own else ("again", (what, tokens, *guess)))
+        offered = what == "large" and world.does[rank] == "offer"
+        check(what in ("join", "give_up") or helped or offered or not answer.tokens[rank], "a step is launched that was not come for")
     else:
         check(owes[rank] is None, "a rank goes on while it owes a round")
-        check(answer is rules.GO or what in ("join", "idle"), "a large step waits")
-        check(not helped, "a large step goes alone beside idle ranks")
-        if what == "large":
+        check(answer is rules.GO or what in ("join", "idle") or waits, "a large step waits for who does not come")
+        check(not helped, "a large step goes alone beside who takes part")
+        check(not waits or answer is rules.WAIT, "a large step does not wait for who comes soon")
+        if waits:
+            does = put(does, rank, "offer")
+        elif what == "large":
             loaded = put(loaded, rank, True)
         if what == "idle":
             does = put(does, rank, "run" if loaded[rank] else "help")
         elif what == "join" and answer is rules.WAIT:
             check(any((comes[r] and not loaded[r] and does[r] in ("run", "wait")) or isinstance(does[r], tuple) or owes[r]
-                      or (loaded[r] and soon[0]) for r in everyone if r != rank), "waits for nobody who comes")
+                      or ((loaded[r] or does[r] == "declined") and soon) for r in everyone if r != rank), "waits for nobody who comes")
             comes = put(comes, rank, True)
+        elif waits:
+            comes = put(comes, rank, False)
         else:
             company = [r for r in everyone if r != rank and does[r] in ("wait", "help") and not owes[r]]
             check(what != "join" or loaded[rank] or not company, "goes alone beside who would take part")
-            ending = [r for r in everyone if r != rank and loaded[r] and what == "join" and soon[0]]
+            ending = [r for r in everyone if r != rank and loaded[r] and what == "join" and soon]
             check(loaded[rank] or not ending, "goes alone before a large step that ends soon")
             does = put(does, rank, "run" if what != "large_done" else world.does[rank])
             comes = put(comes, rank, what != "leave" or loaded[rank])
@@ -136,6 +161,8 @@ def act(rules: types.ModuleType, world: World, action: tuple) -> World:
     if record != before:
         waits = [r for r in everyone if does[r] == "wait" and not owes[r]]
         helps = [r for r in everyone if does[r] == "help" and not owes[r]]
+        asks = [r for r in everyone if does[r] == "offer" and not owes[r]]
+        check(len(asks) != 1 or len(asks + waits + helps) < len(does), "all ranks could leave and do not")
         rest = [r for r in everyone if r not in waits + helps]
         ready = waits and len(waits + helps) > 1 and all(loaded[r] or not comes[r] for r in rest)
         check(not ready, "a convoy could leave and does not")
@@ -149,7 +176,7 @@ def without_history(world: World) -> World:
     order = sorted({r.number for r in due if r}, reverse=True)
     back = lambda rounds: tuple(r and r._replace(number=-order.index(r.number)) for r in rounds)  # noqa: E731
     record = world.record._replace(number=0, due=back(due))
-    said = tuple(t if d == "wait" else 0 for t, d in zip(world.tokens, world.does, strict=True))
+    said = tuple(t if d in ("wait", "offer", "declined") else 0 for t, d in zip(world.tokens, world.does, strict=True))
     loaded, comes = ([x and not dead[r] for r, x in enumerate(row)] for row in (world.loaded, world.comes))
     world = world._replace(record=record, owes=back(world.owes), tokens=said, loaded=tuple(loaded), comes=tuple(comes))
     keys = [(str(world.does[r]), record.states[r], loaded[r], comes[r], said[r], bool(due[r])) for r in range(size)]
@@ -192,7 +219,8 @@ def test_a_helper_may_die_at_any_look() -> None:
     record = convoy.idle(convoy.start(2), 1, lambda _: True)[0]
     for looks in range(4):
         seen = iter(range(looks))
-        after, answer = convoy.large(record, 0, 3, lambda rank, seen=seen: rank == 0 or next(seen, None) is not None)
+        after, answer = convoy.large(
+            record, 0, 3, lambda rank, seen=seen: rank == 0 or next(seen, None) is not None, lambda _: False, lambda _: False)
         assert after.number == (1 if isinstance(answer, convoy.Round) else 0)
         assert after.number or (answer is convoy.GO and after.states[0] is convoy.State.LARGE)
 
@@ -203,7 +231,8 @@ def test_four_ranks_at_random() -> None:
         rng, world = random.Random(seed), first(convoy, 4, 2)
         for _ in range(400):
             choices = [a for a in actions(world, (3, 5)) if a[1] != "die" or rng.random() < 0.01]
-            world = act(convoy, world, rng.choice(choices))
+            what = rng.choice(sorted({a[:2] for a in choices}))
+            world = act(convoy, world, rng.choice([a for a in choices if a[:2] == what]))
         assert world.record.number > 5
 
 
@@ -219,9 +248,17 @@ LEAVES = "record = _depart(_enter(record, rank, State.IDLE), alive)"
         ("give_up", OWED, ""),
         ("large", OWED, ""),
         ("large", "record.states[rank] is not State.LARGE and ", ""),
-        ("large", " and alive(other)", ""),
-        ("large", "others == [State.IDLE] * (len(record.states) - 1)", "State.IDLE in others"),
-        ("large", "others == [State.IDLE] * (len(record.states) - 1)", "False"),
+        ("large", "alive(r) and ", ""),
+        ("large", "return gains(record.tokens[other])", "return True"),
+        ("large", "return gains(record.tokens[other])", "return False"),
+        ("large", "(State.IDLE, State.BUSY)", "(State.IDLE,)"),
+        ("large", "(State.IDLE, State.BUSY)", "(State.BUSY,)"),
+        ("large", " and ends_soon(other)", ""),
+        ("large", " or (state is State.LARGE and ends_soon(other))", ""),
+        ("large", "rank, State.OFFERS", "rank, State.WAITING"),
+        ("large", "return made, WAIT", "return record, WAIT"),
+        ("join", "state is State.OFFERS and not gains(record.tokens[other])", "False"),
+        ("join", " and not gains(record.tokens[other])", ""),
         ("large", "_put(record.tokens, rank, tokens)", "record.tokens"),
         ("idle", OWED, ""),
         ("join", LOADED, "    if False:"),
@@ -240,16 +277,18 @@ LEAVES = "record = _depart(_enter(record, rank, State.IDLE), alive)"
         ("give_up", "State.AWAY if state is State.BUSY else state", "state"),
         ("give_up", "return _enter(record._replace(states=states), rank, State.BUSY)", "return record._replace(states=states)"),
         ("large", "_depart(_enter(record, rank, State.LARGE), alive)", "_enter(record, rank, State.LARGE)"),
-        ("large", "State.LARGE", "State.BUSY"),
+        ("large", "_enter(record, rank, State.LARGE), alive), GO", "_enter(record, rank, State.BUSY), alive), GO"),
         ("large_done", "(_enter(record, rank, State.BUSY) if record.states[rank] is State.LARGE else record)", "record"),
         ("large_done", "if record.states[rank] is State.LARGE else record", ""),
         ("idle", LEAVES, "record = _enter(record, rank, State.IDLE)"),
-        ("_depart", " or _waited_for(record, alive)", ""),
+        ("_depart", "_waited_for(record, alive)", "False"),
+        ("_depart", "present if len(present) == len(states) else ", ""),
+        ("_depart", " if states[r] is not State.OFFERS", ""),
         ("_depart", " and alive(r)", ""),
-        ("_depart", "(State.WAITING, State.IDLE)", "(State.WAITING,)"),
+        ("_depart", "(State.WAITING, State.IDLE, State.OFFERS)", "(State.WAITING, State.OFFERS)"),
         ("_depart", "len(members) < 2 or ", ""),
         ("_depart", " or not any(tokens)", ""),
-        ("_depart", " and states[r] is State.WAITING", ""),
+        ("_depart", " and states[r] is not State.IDLE", ""),
         ("_depart", "State.BUSY if r in members else s", "s"),
         ("_depart", "record.number + 1", "record.number"),
         ("_waited_for", " and alive(rank)", ""),

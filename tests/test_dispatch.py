@@ -1,4 +1,4 @@
-"""Invariant: a small step meets the peers at hand, a large one nobody; whoever dies or stops delays others briefly.
+"""Invariant: a small step meets the peers at hand, a large one all or nobody; whoever dies or stops delays others briefly.
 
 The rules of one rank are traced against a fake convoy; ranks that die, stop or idle are real engines and a real server.
 """
@@ -6,6 +6,7 @@ The rules of one rank are traced against a fake convoy; ranks that die, stop or 
 import collections
 import dataclasses
 import functools
+import itertools
 import os
 import signal
 import sys
@@ -24,13 +25,13 @@ from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
 from vllm_dwdp import dispatch as module
 from vllm_dwdp.convoy import Round
+from vllm_dwdp.counters import Stats
 from vllm_dwdp.dispatch import Dispatch, Limits
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import dispatching
 from vllm_dwdp.integration.dispatching import HOST_PATIENCE_S, checked, dispatched_sizes, fit_to_round
 from vllm_dwdp.integration.hooks import CHOOSE_GRAPH
 from vllm_dwdp.kernels.tokens import RoundLayout, did_not_come
-from vllm_dwdp.meeting import Stats
 
 from harness import WORKERS, Group, await_that, generate, reference, stats, streamed_model
 from quantized import SHAPE
@@ -38,6 +39,7 @@ from quantized import SHAPE
 MOST = 16
 HELPED_MOST = 2 * MOST
 SMALL, MEDIUM, LARGE = 3, HELPED_MOST, HELPED_MOST + 1
+SPARE_S = 1.5
 HELP = [Round(7, (0, 1), (0, 5)), Round(8, (0, 1), (0, 2))]  # owed to rank 1 by rank 0
 OURS = Round(9, (0, 1), (SMALL, 6))
 
@@ -50,7 +52,7 @@ class Fakes:
         helped: Round | None = None, late: int = 0,
     ):
         """`owed` are handed out first; `joined` is the next step's round, `helped` a large one's. After `looks` looks a step has
-        ended, after `late` looks peers are idle.
+        ended, after `late` looks peers are at hand.
         """
         self._company, self._helped, self._late = company, helped, late
         self.rank, self.size, self.stats = 0, 2, Stats(2)
@@ -69,15 +71,21 @@ class Fakes:
         self.note(*call)
         return self._owed.pop(0) if self._owed else otherwise
 
-    def large(self, takes_s: float, num_tokens: int = 0) -> Round | None:
-        return self._next("large", takes_s, *([num_tokens] if num_tokens else []), otherwise=self._helped if num_tokens else None)
+    def large(
+        self, takes_s: float, num_tokens: int, patience_s: float, is_at_work: Callable[[], bool], gains: Callable[[int], bool]
+    ) -> Round | None:
+        self.gains = gains
+        offered = (num_tokens, patience_s) if num_tokens or patience_s else ()
+        return self._next("large", takes_s, *offered, otherwise=self._helped if num_tokens else None)
 
-    def has_helpers(self) -> bool:
-        self.note("helpers")
+    def are_at_hand(self) -> bool:
         self._late -= 1
         return self._late < 0
 
-    def join(self, num_tokens: int, patience_s: float, end_s: float, is_at_work: Callable[[], bool]) -> Round | None:
+    def join(
+        self, num_tokens: int, patience_s: float, end_s: float, is_at_work: Callable[[], bool], gains: Callable[[int], bool]
+    ) -> Round | None:
+        self.gains = gains
         return self._next("join", num_tokens, patience_s, otherwise=self._joined)
 
     def has_company(self, patience_s: float) -> bool:
@@ -116,7 +124,8 @@ class Fakes:
 def make(fakes: Fakes, graph_sizes: tuple[int, ...] = (4, 8), small_s: float = 0.0) -> Dispatch:
     limits = Limits(
         max_tokens=MOST, helped_max_tokens=HELPED_MOST, graph_sizes=graph_sizes, patience_s=lambda tokens: tokens / 1000,
-        helped_s=lambda _: 4.0, alone_s=lambda tokens: 7.0 if tokens > MOST else small_s,
+        helped_s=lambda _: 4.0, alone_s=lambda tokens: 7.0 if tokens > MOST else small_s, spare_s=lambda _: SPARE_S,
+        gains=lambda small, large, pace: small >= SMALL and large <= MEDIUM and pace <= 1,
     )
     made = Dispatch(fakes, fakes, fakes, fakes, limits)
     made.help_out = lambda: fakes.note("help out", made.padded, made.places(1))
@@ -136,13 +145,13 @@ def test_a_large_step_first_launches_what_it_owes_and_meets_nobody() -> None:
     assert fakes.said() == [("check",), ("large", 7.0), *HELPED[0], ("large", 7.0), *HELPED[1], ("large", 7.0)]
 
 
-def test_a_large_step_takes_idle_peers_along() -> None:
-    """In one round, beyond graphs, after which its rank may be met again; it goes alone where they are not idle."""
+def test_a_large_step_takes_peers_along() -> None:
+    """In one round, beyond graphs, after which its rank may be met again; it goes alone where they do not come."""
     fakes = Fakes(HELP[:1], helped=(whole := Round(9, (0, 1), (MEDIUM, 0))))
     made = make(fakes)
     assert made.begin_step(MEDIUM) and made.is_beyond_graphs and made.places(MEDIUM) == 0
     assert fakes.said() == [
-        ("check",), ("large", 7.0, MEDIUM), *HELPED[0], ("large", 7.0, MEDIUM), ("begin", 9, whole.members, whole.tokens, 0)
+        ("check",), offer := ("large", 7.0, MEDIUM, SPARE_S), *HELPED[0], offer, ("begin", 9, whole.members, whole.tokens, 0)
     ]
     made.end_step()
     assert not [call for call in fakes.said() if call[0] == "record"], "no peer waits for its end"
@@ -155,39 +164,47 @@ def test_a_large_step_takes_idle_peers_along() -> None:
     assert ("record", "event 2") in fakes.said()
 
 
-def test_a_large_step_looks_out_for_who_helped_with_the_last_one() -> None:
-    """They launch it meanwhile; no longer than the device has work, or HELPERS_S."""
-    fakes = Fakes(helped=Round(9, (0, 1), (MEDIUM, 0)), late=3)
+def test_a_large_step_that_is_not_ready_asks_nobody() -> None:
+    """Its end is told behind the one that peers take part in now."""
+    fakes = Fakes(helped=Round(9, (0, 1), (MEDIUM, 0)))
     made = make(fakes)
-    for looks, looked in ((10**9, 4), (2, 2)):
-        made.begin_step(MEDIUM)
-        made.end_step()
-        fakes.said()
-        fakes._late, fakes._looks = 3, looks
-        made.begin_step(MEDIUM)
-        assert collections.Counter(call[0] for call in fakes.said())["helpers"] == looked
-        made.end_step()
-    fakes._late = fakes._looks = 10**9
-    began = time.monotonic()
     made.begin_step(MEDIUM)
-    assert module.HELPERS_S <= time.monotonic() - began < module.HELPERS_S + 0.1
     made.end_step()
     fakes.said()
     made.begin_step(MEDIUM, is_ready=False)
-    assert [call for call in fakes.said() if call[0] != "look"] == [("check",), ("large", pytest.approx(11.0, abs=0.5))]
+    assert fakes.said() == [("check",), ("large", pytest.approx(11.0, abs=0.5))]
+
+
+def test_a_small_step_goes_with_a_large_one_that_it_gains_by_and_not_with_two_in_a_row() -> None:
+    """Whichever of the two comes first."""
+    fakes = Fakes(joined=(whole := Round(9, (0, 1), (SMALL, MEDIUM))))
+    made = make(fakes)
+    made.begin_step(SMALL)
+    assert fakes.gains(MEDIUM) is False, "as said after the round was begun"
+    assert made.is_beyond_graphs and made.padded == 0 and fakes.said()[-1] == ("begin", 9, (0, 1), whole.tokens, 0)
+    made.end_step()
+    made.begin_step(MEDIUM)
+    assert not fakes.gains(SMALL)
+    made.end_step()
+    fakes._joined = OURS
+    made.begin_step(SMALL)
+    made.end_step()
+    assert fakes.gains(MEDIUM) and not fakes.gains(LARGE), "rounds have begun again"
+    made.begin_step(MEDIUM)
+    assert fakes.gains(SMALL) and not fakes.gains(SMALL - 1)
 
 
 @pytest.mark.parametrize(("looks", "late", "takes_s"), [(0, 1, 7.0), (9, 0, 3.5), (9, 1, 14.0)])
 def test_a_large_step_that_has_ended_stands_in_no_peers_way(looks: int, late: int, takes_s: float) -> None:
-    """The next one may take them along, and waits for that while they are idle; else it is launched behind, alone."""
+    """The next one may take them along, and waits for its end while they are at hand; else it is launched behind, alone."""
     fakes = Fakes(looks=looks, late=late)
     made = make(fakes)
     made.begin_step(LARGE)
     made.end_step()
     fakes.said()
     assert not made.begin_step(MEDIUM)
-    said = [call for call in fakes.said() if call[0] not in ("look", "helpers")]
-    assert said == [("check",), *([("large done",)] if takes_s < 14.0 else []), ("large", pytest.approx(takes_s, rel=0.01), MEDIUM)]
+    said, large = [call for call in fakes.said() if call[0] != "look"], ("large", pytest.approx(takes_s, rel=0.01), MEDIUM, SPARE_S)
+    assert said == [("check",), *([("large done",)] if takes_s < 14.0 else []), large]
     assert fakes.events == 2, "the driver frees none"
 
 
@@ -397,8 +414,8 @@ def meetings(llm: Any) -> dict[str, Any]:
     return stats(llm)["dispatch"]
 
 
-def has_helpers(llm: Any) -> bool:
-    return streamed_model(llm).dispatch._meeting.has_helpers()
+def are_at_hand(llm: Any) -> bool:
+    return streamed_model(llm).dispatch._meeting.are_at_hand()
 
 
 def told(llm: Any) -> list[str]:
@@ -442,9 +459,11 @@ def test_peers_that_stop_or_end_between_rounds(models) -> None:
 
 
 def offer_all(rank: int) -> None:
-    """Steps of up to 256 tokens are helped with, on a GPU too, where a tiny model's would not gain."""
+    """Steps of up to 256 tokens are offered to all ranks, who take part, on a GPU too, where a tiny model's would not gain."""
     limits = dispatching.limits
-    dispatching.limits = lambda *args: dataclasses.replace(limits(*args), helped_max_tokens=256)
+    dispatching.limits = lambda *args: dataclasses.replace(
+        limits(*args), helped_max_tokens=256, gains=lambda *_: True, spare_s=lambda _: HOST_PATIENCE_S
+    )
 
 
 def lend(llm: Any, over: Path) -> None:
@@ -462,7 +481,7 @@ def test_prompts_with_which_an_idle_rank_helps_are_answered_as_by_stock_vllm(mod
         first, second = group.ranks
         was = first.run(stats)["forwards"]
         second.send(lend, over := tmp_path / "over")
-        await_that(lambda: first.run(has_helpers), "rank 1 to be idle")
+        await_that(lambda: first.run(are_at_hand), "rank 1 to be idle")
         assert first.run(work) == expected
         over.touch()
         second.answer(60)
@@ -470,6 +489,45 @@ def test_prompts_with_which_an_idle_rank_helps_are_answered_as_by_stock_vllm(mod
     steps = now["dispatched"] - was["dispatched"]
     assert steps >= 8 and now["streamed"] == was["streamed"] and now["direct"] == was["direct"]
     assert met["rounds"] == helped["helper_rounds"] == steps
+
+
+def count_mixed(llm: Any) -> list[Round]:
+    """Note the rounds from now on in which this rank's step and a large one of a peer are together."""
+    dispatch, found = streamed_model(llm).dispatch, []
+    layout_of = dispatch._layout_of
+
+    def noting(made: Round) -> RoundLayout:
+        if all(made.tokens) and max(made.tokens) > dispatch.limits.max_tokens:
+            found.append(made)
+        return layout_of(made)
+
+    dispatch._layout_of, dispatch.mixed = noting, found
+    return found
+
+
+def mixed(llm: Any) -> list[Round]:
+    return streamed_model(llm).dispatch.mixed
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", ["host", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_prompts_that_a_rank_that_decodes_goes_along_with_are_answered_as_by_stock_vllm(models, kind: str) -> None:
+    """Both ranks have both kinds of step, by turns; never two large ones in a row."""
+    model = models("qwen3_moe", **SHAPE | dict(dtype="float32"))
+    works = [functools.partial(generate, lengths=lengths, tokens=40, one_by_one=True) for lengths in (
+        (9, 200, 12, 255, 90, 10), (240, 8, 130, 11, 222, 9))]
+    with Group(model, 0) as stock:
+        expected = [stock.run(work)[0] for work in works]
+    with Group(model, 2, {"dispatch_max_tokens": 16}, setup=offer_all) as group:
+        group.run(count_mixed)
+        for rank, work in zip(group.ranks, works, strict=True):
+            rank.send(work)
+        assert [rank.answer() for rank in group.ranks] == expected
+        first, second = group.run(mixed)
+    print(first)
+    assert first == second and len(first) >= 2
+    numbers = [made.number for made in first]
+    assert all(later - sooner > 1 for sooner, later in itertools.pairwise(numbers))
 
 
 @pytest.mark.parametrize("is_async", [False, True])

@@ -10,8 +10,8 @@ from conftest import ROOT
 
 ROOMS = {"vllm_dwdp": "vllm_dwdp", "kernels": "vllm_dwdp.kernels", "entrypoints": "vllm_dwdp.entrypoints"}
 PURE = {"config", "errors", "placement", "layout", "schedule", "budget", "counters", "ranges", "costs"}
-MEMORY = {"kernels", "channel", "checkpoint", "descriptors", "launcher", "store", "meeting", "inboxes", "slots", "weights", "prefetch",
-          "dispatch", "convoy", "rendezvous", "exchange", "experts"}
+MEMORY = {"kernels", "channel", "checkpoint", "descriptors", "launcher", "store", "records", "meeting", "inboxes", "slots", "weights",
+          "prefetch", "dispatch", "convoy", "rendezvous", "exchange", "experts"}
 LEVELS = {"pure": 0, "memory": 1, "assembly": 2, "integration": 3, "entrypoints": 4}
 
 

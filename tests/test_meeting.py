@@ -12,6 +12,7 @@ from collections import defaultdict
 import pytest
 
 from vllm_dwdp import meeting as page
+from vllm_dwdp.convoy import State
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.meeting import Meeting, create
 
@@ -28,14 +29,15 @@ def wander(fd: int, rank: int, size: int, seed: int, steps: int, out) -> None:
             if what == "join":
                 made = meeting.join(tokens, patience)
             elif what == "large":
-                made, patience = meeting.large(rng.choice([0.0, 0.01, math.inf])), 0
+                offered = rng.choice([0, tokens])
+                made = meeting.large(rng.choice([0.0, 0.01, math.inf]), offered, patience, gains=lambda _: rng.random() < 0.5)
             elif what == "leave":
                 made, patience = meeting.leave(), 0
             else:
                 made, patience = meeting.help(0.002), 0.002
             late = max(late, time.monotonic() - began - patience)
             if made:
-                out.send((rank, made, tokens if what == "join" else 0))
+                out.send((rank, made, tokens if what in ("join", "large") else 0))
             if what == "help" or made is None or made.tokens[rank]:
                 break
         if what == "large":
@@ -154,6 +156,39 @@ def test_company_is_who_may_be_met_when_the_own_large_step_ends(pair) -> None:
         assert a.has_company(0)
     b.close()
     assert not a.has_company(10)
+
+
+@pytest.mark.parametrize("gains", [False, True])
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_large_step_takes_a_busy_rank_along_that_comes_and_gains(pair, is_first: bool, gains: bool) -> None:
+    """Before or after the large one; who does not gain goes alone, and so does the large step, at once."""
+    a, b = pair
+    for meeting in pair:
+        meeting.large(0.0)
+        meeting.large_done()
+    made: list = []
+    other = threading.Timer(0.0 if is_first else 0.1, lambda: made.append(b.join(3, 0.3, gains=lambda tokens: gains and tokens == 99)))
+    began = time.monotonic()
+    other.start()
+    time.sleep(0.05 if is_first else 0.0)
+    mine = a.large(1.0, 99, 0.5, gains=lambda tokens: gains and tokens == 3)
+    assert time.monotonic() - began < 0.2
+    other.join()
+    assert made == [mine] and (mine is not None) == gains
+    assert mine is None or mine.tokens == (99, 3)
+
+
+def test_a_large_step_waits_for_a_busy_rank_within_its_bound(pair) -> None:
+    """Nothing while its own device is at work, which is no loss; afterwards that rank is still waited for by small steps."""
+    a, b = pair
+    b.join(1, 0)
+    began, ends = time.monotonic(), time.monotonic() + 0.2
+    assert a.large(1.0, 99, 0.1, lambda: time.monotonic() < ends) is None
+    assert 0.3 <= time.monotonic() - began < 0.4 and a._states() == [State.LARGE, State.BUSY]
+    b.close()
+    a.large_done()
+    began = time.monotonic()
+    assert a.large(1.0, 99, 5) is None and time.monotonic() - began < 0.05, "b is dead"
 
 
 def test_what_was_said_last_of_the_end_counts(pair) -> None:

@@ -5,8 +5,8 @@ Ranks change one shared record, one at a time (`meeting` keeps it). Every functi
 
 Whatever a rank comes for, a round that it owes comes first; after that round it comes again. A convoy leaves with everyone who
 waits or is idle, as soon as someone waits and nobody is busy. Dead ranks are never waited for, nor large steps but for
-their end: a small step without company waits for one that is expected to end soon. A large step waits for nobody, but takes
-all other ranks along if all are idle.
+their end: a small step without company waits for one that is expected to end soon. A large step offers itself to all other
+ranks at once: it takes them along if each is idle or comes with a small step that gains by it, too, and else goes alone.
 """
 
 import enum
@@ -24,6 +24,7 @@ class State(enum.IntEnum):
     WAITING = 2  # waits in the convoy with a step of its own
     LARGE = 3  # its device works on a large step, or on one that went alone and takes long
     IDLE = 4  # has no request: helps
+    OFFERS = 5  # has a large step, which goes with all ranks or alone
 
 
 class Answer(enum.Enum):
@@ -63,15 +64,21 @@ def come(record: Record, rank: int) -> Outcome:
     return _enter(record._replace(due=_put(record.due, rank, None)), rank, State.AWAY), GO
 
 
-def join(record: Record, rank: int, tokens: int, alive: Alive, ends_soon: Callable[[int], bool]) -> Outcome:
+def join(
+    record: Record, rank: int, tokens: int, alive: Alive, ends_soon: Callable[[int], bool], gains: Callable[[int], bool]
+) -> Outcome:
     """A step that is worth a convoy. WAIT: join again whenever the record changes, or give up.
 
-    `ends_soon(rank)`: that rank's large step is expected to end while this step may wait for it.
+    `ends_soon(rank)`: that rank's large step is expected to end while this step may wait for it. `gains(tokens)`: this step
+    gains by going with a large one of so many; one that offers itself in vain goes alone.
     """
     if record.due[rank]:
         return _launch(record, rank)
     if record.states[rank] is State.LARGE:  # its kernels would meet the peers only after the large step
         return record, GO
+    for other, state in enumerate(record.states):
+        if state is State.OFFERS and not gains(record.tokens[other]):
+            record = _enter(record, other, State.LARGE)
     record = record._replace(tokens=_put(record.tokens, rank, tokens))
     record = _depart(_enter(record, rank, State.WAITING), alive)
     if record.due[rank]:
@@ -90,15 +97,28 @@ def give_up(record: Record, rank: int) -> Outcome:
     return _enter(record._replace(states=states), rank, State.BUSY), GO
 
 
-def large(record: Record, rank: int, tokens: int, alive: Alive) -> Outcome:
-    """A large step, launched at once: with every other rank, if all are idle and it offers its `tokens`; else alone."""
+def large(
+    record: Record, rank: int, tokens: int, alive: Alive, ends_soon: Callable[[int], bool], gains: Callable[[int], bool]
+) -> Outcome:
+    """A large step. It goes alone, or with every other rank if it offers its `tokens`. WAIT, for who comes soon: as in `join`.
+
+    `gains(tokens)`: a small step of so many, which waits already, gains by going with this one.
+    """
     if record.due[rank]:
         return _launch(record, rank)
-    others = [state for other, state in enumerate(record.states) if other != rank and alive(other)]
-    if record.states[rank] is not State.LARGE and others == [State.IDLE] * (len(record.states) - 1):
-        made = _enter(record._replace(tokens=_put(record.tokens, rank, tokens)), rank, State.WAITING)
+
+    def may_come(other: int, state: State) -> bool:
+        if state is State.WAITING:
+            return gains(record.tokens[other])
+        return state in (State.IDLE, State.BUSY) or (state is State.LARGE and ends_soon(other))
+
+    others = [(other, state) for other, state in enumerate(record.states) if other != rank]
+    if tokens and record.states[rank] is not State.LARGE and all(alive(r) and may_come(r, state) for r, state in others):
+        made = _enter(record._replace(tokens=_put(record.tokens, rank, tokens)), rank, State.OFFERS)
         if (made := _depart(made, alive)).due[rank]:
             return _launch(made, rank)
+        if any(state in (State.BUSY, State.LARGE) for _, state in others):
+            return made, WAIT
     return _depart(_enter(record, rank, State.LARGE), alive), GO
 
 
@@ -129,10 +149,11 @@ def leave(record: Record, rank: int, alive: Alive) -> Outcome:
 def _depart(record: Record, alive: Alive) -> Record:
     """Let the convoy leave if it can: its members owe the round and are busy until they have come for it."""
     states = record.states
-    if State.WAITING not in states or _waited_for(record, alive):
+    if _waited_for(record, alive):
         return record
-    members = tuple(r for r, s in enumerate(states) if s in (State.WAITING, State.IDLE) and alive(r))
-    tokens = tuple(t if r in members and states[r] is State.WAITING else 0 for r, t in enumerate(record.tokens))
+    present = tuple(r for r, s in enumerate(states) if s in (State.WAITING, State.IDLE, State.OFFERS) and alive(r))
+    members = present if len(present) == len(states) else tuple(r for r in present if states[r] is not State.OFFERS)
+    tokens = tuple(t if r in members and states[r] is not State.IDLE else 0 for r, t in enumerate(record.tokens))
     if len(members) < 2 or not any(tokens):
         return record
     made = Round(record.number + 1, members, tokens)

@@ -48,3 +48,19 @@ class Counters:
         if replayed_bytes is not None:
             self.replays += 1
             self.prefetched_bytes += replayed_bytes
+
+
+@dataclasses.dataclass
+class Stats:
+    """What one rank has done in the convoy."""
+
+    size: int
+    rounds: int = 0
+    helper_rounds: int = 0
+    participants: int = 0  # over all rounds
+    alone: int = 0
+    waited_s: float = 0.0
+    timeouts: list[int] = dataclasses.field(default_factory=list)  # by rank: how often it was waited for in vain
+
+    def __post_init__(self) -> None:
+        self.timeouts = [0] * self.size

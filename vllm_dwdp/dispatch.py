@@ -1,8 +1,8 @@
 """Dispatch: the steps whose tokens travel. Meets the peers before a step, and says how its layers are laid out.
 
 A step of at most `max_tokens` is worth meeting for: it takes part in a round with the ranks that are at hand, or goes
-alone. A larger one starts at once: with all other ranks, if all are idle and it has at most `helped_max_tokens`, else alone,
-and then its rank takes part again when its device has reached the last layer of it: the
+alone. A larger one starts at once: with all other ranks, if it has at most `helped_max_tokens` and each of them is idle or gains
+by it with a small step, else alone, and then its rank takes part again when its device has reached the last layer of it: the
 host then prepares the next step while that layer runs, for which peers may have to wait. A step that went alone and takes
 longer than its rank waits for peers counts as large, too: peers who took it for a short one would give up just before it
 ends and go alone in turn, without end. An idle rank helps.
@@ -27,15 +27,16 @@ from vllm_dwdp.rendezvous import DispatchManifest
 _LOOK_S = 50e-6
 APART = 0.55  # of two ranks that go alone by turns, one waits for the other: half a step alone at most, and some more
 MOST_PACE = 4.0
-HELPERS_S = 0.02  # how long a large step looks out for idle ranks while its device is at one that they help with
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
     """Which steps meet, and for how long they wait for it. `graph_sizes` are the rows that vLLM captures, ascending.
 
-    `helped_max_tokens`, no less than `max_tokens`, are of steps that idle ranks help with; `helped_s` and `alone_s` are how long
-    a step that all of them help with, and one that goes without peers, are expected to take on the device.
+    `helped_max_tokens`, no less than `max_tokens`, are of steps in which all other ranks take part; `helped_s` and `alone_s` are
+    how long such a step, and one that goes without peers, are expected to take on the device; `spare_s` is how long a large step
+    waits for ranks that come soon. `gains(small, large, pace)`: whether requests of a small step are served sooner if it goes with
+    a large one, where small steps alone take `pace` times what is expected.
     """
 
     max_tokens: int
@@ -44,6 +45,8 @@ class Limits:
     patience_s: Callable[[int], float]
     helped_s: Callable[[int], float]
     alone_s: Callable[[int], float]
+    spare_s: Callable[[int], float]
+    gains: Callable[[int, int, float], bool]
 
     def manifest(self) -> DispatchManifest:
         """What has to be alike on all ranks, whose rows and flags lie in each other's inboxes."""
@@ -64,6 +67,7 @@ class Announced(NamedTuple):
     at: float = 0.0
     takes: float = 0.0  # by itself
     ends_in: float = 0.0  # behind the one before it
+    is_small: bool = False
 
 
 class Dispatch:
@@ -84,8 +88,9 @@ class Dispatch:
         self._ending = stream.event()  # the last layer of the last large step
         self._is_large = False  # peers know of one
         self._announced = Announced()
+        self._was_large = False  # the last round had a large step
         self._helped_until_s = 0.0  # when the last large step in which all ranks took part is expected to have ended
-        self._pace = 1.0  # what large steps have taken, as a part of what was expected of them
+        self._paces = {False: 1.0, True: 1.0}  # what large, and small, steps alone have taken, as a part of what was expected
         self._is_marked = False  # by the step under way, if it is large
 
     def report(self) -> dict[str, Any]:
@@ -131,14 +136,18 @@ class Dispatch:
         end_s = max(patience_s, APART * alone_s)
         if not self._is_at_large_step() or self._meeting.has_company(end_s):
             self._end_large_step()
-        while (made := self._meeting.join(num_tokens, patience_s, end_s, self._is_at_work)) is not None and not made.tokens[rank]:
+
+        def join() -> Round | None:
+            return self._meeting.join(num_tokens, patience_s, end_s, self._is_at_work, lambda large: self._gains(num_tokens, large))
+
+        while (made := join()) is not None and not made.tokens[rank]:
             self._launch(made)
         if made is None and alone_s > patience_s:
             self._announce(num_tokens)
         return made
 
     def _alone_s(self, num_tokens: int) -> float:
-        return self._pace * self.limits.alone_s(num_tokens)
+        return self._paces[num_tokens <= self.limits.max_tokens] * self.limits.alone_s(num_tokens)
 
     def _is_at_work(self) -> bool:
         return not self._stream.is_done(self._last)
@@ -147,27 +156,34 @@ class Dispatch:
         return self._is_large and not self._stream.is_done(self._ending)
 
     def _offer(self, num_tokens: int) -> Round | None:
-        """The round of a large step in which all other ranks help; None: it goes alone."""
+        """The round of a large step in which all other ranks take part; None: it goes alone."""
         if num_tokens > self.limits.helped_max_tokens:
             return self._announce(num_tokens)
-        if not self._is_at_large_step() or self._meeting.has_helpers():
+        if not self._is_at_large_step() or self._meeting.are_at_hand():
             self._end_large_step()
-        until_s = min(time.monotonic() + HELPERS_S, self._helped_until_s)  # who helped in the last step launches it now
-        while self.meets and time.monotonic() < until_s and self._is_at_work() and not self._meeting.has_helpers():
-            time.sleep(_LOOK_S)
         return self._announce(num_tokens, num_tokens)
 
     def _announce(self, num_tokens: int, offered: int = 0) -> Round | None:
         """Tell peers that the step under way is large, and until when they need not expect this rank; or else `_offer`."""
         now_s, takes_s = time.monotonic(), self._alone_s(num_tokens)
         before_s = self._announced.takes if self._is_at_large_step() else 0.0  # the host is one step ahead at most
-        announced = Announced(now_s, takes_s, max(before_s, self._helped_until_s - now_s) + takes_s)
-        while self.meets and (made := self._meeting.large(announced.ends_in, offered)) is not None:
+        ends_in = max(before_s, self._helped_until_s - now_s) + takes_s
+        spare_s = self.limits.spare_s(offered) if offered else 0.0
+
+        def large() -> Round | None:
+            return self._meeting.large(ends_in, offered, spare_s, self._is_at_work, lambda small: self._gains(small, num_tokens))
+
+        while self.meets and (made := large()) is not None:
             if made.tokens[self._meeting.rank]:
                 return made
             self._launch(made)
-        self._announced, self._is_marked = announced, False
+        self._announced = Announced(time.monotonic(), takes_s, ends_in, num_tokens <= self.limits.max_tokens)
+        self._is_marked = False
         return None
+
+    def _gains(self, small: int, large: int) -> bool:
+        """Whether a small step goes with a peer's large one. Not with two in a row: it gains by the rounds that follow."""
+        return not self._was_large and self.limits.gains(small, large, self._paces[True])
 
     def reach_last_layer(self) -> None:
         """All of the step but its last layer is enqueued. Not told of a step that replays a graph."""
@@ -249,7 +265,9 @@ class Dispatch:
     def _begin(self, layout: RoundLayout) -> None:
         self._layout = layout
         self._tokens.begin(layout)
-        if layout.number and (most := max(layout.tokens)) > self.limits.max_tokens:
+        most = max(layout.tokens)
+        self._was_large = most > self.limits.max_tokens if layout.number else self._was_large
+        if layout.number and self._was_large:
             self._helped_until_s = time.monotonic() + self.limits.helped_s(most)
 
     def _layout_of(self, made: Round) -> RoundLayout:
@@ -276,6 +294,7 @@ class Dispatch:
         now, told = time.monotonic(), self._announced
         self._meeting.stats.waited_s += now - entered
         if is_seen and 0 < told.ends_in < math.inf:
-            self._pace = min(max(self._pace * (1 + (now - told.at) / told.ends_in) / 2, 1 / MOST_PACE), MOST_PACE)
+            pace = self._paces[told.is_small] * (1 + (now - told.at) / told.ends_in) / 2
+            self._paces[told.is_small] = min(max(pace, 1 / MOST_PACE), MOST_PACE)
         self._is_large = False
         self._meeting.large_done()

@@ -18,11 +18,12 @@ import struct
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from vllm_dwdp import convoy
 from vllm_dwdp.convoy import Answer, Record, Round, State
+from vllm_dwdp.counters import Stats
 from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.records import Format
 
 logger = logging.getLogger("vllm.dwdp.meeting")
 
@@ -37,29 +38,13 @@ _WORD, _HOLDER, _SIZE, _RECORDS = 0, 8, 16, 64
 _NEVER_S = 1e12
 
 
-@dataclass
-class Stats:
-    """What one rank has done so far."""
-
-    size: int
-    rounds: int = 0
-    helper_rounds: int = 0
-    participants: int = 0  # over all rounds
-    alone: int = 0
-    waited_s: float = 0.0
-    timeouts: list[int] = field(default_factory=list)  # by rank: how often it was waited for in vain
-
-    def __post_init__(self) -> None:
-        self.timeouts = [0] * self.size
-
-
 class Meeting:
     """One rank's place in the convoy; for one thread. A rank launches the Round that it is given before it calls again."""
 
     def __init__(self, fd: int, rank: int, size: int):
         """`fd` is a page made by `create(size)`, here or in a peer; it stays the caller's. DWDPError if another has the place."""
         self.rank, self.size, self.stats = rank, size, Stats(size)
-        self._format = struct.Struct("<" + "q" * (1 + size * (4 + size)))
+        self._format = Format(size)
         self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)  # a description of its own: locks belong to it
         self._close = weakref.finalize(self, os.close, self._fd)
         self._map = mmap.mmap(fd, os.fstat(fd).st_size)  # of the caller's: a mapping would keep the locks of ours in a child
@@ -76,46 +61,70 @@ class Meeting:
         self._change(lambda record: convoy.come(record, rank))
 
     def join(
-        self, num_tokens: int, patience_s: float, end_s: float = 0.0, is_at_work: Callable[[], bool] = lambda: False
+        self, num_tokens: int, patience_s: float, end_s: float = 0.0, is_at_work: Callable[[], bool] = lambda: False,
+        gains: Callable[[int], bool] = lambda _: False,
     ) -> Round | None:
         """Before a small step: the round that takes it; None: go alone. A helper's round has no tokens of its own: launch it, join again.
 
         Peers are waited for while this rank's device `is_at_work`, which costs nothing, and for `patience_s` after that; the end
-        of a large step for `end_s`, if that is more, and only where it is expected by then.
+        of a large step for `end_s`, if that is more, and only where it is expected by then. `gains`: convoy.join's.
         """
-        entered = began = time.monotonic()
+        began = time.monotonic()
         end_s = max(end_s, patience_s)
 
         def ends_soon(rank: int) -> bool:
             return self._ends_by(began + end_s, rank)
 
         def join(record: Record) -> convoy.Outcome:
-            return convoy.join(record, self.rank, num_tokens, self.is_alive, ends_soon)
+            return convoy.join(record, self.rank, num_tokens, self.is_alive, ends_soon, gains)
 
-        looked, answer = began, self._change(join)
-        while answer is convoy.WAIT:
-            now = time.monotonic()
-            if now - entered < WORK_S and is_at_work():
-                began = now
-            bound_s = patience_s if State.BUSY in self._states() else end_s
-            if now - began >= bound_s:
-                answer = self._change(lambda record: self._give_up(record, ends_soon, blame=patience_s > 0))
-            elif self._words[0] != self._seen or now - looked > _CHECK_S:
-                looked, answer = now, self._change(join)
-            else:
-                time.sleep(0 if now - entered < _SPIN_S else min(_LOOK_S, began + bound_s - now))
-        self.stats.waited_s += time.monotonic() - entered
+        def give_up(record: Record) -> convoy.Outcome:
+            return self._give_up(record, ends_soon, blame=patience_s > 0)
+
+        answer = self._wait(join, give_up, lambda: patience_s if State.BUSY in self._states() else end_s, is_at_work)
         self.stats.alone += answer is convoy.GO
         return self._count(answer)
 
-    def large(self, takes_s: float = math.inf, num_tokens: int = 0) -> Round | None:
-        """Before a step alone that the device is expected to end in `takes_s`: None, launch it; a Round: launch that, call again.
+    def large(
+        self, takes_s: float = math.inf, num_tokens: int = 0, patience_s: float = 0.0,
+        is_at_work: Callable[[], bool] = lambda: False, gains: Callable[[int], bool] = lambda _: False,
+    ) -> Round | None:
+        """Before a step that the device is expected to end in `takes_s` alone: None, launch it; a Round: launch that, call again.
 
-        Not again after a Round of this rank's `num_tokens`, with which all other ranks help: it takes the step.
+        Not again after a Round of this rank's `num_tokens`, in which all other ranks take part: it takes the step. For them it is
+        waited as in `join`; 0 offers nothing. `gains`: convoy.large's.
         """
         self._end_s = time.monotonic() + takes_s
         self._tell_end(self._end_s)  # before peers see that the step is large
-        return self._count(self._change(lambda record: convoy.large(record, self.rank, num_tokens, self.is_alive)))
+        bound_s = time.monotonic() + patience_s
+
+        def rule(record: Record, offered: int = num_tokens) -> convoy.Outcome:
+            return convoy.large(record, self.rank, offered, self.is_alive, lambda rank: self._ends_by(bound_s, rank), gains)
+
+        answer = self._wait(rule, lambda record: rule(record, 0), lambda: patience_s, is_at_work)
+        self._end_s = time.monotonic() + takes_s
+        self._tell_end(self._end_s)
+        return self._count(answer)
+
+    def _wait(
+        self, rule: Callable[[Record], convoy.Outcome], give_up: Callable[[Record], convoy.Outcome], bound_s: Callable[[], float],
+        is_at_work: Callable[[], bool],
+    ) -> Round | Answer:
+        """Apply a rule until it does not say WAIT, or give up `bound_s()` after the device was last at work."""
+        entered = looked = began = time.monotonic()
+        answer = self._change(rule)
+        while answer is convoy.WAIT:
+            now, most_s = time.monotonic(), bound_s()
+            if now - entered < WORK_S and is_at_work():
+                began = now
+            if now - began >= most_s:
+                answer = self._change(give_up)
+            elif self._words[0] != self._seen or now - looked > _CHECK_S:
+                looked, answer = now, self._change(rule)
+            else:
+                time.sleep(0 if now - entered < _SPIN_S else min(_LOOK_S, began + most_s - now))
+        self.stats.waited_s += time.monotonic() - entered
+        return answer
 
     def has_company(self, patience_s: float) -> bool:
         """Whether a small step might meet somebody within `patience_s` of the end of this rank's large steps. One look may be wrong."""
@@ -127,9 +136,11 @@ class Meeting:
             for rank, state in enumerate(self._states()) if rank != self.rank and self.is_alive(rank)
         )
 
-    def has_helpers(self) -> bool:
-        """Whether all other ranks are idle. One look may be wrong."""
-        return all(state == State.IDLE for rank, state in enumerate(self._states()) if rank != self.rank)
+    def are_at_hand(self) -> bool:
+        """Whether all other ranks might take part in a large step. One look may be wrong."""
+        return all(
+            state in (State.IDLE, State.BUSY, State.WAITING) for rank, state in enumerate(self._states()) if rank != self.rank
+        )
 
     def large_done(self) -> None:
         """The device has finished all large steps: this rank takes part again."""
@@ -188,10 +199,10 @@ class Meeting:
         if self._final is None and self._acquire():
             try:
                 word = self._words[0]
-                record = self._read(word)
+                record = self._format.unpack(self._map, self._offset(word))
                 after, answer = rule(record)
                 if after != record:
-                    os.pwrite(self._fd, self._pack(after), self._offset(word + 1))
+                    os.pwrite(self._fd, self._format.pack(after), self._offset(word + 1))
                     os.pwrite(self._fd, struct.pack("<q", word + 1), _WORD)
                 self._seen = self._words[0]
                 return answer
@@ -200,7 +211,7 @@ class Meeting:
             finally:
                 fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, 0))
         if self._final is None:
-            self._final = self._read(self._words[0])
+            self._final = self._format.unpack(self._map, self._offset(self._words[0]))
             holder = self._words[_HOLDER // 8] % self.size
             logger.warning("rank %d stopped while it changed the convoy: all ranks go alone from now on", holder)
         made = self._final.due[self.rank]
@@ -260,32 +271,16 @@ class Meeting:
         return end != self._overdue.get(rank) and end <= end_s * 1e6
 
     def _end_of(self, rank: int) -> int:
-        return (_RECORDS + 2 * self._format.size) // 8 + rank
+        return (_RECORDS + 2 * self._format.nbytes) // 8 + rank
 
     def _offset(self, word: int) -> int:
-        return _RECORDS + word % 2 * self._format.size
-
-    def _pack(self, record: Record) -> bytes:
-        """Number; then by rank state, tokens, number of the round due, its members as bits; then by rank that round's tokens."""
-        due = [made or Round(0, (), (0,) * self.size) for made in record.due]
-        members = [sum(1 << rank for rank in made.members) for made in due]
-        tokens = [count for made in due for count in made.tokens]
-        return self._format.pack(record.number, *record.states, *record.tokens, *(d.number for d in due), *members, *tokens)
-
-    def _read(self, word: int) -> Record:
-        number, *row = self._format.unpack_from(self._map, self._offset(word))
-        states, tokens, numbers, members, *counts = (tuple(row[at : at + self.size]) for at in range(0, len(row), self.size))
-        due = tuple(
-            Round(numbers[r], tuple(m for m in range(self.size) if members[r] >> m & 1), counts[r]) if numbers[r] else None
-            for r in range(self.size)
-        )
-        return Record(number, tuple(map(State, states)), tokens, due)
+        return _RECORDS + word % 2 * self._format.nbytes
 
 
 def create(size: int) -> int:
     """The file descriptor of a page for `size` ranks, for the caller to hand round and to close."""
     fd = os.memfd_create("dwdp-convoy", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, _RECORDS + 2 * 8 * (1 + size * (4 + size)) + 8 * size)  # zeros are a record: nobody has come
+    os.ftruncate(fd, _RECORDS + 2 * Format(size).nbytes + 8 * size)  # zeros are a record: nobody has come
     os.pwrite(fd, struct.pack("<q", size), _SIZE)
     return fd
 

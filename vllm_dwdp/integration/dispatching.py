@@ -58,11 +58,13 @@ def limits(
     helped = max(most, 0 if options.dispatch_max_tokens else held if costs is None else costs.helped_max_tokens(held))
     logger.info(
         "DWDP dispatch is on: steps of up to %d tokens send them to their experts' owners, with the ranks at hand (%s)%s",
-        most, why, f"; of up to {helped} where all other ranks are idle" if helped > most else "",
+        most, why, f"; of up to {helped} with all ranks, or else alone" if helped > most else "",
     )
     return Limits(
         max_tokens=most, helped_max_tokens=helped, graph_sizes=dispatched_sizes(sizes, most, lengths),
         helped_s=functools.cache(costs.helped_s) if costs is not None else lambda _: HOST_LARGE_S,
+        spare_s=functools.cache(costs.spare_s) if costs is not None else lambda _: 0.0,
+        gains=costs.gains if costs is not None else lambda *_: False,
         patience_s=functools.cache(costs.patience_s) if costs is not None else lambda _: HOST_PATIENCE_S,
         alone_s=functools.cache(costs.alone_s) if costs is not None else lambda count: HOST_LARGE_S if count > most else 0.0,
     )
