@@ -179,16 +179,32 @@ def test_a_large_step_takes_a_busy_rank_along_that_comes_and_gains(pair, is_firs
 
 
 def test_a_large_step_waits_for_a_busy_rank_within_its_bound(pair) -> None:
-    """Nothing while its own device is at work, which is no loss; afterwards that rank is still waited for by small steps."""
+    """It loses nothing while its own device is at work. Who was waited for in vain is waited for again once it comes."""
     a, b = pair
     b.join(1, 0)
     began, ends = time.monotonic(), time.monotonic() + 0.2
     assert a.large(1.0, 99, 0.1, lambda: time.monotonic() < ends) is None
-    assert 0.3 <= time.monotonic() - began < 0.4 and a._states() == [State.LARGE, State.BUSY]
+    assert 0.3 <= time.monotonic() - began < 0.4 and a._states() == [State.LARGE, State.AWAY]
+    b.large_done()
+    assert a.large(1.0, 99) is None and not a.are_at_hand(), "once its device is idle, nothing is waited for in the next row"
     b.close()
     a.large_done()
     began = time.monotonic()
     assert a.large(1.0, 99, 5) is None and time.monotonic() - began < 0.05, "b is dead"
+
+
+def test_an_end_that_comes_near_while_the_own_device_is_at_work_is_waited_for(pair) -> None:
+    a, b = pair
+    b.large(0.0)
+    b.large_done()
+    at_work_s = time.monotonic() + 0.3
+    slow = [threading.Timer(0.25, b.large, (0.15,)), threading.Timer(0.4, b.large_done), threading.Timer(0.42, b.join, (5, 1))]
+    for each in slow:
+        each.start()
+    made = a.join(4, 0.2, 0.2, lambda: time.monotonic() < at_work_s)
+    for each in slow:
+        each.join()
+    assert made is not None and made.tokens == (4, 5)
 
 
 def test_what_was_said_last_of_the_end_counts(pair) -> None:

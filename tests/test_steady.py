@@ -80,7 +80,8 @@ class World:
             rates=H100, num_layers=layers, num_experts=128, top_k=8, expert_bytes=9_437_184, hidden_size=2048, itemsize=2, size=size,
         )
         self.limits = Limits(
-            max_tokens=self.costs.max_tokens(LARGE // size), helped_max_tokens=self.costs.helped_max_tokens(LARGE), graph_sizes=(),
+            max_tokens=self.costs.max_tokens(LARGE // size), helped_max_tokens=self.costs.helped_max_tokens(LARGE), most_rows=LARGE,
+            graph_sizes=(),
             patience_s=functools.cache(self.costs.patience_s), helped_s=self.costs.helped_s, alone_s=functools.cache(self.costs.alone_s),
             spare_s=self.costs.spare_s, gains=self.costs.gains,
         )

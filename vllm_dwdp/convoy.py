@@ -4,7 +4,7 @@ Ranks change one shared record, one at a time (`meeting` keeps it). Every functi
 `alive(rank)`; it returns the next record and an answer: a Round that the rank launches now, GO (do alone what it came for), or WAIT.
 
 Whatever a rank comes for, a round that it owes comes first; after that round it comes again. A convoy leaves with everyone who
-waits or is idle, as soon as someone waits and nobody is busy. Dead ranks are never waited for, nor large steps but for
+waits or is idle, as soon as someone has a step and nobody is busy. Dead ranks are never waited for, nor large steps but for
 their end: a small step without company waits for one that is expected to end soon. A large step offers itself to all other
 ranks at once: it takes them along if each is idle or comes with a small step that gains by it, too, and else goes alone.
 """

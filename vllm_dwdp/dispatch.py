@@ -1,7 +1,7 @@
 """Dispatch: the steps whose tokens travel. Meets the peers before a step, and says how its layers are laid out.
 
 A step of at most `max_tokens` is worth meeting for: it takes part in a round with the ranks that are at hand, or goes
-alone. A larger one starts at once: with all other ranks, if it has at most `helped_max_tokens` and each of them is idle or gains
+alone. A larger one goes with all other ranks, if it has at most `helped_max_tokens` and each of them is idle or gains
 by it with a small step, else alone, and then its rank takes part again when its device has reached the last layer of it: the
 host then prepares the next step while that layer runs, for which peers may have to wait. A step that went alone and takes
 longer than its rank waits for peers counts as large, too: peers who took it for a short one would give up just before it
@@ -11,6 +11,7 @@ ends and go alone in turn, without end. An idle rank helps.
 import bisect
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,8 @@ MOST_PACE = 4.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Which steps meet, and for how long they wait for it. `graph_sizes` are the rows that vLLM captures, ascending.
+    """Which steps meet, and for how long they wait for it. `graph_sizes` are the rows that vLLM captures, ascending; for more than
+    `most_rows` it has no buffers.
 
     `helped_max_tokens`, no less than `max_tokens`, are of steps in which all other ranks take part; `helped_s` and `alone_s` are
     how long such a step, and one that goes without peers, are expected to take on the device; `spare_s` is how long a large step
@@ -41,6 +43,7 @@ class Limits:
 
     max_tokens: int
     helped_max_tokens: int
+    most_rows: int
     graph_sizes: Sequence[int]
     patience_s: Callable[[int], float]
     helped_s: Callable[[int], float]
@@ -115,7 +118,7 @@ class Dispatch:
     def begin_step(self, num_tokens: int, is_ready: bool = True) -> bool:
         """Meet the peers, if the step is worth it. Returns whether its layers dispatch: with peers, or alone in a graph.
 
-        A large step that is not ready, as it has inputs to encode first, asks nobody for help.
+        A large step that is not ready, as it has inputs to encode first, is offered to nobody.
         """
         self._tokens.check()
         self._in_step, self._is_marked = True, True
@@ -136,10 +139,8 @@ class Dispatch:
         end_s = max(patience_s, APART * alone_s)
         if not self._is_at_large_step() or self._meeting.has_company(end_s):
             self._end_large_step()
-
-        def join() -> Round | None:
-            return self._meeting.join(num_tokens, patience_s, end_s, self._is_at_work, lambda large: self._gains(num_tokens, large))
-
+        gains = functools.partial(self._gains, num_tokens)
+        join = functools.partial(self._meeting.join, num_tokens, patience_s, end_s, self._is_at_work, gains)
         while (made := join()) is not None and not made.tokens[rank]:
             self._launch(made)
         if made is None and alone_s > patience_s:
@@ -159,7 +160,7 @@ class Dispatch:
         """The round of a large step in which all other ranks take part; None: it goes alone."""
         if num_tokens > self.limits.helped_max_tokens:
             return self._announce(num_tokens)
-        if not self._is_at_large_step() or self._meeting.are_at_hand():
+        if not self._is_at_large_step() or self._meeting.are_at_hand(are_idle=self._was_large):
             self._end_large_step()
         return self._announce(num_tokens, num_tokens)
 
@@ -168,21 +169,20 @@ class Dispatch:
         now_s, takes_s = time.monotonic(), self._alone_s(num_tokens)
         before_s = self._announced.takes if self._is_at_large_step() else 0.0  # the host is one step ahead at most
         ends_in = max(before_s, self._helped_until_s - now_s) + takes_s
-        spare_s = self.limits.spare_s(offered) if offered else 0.0
-
-        def large() -> Round | None:
-            return self._meeting.large(ends_in, offered, spare_s, self._is_at_work, lambda small: self._gains(small, num_tokens))
-
+        spare_s = self.limits.spare_s(offered) if offered and not self._was_large else 0.0
+        gains = functools.partial(self._gains, large=num_tokens)
+        large = functools.partial(self._meeting.large, ends_in, offered, spare_s, self._is_at_work, gains)
         while self.meets and (made := large()) is not None:
             if made.tokens[self._meeting.rank]:
                 return made
             self._launch(made)
-        self._announced = Announced(time.monotonic(), takes_s, ends_in, num_tokens <= self.limits.max_tokens)
+        ends_in = max(ends_in, time.monotonic() - now_s + takes_s)
+        self._announced = Announced(now_s, takes_s, ends_in, num_tokens <= self.limits.max_tokens)
         self._is_marked = False
         return None
 
     def _gains(self, small: int, large: int) -> bool:
-        """Whether a small step goes with a peer's large one. Not with two in a row: it gains by the rounds that follow."""
+        """Whether a small step goes with a large one: not where the last round had one, too, as it gains by those that follow."""
         return not self._was_large and self.limits.gains(small, large, self._paces[True])
 
     def reach_last_layer(self) -> None:
@@ -217,9 +217,10 @@ class Dispatch:
 
         Triton compiles a kernel anew for a count that 16 does not divide.
         """
-        most, helped = (count // 16 * 16 or count for count in (self.limits.max_tokens, self.limits.helped_max_tokens))
+        helped = self.limits.helped_max_tokens
+        even = {count // 16 * 16 or count for count in (self.limits.max_tokens, helped, -(-helped // 2))}
         self._in_step = True
-        for num_tokens in sorted({most, most - 1 or most, helped, helped - 1 or helped}):
+        for num_tokens in sorted(even | {count - 1 or count for count in even}):
             with self._laid_out(dataclasses.replace(self._alone(num_tokens), padded=0)):
                 forward(num_tokens)
         self._in_step = False
@@ -265,10 +266,9 @@ class Dispatch:
     def _begin(self, layout: RoundLayout) -> None:
         self._layout = layout
         self._tokens.begin(layout)
-        most = max(layout.tokens)
-        self._was_large = most > self.limits.max_tokens if layout.number else self._was_large
+        self._was_large = max(layout.tokens) > self.limits.max_tokens if layout.number else self._was_large
         if layout.number and self._was_large:
-            self._helped_until_s = time.monotonic() + self.limits.helped_s(most)
+            self._helped_until_s = time.monotonic() + self.limits.helped_s(sum(layout.tokens))
 
     def _layout_of(self, made: Round) -> RoundLayout:
         return RoundLayout(

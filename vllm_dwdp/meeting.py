@@ -28,7 +28,7 @@ from vllm_dwdp.records import Format
 logger = logging.getLogger("vllm.dwdp.meeting")
 
 LOCK_TIMEOUT_S = 1.0
-WORK_S = 60.0  # how long a small step waits for its own device, before it goes alone or counts its patience
+WORK_S = 60.0  # how long a step waits for its own device, before it goes alone or counts its patience
 _LOOK_S, _REST_S, _CHECK_S = 20e-6, 2e-3, 2e-3  # between looks: at least, at most; between checks that peers live
 _SPIN_S = 200e-6  # a holder's change takes less, unless it has lost its core; so does a peer's next step, as a rule
 _SEAL = 0x0010  # F_SEAL_FUTURE_WRITE: every later write to the file fails
@@ -51,6 +51,7 @@ class Meeting:
         self._words = memoryview(self._map).cast("q")
         self._final: Record | None = None  # once the page is sealed
         self._seen, self._last = -1, time.monotonic()
+        self._began = 0.0  # since when this rank has waited at a loss
         self._end_s = 0.0  # when this rank's large steps are expected to have ended
         self._overdue: dict[int, int] = {}  # by rank: the end of a large step that was waited for in vain
         if (found := self._words[_SIZE // 8]) != size:
@@ -69,11 +70,10 @@ class Meeting:
         Peers are waited for while this rank's device `is_at_work`, which costs nothing, and for `patience_s` after that; the end
         of a large step for `end_s`, if that is more, and only where it is expected by then. `gains`: convoy.join's.
         """
-        began = time.monotonic()
         end_s = max(end_s, patience_s)
 
         def ends_soon(rank: int) -> bool:
-            return self._ends_by(began + end_s, rank)
+            return self._ends_by(self._began + end_s, rank)
 
         def join(record: Record) -> convoy.Outcome:
             return convoy.join(record, self.rank, num_tokens, self.is_alive, ends_soon, gains)
@@ -96,33 +96,36 @@ class Meeting:
         """
         self._end_s = time.monotonic() + takes_s
         self._tell_end(self._end_s)  # before peers see that the step is large
-        bound_s = time.monotonic() + patience_s
 
-        def rule(record: Record, offered: int = num_tokens) -> convoy.Outcome:
-            return convoy.large(record, self.rank, offered, self.is_alive, lambda rank: self._ends_by(bound_s, rank), gains)
+        def ends_soon(rank: int) -> bool:
+            return self._ends_by(self._began + patience_s, rank)
 
-        answer = self._wait(rule, lambda record: rule(record, 0), lambda: patience_s, is_at_work)
-        self._end_s = time.monotonic() + takes_s
-        self._tell_end(self._end_s)
-        return self._count(answer)
+        def offer(record: Record, offered: int = num_tokens) -> convoy.Outcome:
+            return convoy.large(record, self.rank, offered, self.is_alive, ends_soon, gains)
+
+        def give_up(record: Record) -> convoy.Outcome:
+            after, answer = convoy.give_up(record, self.rank) if patience_s else (record, convoy.GO)
+            return offer(after, 0) if answer is convoy.GO else (after, answer)
+
+        return self._count(self._wait(offer, give_up, lambda: patience_s, is_at_work))
 
     def _wait(
         self, rule: Callable[[Record], convoy.Outcome], give_up: Callable[[Record], convoy.Outcome], bound_s: Callable[[], float],
         is_at_work: Callable[[], bool],
     ) -> Round | Answer:
         """Apply a rule until it does not say WAIT, or give up `bound_s()` after the device was last at work."""
-        entered = looked = began = time.monotonic()
+        entered = looked = self._began = time.monotonic()
         answer = self._change(rule)
         while answer is convoy.WAIT:
             now, most_s = time.monotonic(), bound_s()
-            if now - entered < WORK_S and is_at_work():
-                began = now
-            if now - began >= most_s:
+            if is_free := now - entered < WORK_S and is_at_work():
+                self._began = now
+            if not is_free and now - self._began >= most_s:
                 answer = self._change(give_up)
             elif self._words[0] != self._seen or now - looked > _CHECK_S:
                 looked, answer = now, self._change(rule)
             else:
-                time.sleep(0 if now - entered < _SPIN_S else min(_LOOK_S, began + most_s - now))
+                time.sleep(0 if now - entered < _SPIN_S else _LOOK_S)
         self.stats.waited_s += time.monotonic() - entered
         return answer
 
@@ -136,11 +139,11 @@ class Meeting:
             for rank, state in enumerate(self._states()) if rank != self.rank and self.is_alive(rank)
         )
 
-    def are_at_hand(self) -> bool:
-        """Whether all other ranks might take part in a large step. One look may be wrong."""
-        return all(
-            state in (State.IDLE, State.BUSY, State.WAITING) for rank, state in enumerate(self._states()) if rank != self.rank
-        )
+    def are_at_hand(self, are_idle: bool = False) -> bool:
+        """Whether all other ranks might take part in a large step, or, if asked, `are_idle`. One look may be wrong."""
+        able = (State.IDLE,) if are_idle else (State.IDLE, State.BUSY, State.WAITING)
+        others = [(rank, state) for rank, state in enumerate(self._states()) if rank != self.rank]
+        return self._final is None and all(state in able and self.is_alive(rank) for rank, state in others)
 
     def large_done(self) -> None:
         """The device has finished all large steps: this rank takes part again."""

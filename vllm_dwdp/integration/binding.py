@@ -126,6 +126,17 @@ def _ahead_of_use(forward: Callable, weights: LayerWeights, prefetcher: Prefetch
     return run
 
 
+def _in_parts(forward: Callable, rows: torch.Tensor, own: dict[str, Any], most: int) -> torch.Tensor:
+    """`forward` over `rows`, in halves if they are more than `most`: a round may have more rows than vLLM has buffers for."""
+    if (total := rows.shape[0]) <= most:
+        return forward(rows, **own)
+    sums, weights, ids = torch.empty_like(rows), own.pop("topk_weights"), own.pop("topk_ids")
+    for part in (slice(-(-total // 2)), slice(-(-total // 2), total)):
+        sums[part] = forward(rows[part], topk_weights=weights[part], topk_ids=ids[part], **own)
+        own["shared_experts"] = None  # of own rows, once
+    return sums
+
+
 def _dispatching(
     run: Callable, forward: Callable, layer: ExpertLayer, weights: LayerWeights, dispatch: Dispatch, *, is_last: bool
 ) -> Callable:
@@ -157,7 +168,7 @@ def _dispatching(
             rows, own["topk_weights"], own["topk_ids"] = dispatch.dispatch(
                 weights.ordinal, x, topk_weights, topk_ids, places
             )
-            partial = forward(rows, **own)
+            partial = _in_parts(forward, rows, own, dispatch.limits.most_rows)
             return dispatch.combine(weights.ordinal, partial, x.shape[0], places)
 
     return exchange

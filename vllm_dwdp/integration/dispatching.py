@@ -23,7 +23,7 @@ from vllm_dwdp.kernels.device import Device
 logger = init_logger("vllm.dwdp.dispatching")
 # On CPU, whose costs are not known: some steps of a busy machine, and a peer that stops costs it once; no large step ends soon.
 HOST_PATIENCE_S, HOST_LARGE_S = 0.5, math.inf
-INBOX_BYTES = 2**30  # what an inbox may have for steps that all ranks help with
+INBOX_BYTES = 2**30  # what an inbox may have for steps in which all ranks take part
 
 
 def limits(
@@ -61,7 +61,7 @@ def limits(
         most, why, f"; of up to {helped} with all ranks, or else alone" if helped > most else "",
     )
     return Limits(
-        max_tokens=most, helped_max_tokens=helped, graph_sizes=dispatched_sizes(sizes, most, lengths),
+        max_tokens=most, helped_max_tokens=helped, most_rows=largest, graph_sizes=dispatched_sizes(sizes, most, lengths),
         helped_s=functools.cache(costs.helped_s) if costs is not None else lambda _: HOST_LARGE_S,
         spare_s=functools.cache(costs.spare_s) if costs is not None else lambda _: 0.0,
         gains=costs.gains if costs is not None else lambda *_: False,
