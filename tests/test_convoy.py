@@ -36,9 +36,6 @@ def check(condition: object, what: str) -> None:
         raise Wrong(what)
 
 
-GUESSES = tuple((soon, gains) for soon in (False, True) for gains in (False, True))
-
-
 def put(row: tuple, rank: int, value: object) -> tuple:
     return (*row[:rank], value, *row[rank + 1 :])
 
@@ -53,16 +50,20 @@ def actions(world: World, sizes: tuple[int, ...]) -> Iterator[tuple]:
     for rank, does in enumerate(world.does):
         if does == "dead":
             continue
+        others = [r for r in range(len(world.does)) if r != rank]
+        may_end = any(world.loaded[r] or world.does[r] == "declined" for r in others)
+        may_gain = any(world.does[r] in ("offer", "wait") for r in others)
+        guesses = [(soon, gains) for soon in (False, True)[: 1 + may_end] for gains in (False, True)[: 1 + may_gain]]
         if isinstance(does, tuple):
             yield rank, *does[1]
         elif does == "wait":
-            yield from ((rank, "join", world.tokens[rank], *guess) for guess in GUESSES)
+            yield from ((rank, "join", world.tokens[rank], *guess) for guess in guesses)
             yield rank, "give_up", 0
         elif does in ("offer", "declined"):
-            yield from ((rank, "large", tokens, *guess) for tokens in (0, world.tokens[rank]) for guess in GUESSES)
+            yield from ((rank, "large", tokens, *guess) for tokens in (0, world.tokens[rank]) for guess in guesses)
         else:
-            yield from ((rank, "join", tokens, *guess) for tokens in sizes for guess in GUESSES)
-            yield from ((rank, "large", tokens, *guess) for tokens in sizes for guess in GUESSES)
+            yield from ((rank, "join", tokens, *guess) for tokens in sizes for guess in guesses)
+            yield from ((rank, "large", tokens, *guess) for tokens in sizes for guess in guesses)
             yield rank, "large", 0, False, False
             yield from ((rank, what, 0) for what in ("idle", "leave"))
         if world.loaded[rank] or does == "help":
