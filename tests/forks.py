@@ -55,11 +55,9 @@ class Fork:
 class ForkedSession(server.Session):
     """A session whose command is one of vLLM's."""
 
-    first: Callable[[], object] | None = None
-
     def _start(self, command, environment, folder, pass_fds):
         assert command[: len(server.VLLM)] == list(server.VLLM)
-        return Fork(vllm, (command[len(server.VLLM) :], self.first), self.log, environment, folder)
+        return Fork(vllm, (command[len(server.VLLM) :],), self.log, environment, folder)
 
 
 class ForkedServer(ForkedSession, server.Server):

@@ -415,8 +415,8 @@ def meetings(llm: Any) -> dict[str, Any]:
     return stats(llm)["dispatch"]
 
 
-def are_at_hand(llm: Any) -> bool:
-    return streamed_model(llm).dispatch._meeting.are_at_hand()
+def has_helpers(llm: Any) -> bool:
+    return streamed_model(llm).dispatch._meeting.are_at_hand(are_idle=True)
 
 
 def told(llm: Any) -> list[str]:
@@ -482,7 +482,7 @@ def test_prompts_with_which_an_idle_rank_helps_are_answered_as_by_stock_vllm(mod
         first, second = group.ranks
         was = first.run(stats)["forwards"]
         second.send(lend, over := tmp_path / "over")
-        await_that(lambda: first.run(are_at_hand), "rank 1 to be idle")
+        await_that(lambda: first.run(has_helpers), "rank 1 to be idle")
         assert first.run(work) == expected
         over.touch()
         second.answer(60)

@@ -185,8 +185,9 @@ def test_a_large_step_waits_for_a_busy_rank_within_its_bound(pair) -> None:
     began, ends = time.monotonic(), time.monotonic() + 0.2
     assert a.large(1.0, 99, 0.1, lambda: time.monotonic() < ends) is None
     assert 0.3 <= time.monotonic() - began < 0.4 and a._states() == [State.LARGE, State.AWAY]
-    b.large_done()
-    assert a.large(1.0, 99) is None and not a.are_at_hand(), "once its device is idle, nothing is waited for in the next row"
+    assert not a.are_at_hand()
+    b.join(1, 0)
+    assert a.are_at_hand() and not a.are_at_hand(are_idle=True)
     b.close()
     a.large_done()
     began = time.monotonic()

@@ -266,9 +266,10 @@ class Dispatch:
     def _begin(self, layout: RoundLayout) -> None:
         self._layout = layout
         self._tokens.begin(layout)
-        self._was_large = max(layout.tokens) > self.limits.max_tokens if layout.number else self._was_large
-        if layout.number and self._was_large:
-            self._helped_until_s = time.monotonic() + self.limits.helped_s(sum(layout.tokens))
+        if layout.number:
+            self._was_large = max(layout.tokens) > self.limits.max_tokens
+            if self._was_large:
+                self._helped_until_s = time.monotonic() + self.limits.helped_s(sum(layout.tokens))
 
     def _layout_of(self, made: Round) -> RoundLayout:
         return RoundLayout(
@@ -284,8 +285,7 @@ class Dispatch:
         """A rank whose device is still at a large step must not be met: its peers' kernels would wait for all of it."""
         if not self._is_large:
             return
-        entered = time.monotonic()
-        is_seen = False
+        entered, is_seen = time.monotonic(), False
         while self._is_at_large_step():
             if time.monotonic() > entered + WORK_S:
                 return
