@@ -46,14 +46,14 @@ def first(rules: types.ModuleType, size: int, deaths: int) -> World:
 
 
 def actions(world: World, sizes: tuple[int, ...]) -> Iterator[tuple]:
-    """Everything that may happen next: (rank, what, tokens, and whether large steps end soon and small ones gain by them)."""
+    """Everything that may happen next: (rank, what, tokens, and whether large steps end soon and small ones go along)."""
     for rank, does in enumerate(world.does):
         if does == "dead":
             continue
         others = [r for r in range(len(world.does)) if r != rank]
         may_end = any(world.loaded[r] or world.does[r] == "declined" for r in others)
-        may_gain = any(world.does[r] in ("offer", "wait") for r in others)
-        guesses = [(soon, gains) for soon in (False, True)[: 1 + may_end] for gains in (False, True)[: 1 + may_gain]]
+        may_go = any(world.does[r] in ("offer", "wait") for r in others)
+        guesses = [(soon, along) for soon in (False, True)[: 1 + may_end] for along in (False, True)[: 1 + may_go]]
         if isinstance(does, tuple):
             yield rank, *does[1]
         elif does == "wait":
@@ -74,13 +74,13 @@ def actions(world: World, sizes: tuple[int, ...]) -> Iterator[tuple]:
 
 def act(rules: types.ModuleType, world: World, action: tuple) -> World:
     rank, what, tokens, *guess = action
-    soon, gains = guess or (False, False)
+    soon, along = guess or (False, False)
     if what == "die":
         return world._replace(does=put(world.does, rank, "dead"), owes=put(world.owes, rank, None), deaths=world.deaths - 1)
     again, alive = isinstance(world.does[rank], tuple), lambda r: world.does[r] != "dead"
     before, given = world.record, {"give_up": (), "large_done": ()}
     for step in ("join", "large"):
-        given[step] = tokens, alive, lambda r: soon, lambda t: gains
+        given[step] = tokens, alive, lambda r: soon, along
     give = given.get(what, (alive,))
     record, answer = getattr(rules, what)(before, rank, *give)
     if what == "large_done" and not world.loaded[rank]:
@@ -88,7 +88,7 @@ def act(rules: types.ModuleType, world: World, action: tuple) -> World:
         return world
     # in the world as it was when the rank came
     others = [r for r in range(len(world.does)) if r != rank]
-    present = [r for r in others if not world.owes[r] and (world.does[r] == "help" or (world.does[r] == "wait" and gains))]
+    present = [r for r in others if not world.owes[r] and (world.does[r] == "help" or (world.does[r] == "wait" and along))]
     coming = [r for r in others if world.does[r] != "dead" and (
         (soon and (world.loaded[r] or world.does[r] == "declined") and not world.owes[r]) or (
             world.comes[r] and not world.loaded[r]
@@ -99,7 +99,7 @@ def act(rules: types.ModuleType, world: World, action: tuple) -> World:
     loaded = put(world.loaded, rank, False) if what == "large_done" else world.loaded
     comes, owes = world.comes, world.owes
     said = put(world.tokens, rank, tokens) if what == "join" or helped or waits else world.tokens
-    if what == "join" and not world.owes[rank] and not world.loaded[rank] and not gains:
+    if what == "join" and not world.owes[rank] and not world.loaded[rank] and not along:
         does = tuple("declined" if d == "offer" and not o else d for d, o in zip(does, world.owes, strict=True))
     everyone = [r for r in range(len(does)) if does[r] != "dead"]
     if record.number != before.number:
@@ -250,16 +250,16 @@ LEAVES = "record = _depart(_enter(record, rank, State.IDLE), alive)"
         ("large", OWED, ""),
         ("large", "record.states[rank] is not State.LARGE and ", ""),
         ("large", "alive(r) and ", ""),
-        ("large", "return gains(record.tokens[other])", "return True"),
-        ("large", "return gains(record.tokens[other])", "return False"),
+        ("large", "return goes_along", "return True"),
+        ("large", "return goes_along", "return False"),
         ("large", "(State.IDLE, State.BUSY)", "(State.IDLE,)"),
         ("large", "(State.IDLE, State.BUSY)", "(State.BUSY,)"),
         ("large", " and ends_soon(other)", ""),
         ("large", " or (state is State.LARGE and ends_soon(other))", ""),
         ("large", "rank, State.OFFERS", "rank, State.WAITING"),
         ("large", "return made, WAIT", "return record, WAIT"),
-        ("join", "state is State.OFFERS and not gains(record.tokens[other])", "False"),
-        ("join", " and not gains(record.tokens[other])", ""),
+        ("join", "state is State.OFFERS and not goes_along", "False"),
+        ("join", " and not goes_along", ""),
         ("large", "_put(record.tokens, rank, tokens)", "record.tokens"),
         ("idle", OWED, ""),
         ("join", LOADED, "    if False:"),

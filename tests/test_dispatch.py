@@ -72,9 +72,9 @@ class Fakes:
         return self._owed.pop(0) if self._owed else otherwise
 
     def large(
-        self, takes_s: float, num_tokens: int, patience_s: float, is_at_work: Callable[[], bool], gains: Callable[[int], bool]
+        self, takes_s: float, num_tokens: int, patience_s: float, is_at_work: Callable[[], bool], goes_along: bool
     ) -> Round | None:
-        self.gains = gains
+        self.goes_along = goes_along
         offered = (num_tokens, patience_s) if num_tokens or patience_s else ()
         return self._next("large", takes_s, *offered, otherwise=self._helped if num_tokens else None)
 
@@ -83,9 +83,9 @@ class Fakes:
         return self._late < 0
 
     def join(
-        self, num_tokens: int, patience_s: float, end_s: float, is_at_work: Callable[[], bool], gains: Callable[[int], bool]
+        self, num_tokens: int, patience_s: float, end_s: float, is_at_work: Callable[[], bool], goes_along: bool
     ) -> Round | None:
-        self.gains = gains
+        self.goes_along = goes_along
         return self._next("join", num_tokens, patience_s, otherwise=self._joined)
 
     def has_company(self, patience_s: float) -> bool:
@@ -126,7 +126,6 @@ def make(fakes: Fakes, graph_sizes: tuple[int, ...] = (4, 8), small_s: float = 0
         max_tokens=MOST, helped_max_tokens=HELPED_MOST, most_rows=HELPED_MOST, graph_sizes=graph_sizes,
         patience_s=lambda tokens: tokens / 1000,
         helped_s=lambda _: 4.0, alone_s=lambda tokens: 7.0 if tokens > MOST else small_s, spare_s=lambda _: SPARE_S,
-        gains=lambda small, large, pace: small >= SMALL and large <= MEDIUM and pace <= 1,
     )
     made = Dispatch(fakes, fakes, fakes, fakes, limits)
     made.help_out = lambda: fakes.note("help out", made.padded, made.places(1))
@@ -176,23 +175,23 @@ def test_a_large_step_that_is_not_ready_asks_nobody() -> None:
     assert fakes.said() == [("check",), ("large", pytest.approx(11.0, abs=0.5))]
 
 
-def test_a_small_step_goes_with_a_large_one_that_it_gains_by_and_not_with_two_in_a_row() -> None:
+def test_a_small_step_goes_with_a_large_one_and_not_with_two_in_a_row() -> None:
     """Whichever of the two comes first."""
     fakes = Fakes(joined=(whole := Round(9, (0, 1), (SMALL, MEDIUM))))
     made = make(fakes)
     made.begin_step(SMALL)
-    assert fakes.gains(MEDIUM) is False, "as said after the round was begun"
+    assert fakes.goes_along
     assert made.is_beyond_graphs and made.padded == 0 and fakes.said()[-1] == ("begin", 9, (0, 1), whole.tokens, 0)
     made.end_step()
     made.begin_step(MEDIUM)
-    assert not fakes.gains(SMALL)
+    assert not fakes.goes_along
     made.end_step()
     fakes._joined = OURS
     made.begin_step(SMALL)
     made.end_step()
-    assert fakes.gains(MEDIUM) and not fakes.gains(LARGE), "rounds have begun again"
+    assert not fakes.goes_along, "that round was the first without one"
     made.begin_step(MEDIUM)
-    assert fakes.gains(SMALL) and not fakes.gains(SMALL - 1)
+    assert fakes.goes_along
 
 
 @pytest.mark.parametrize(("looks", "late", "takes_s"), [(0, 1, 7.0), (9, 0, 3.5), (9, 1, 14.0)])
@@ -463,7 +462,7 @@ def offer_all(rank: int) -> None:
     """Steps of up to 256 tokens are offered to all ranks, who take part, on a GPU too, where a tiny model's would not gain."""
     limits = dispatching.limits
     dispatching.limits = lambda *args: dataclasses.replace(
-        limits(*args), helped_max_tokens=256, gains=lambda *_: True, spare_s=lambda _: HOST_PATIENCE_S
+        limits(*args), helped_max_tokens=256, spare_s=lambda _: HOST_PATIENCE_S
     )
 
 

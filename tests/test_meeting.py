@@ -30,7 +30,7 @@ def wander(fd: int, rank: int, size: int, seed: int, steps: int, out) -> None:
                 made = meeting.join(tokens, patience)
             elif what == "large":
                 offered = rng.choice([0, tokens])
-                made = meeting.large(rng.choice([0.0, 0.01, math.inf]), offered, patience, gains=lambda _: rng.random() < 0.5)
+                made = meeting.large(rng.choice([0.0, 0.01, math.inf]), offered, patience, goes_along=rng.random() < 0.5)
             elif what == "leave":
                 made, patience = meeting.leave(), 0
             else:
@@ -158,23 +158,23 @@ def test_company_is_who_may_be_met_when_the_own_large_step_ends(pair) -> None:
     assert not a.has_company(10)
 
 
-@pytest.mark.parametrize("gains", [False, True])
+@pytest.mark.parametrize("goes_along", [False, True])
 @pytest.mark.parametrize("is_first", [False, True])
-def test_a_large_step_takes_a_busy_rank_along_that_comes_and_gains(pair, is_first: bool, gains: bool) -> None:
+def test_a_large_step_takes_a_busy_rank_along_that_comes_and_agrees(pair, is_first: bool, goes_along: bool) -> None:
     """Before or after the large one; who does not gain goes alone, and so does the large step, at once."""
     a, b = pair
     for meeting in pair:
         meeting.large(0.0)
         meeting.large_done()
     made: list = []
-    other = threading.Timer(0.0 if is_first else 0.1, lambda: made.append(b.join(3, 0.3, gains=lambda tokens: gains and tokens == 99)))
+    other = threading.Timer(0.0 if is_first else 0.1, lambda: made.append(b.join(3, 0.3, goes_along=goes_along)))
     began = time.monotonic()
     other.start()
     time.sleep(0.05 if is_first else 0.0)
-    mine = a.large(1.0, 99, 0.5, gains=lambda tokens: gains and tokens == 3)
+    mine = a.large(1.0, 99, 0.5, goes_along=goes_along)
     assert time.monotonic() - began < 0.2
     other.join()
-    assert made == [mine] and (mine is not None) == gains
+    assert made == [mine] and (mine is not None) == goes_along
     assert mine is None or mine.tokens == (99, 3)
 
 

@@ -83,7 +83,7 @@ class World:
             max_tokens=self.costs.max_tokens(LARGE // size), helped_max_tokens=self.costs.helped_max_tokens(LARGE), most_rows=LARGE,
             graph_sizes=(),
             patience_s=functools.cache(self.costs.patience_s), helped_s=self.costs.helped_s, alone_s=functools.cache(self.costs.alone_s),
-            spare_s=self.costs.spare_s, gains=self.costs.gains,
+            spare_s=self.costs.spare_s,
         )
         self.members: dict[int, dict[int, End]] = {}  # by round and rank: when its device reaches the round
         fd = meeting.create(size)

@@ -6,7 +6,7 @@ Ranks change one shared record, one at a time (`meeting` keeps it). Every functi
 Whatever a rank comes for, a round that it owes comes first; after that round it comes again. A convoy leaves with everyone who
 waits or is idle, as soon as someone has a step and nobody is busy. Dead ranks are never waited for, nor large steps but for
 their end: a small step without company waits for one that is expected to end soon. A large step offers itself to all other
-ranks at once: it takes them along if each is idle or comes with a small step that gains by it, too, and else goes alone.
+ranks at once: it takes them along if each is idle or comes with a small step that goes along, and else goes alone.
 """
 
 import enum
@@ -65,19 +65,19 @@ def come(record: Record, rank: int) -> Outcome:
 
 
 def join(
-    record: Record, rank: int, tokens: int, alive: Alive, ends_soon: Callable[[int], bool], gains: Callable[[int], bool]
+    record: Record, rank: int, tokens: int, alive: Alive, ends_soon: Callable[[int], bool], goes_along: bool
 ) -> Outcome:
     """A step that is worth a convoy. WAIT: join again whenever the record changes, or give up.
 
-    `ends_soon(rank)`: that rank's large step is expected to end while this step may wait for it. `gains(tokens)`: this step
-    gains by going with a large one of so many; one that offers itself in vain goes alone.
+    `ends_soon(rank)`: that rank's large step is expected to end while this step may wait for it. `goes_along`: with a large
+    step that offers itself; one that does so in vain goes alone.
     """
     if record.due[rank]:
         return _launch(record, rank)
     if record.states[rank] is State.LARGE:  # its kernels would meet the peers only after the large step
         return record, GO
     for other, state in enumerate(record.states):
-        if state is State.OFFERS and not gains(record.tokens[other]):
+        if state is State.OFFERS and not goes_along:
             record = _enter(record, other, State.LARGE)
     record = record._replace(tokens=_put(record.tokens, rank, tokens))
     record = _depart(_enter(record, rank, State.WAITING), alive)
@@ -98,18 +98,18 @@ def give_up(record: Record, rank: int) -> Outcome:
 
 
 def large(
-    record: Record, rank: int, tokens: int, alive: Alive, ends_soon: Callable[[int], bool], gains: Callable[[int], bool]
+    record: Record, rank: int, tokens: int, alive: Alive, ends_soon: Callable[[int], bool], goes_along: bool
 ) -> Outcome:
     """A large step. It goes alone, or with every other rank if it offers its `tokens`. WAIT, for who comes soon: as in `join`.
 
-    `gains(tokens)`: a small step of so many, which waits already, gains by going with this one.
+    `goes_along`: small steps that wait already go with this one.
     """
     if record.due[rank]:
         return _launch(record, rank)
 
     def may_come(other: int, state: State) -> bool:
         if state is State.WAITING:
-            return gains(record.tokens[other])
+            return goes_along
         return state in (State.IDLE, State.BUSY) or (state is State.LARGE and ends_soon(other))
 
     others = [(other, state) for other, state in enumerate(record.states) if other != rank]

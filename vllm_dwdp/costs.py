@@ -115,15 +115,6 @@ class Costs:
         """Seconds that a large step may wait for all other ranks: half of what they save it."""
         return max(self.alone_s(num_tokens) - self.helped_s(num_tokens), 0.0) / 2
 
-    def gains(self, small: int, large: int, pace: float) -> bool:
-        """Whether a step of `small` tokens does well to go with one of `large`, which then ends sooner, and lets rounds begin.
-
-        Until the large step has ended alone its rank would have taken steps alone, each in `pace` times what is expected.
-        """
-        until_s, round_us = self.alone_s(large), self.dispatched_us(small, self.size * small, self.size)
-        rounds = max(until_s - self.helped_s(large), 0.0) / (self.num_layers * round_us * 1e-6)
-        return until_s < (1 + rounds) * pace * self.alone_s(small)
-
     def _experts_us(self, own: int, rows: int, near: float, far: float) -> float:
         """Experts that `rows` reach in the part `near` of them, here, and `own` rows in the part `far`, at peers."""
         read = self._reached(rows) * near * self.expert_bytes / self.rates.memory

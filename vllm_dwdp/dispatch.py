@@ -1,11 +1,11 @@
 """Dispatch: the steps whose tokens travel. Meets the peers before a step, and says how its layers are laid out.
 
 A step of at most `max_tokens` is worth meeting for: it takes part in a round with the ranks that are at hand, or goes
-alone. A larger one goes with all other ranks, if it has at most `helped_max_tokens` and each of them is idle or gains
-by it with a small step, else alone, and then its rank takes part again when its device has reached the last layer of it: the
-host then prepares the next step while that layer runs, for which peers may have to wait. A step that went alone and takes
-longer than its rank waits for peers counts as large, too: peers who took it for a short one would give up just before it
-ends and go alone in turn, without end. An idle rank helps.
+alone. A larger one goes with all other ranks, if it has at most `helped_max_tokens` and each of them is idle or comes with
+a small step after a round without a large one, else alone, and then its rank takes part again when its device has reached
+the last layer of it: the host then prepares the next step while that layer runs, for which peers may have to wait. A step
+that went alone and takes longer than its rank waits for peers counts as large, too: peers who took it for a short one would
+give up just before it ends and go alone in turn, without end. An idle rank helps.
 """
 
 import bisect
@@ -37,8 +37,7 @@ class Limits:
 
     `helped_max_tokens`, no less than `max_tokens`, are of steps in which all other ranks take part; `helped_s` and `alone_s` are
     how long such a step, and one that goes without peers, are expected to take on the device; `spare_s` is how long a large step
-    waits for ranks that come soon. `gains(small, large, pace)`: whether requests of a small step are served sooner if it goes with
-    a large one, where small steps alone take `pace` times what is expected.
+    waits for ranks that come soon.
     """
 
     max_tokens: int
@@ -49,7 +48,6 @@ class Limits:
     helped_s: Callable[[int], float]
     alone_s: Callable[[int], float]
     spare_s: Callable[[int], float]
-    gains: Callable[[int, int, float], bool]
 
     def manifest(self) -> DispatchManifest:
         """What has to be alike on all ranks, whose rows and flags lie in each other's inboxes."""
@@ -139,9 +137,8 @@ class Dispatch:
         end_s = max(patience_s, APART * alone_s)
         if not self._is_at_large_step() or self._meeting.has_company(end_s):
             self._end_large_step()
-        gains = functools.partial(self._gains, num_tokens)
-        join = functools.partial(self._meeting.join, num_tokens, patience_s, end_s, self._is_at_work, gains)
-        while (made := join()) is not None and not made.tokens[rank]:
+        join = functools.partial(self._meeting.join, num_tokens, patience_s, end_s, self._is_at_work)
+        while (made := join(not self._was_large)) is not None and not made.tokens[rank]:
             self._launch(made)
         if made is None and alone_s > patience_s:
             self._announce(num_tokens)
@@ -170,9 +167,8 @@ class Dispatch:
         before_s = self._announced.takes if self._is_at_large_step() else 0.0  # the host is one step ahead at most
         ends_in = max(before_s, self._helped_until_s - now_s) + takes_s
         spare_s = self.limits.spare_s(offered) if offered and not self._was_large else 0.0
-        gains = functools.partial(self._gains, large=num_tokens)
-        large = functools.partial(self._meeting.large, ends_in, offered, spare_s, self._is_at_work, gains)
-        while self.meets and (made := large()) is not None:
+        large = functools.partial(self._meeting.large, ends_in, offered, spare_s, self._is_at_work)
+        while self.meets and (made := large(not self._was_large)) is not None:
             if made.tokens[self._meeting.rank]:
                 return made
             self._launch(made)
@@ -180,10 +176,6 @@ class Dispatch:
         self._announced = Announced(now_s, takes_s, ends_in, num_tokens <= self.limits.max_tokens)
         self._is_marked = False
         return None
-
-    def _gains(self, small: int, large: int) -> bool:
-        """Whether a small step goes with a large one: not where the last round had one, too, as it gains by those that follow."""
-        return not self._was_large and self.limits.gains(small, large, self._paces[True])
 
     def reach_last_layer(self) -> None:
         """All of the step but its last layer is enqueued. Not told of a step that replays a graph."""

@@ -63,12 +63,12 @@ class Meeting:
 
     def join(
         self, num_tokens: int, patience_s: float, end_s: float = 0.0, is_at_work: Callable[[], bool] = lambda: False,
-        gains: Callable[[int], bool] = lambda _: False,
+        goes_along: bool = False,
     ) -> Round | None:
         """Before a small step: the round that takes it; None: go alone. A helper's round has no tokens of its own: launch it, join again.
 
         Peers are waited for while this rank's device `is_at_work`, which costs nothing, and for `patience_s` after that; the end
-        of a large step for `end_s`, if that is more, and only where it is expected by then. `gains`: convoy.join's.
+        of a large step for `end_s`, if that is more, and only where it is expected by then. `goes_along`: convoy.join's.
         """
         end_s = max(end_s, patience_s)
 
@@ -76,7 +76,7 @@ class Meeting:
             return self._ends_by(self._began + end_s, rank)
 
         def join(record: Record) -> convoy.Outcome:
-            return convoy.join(record, self.rank, num_tokens, self.is_alive, ends_soon, gains)
+            return convoy.join(record, self.rank, num_tokens, self.is_alive, ends_soon, goes_along)
 
         def give_up(record: Record) -> convoy.Outcome:
             return self._give_up(record, ends_soon, blame=patience_s > 0)
@@ -87,12 +87,12 @@ class Meeting:
 
     def large(
         self, takes_s: float = math.inf, num_tokens: int = 0, patience_s: float = 0.0,
-        is_at_work: Callable[[], bool] = lambda: False, gains: Callable[[int], bool] = lambda _: False,
+        is_at_work: Callable[[], bool] = lambda: False, goes_along: bool = False,
     ) -> Round | None:
         """Before a step that the device is expected to end in `takes_s` alone: None, launch it; a Round: launch that, call again.
 
         Not again after a Round of this rank's `num_tokens`, in which all other ranks take part: it takes the step. For them it is
-        waited as in `join`; 0 offers nothing. `gains`: convoy.large's.
+        waited as in `join`; 0 offers nothing. `goes_along`: convoy.large's.
         """
         self._end_s = time.monotonic() + takes_s
         self._tell_end(self._end_s)  # before peers see that the step is large
@@ -101,7 +101,7 @@ class Meeting:
             return self._ends_by(self._began + patience_s, rank)
 
         def offer(record: Record, offered: int = num_tokens) -> convoy.Outcome:
-            return convoy.large(record, self.rank, offered, self.is_alive, ends_soon, gains)
+            return convoy.large(record, self.rank, offered, self.is_alive, ends_soon, goes_along)
 
         def give_up(record: Record) -> convoy.Outcome:
             after, answer = convoy.give_up(record, self.rank) if patience_s else (record, convoy.GO)

@@ -64,7 +64,6 @@ def limits(
         max_tokens=most, helped_max_tokens=helped, most_rows=largest, graph_sizes=dispatched_sizes(sizes, most, lengths),
         helped_s=functools.cache(costs.helped_s) if costs is not None else lambda _: HOST_LARGE_S,
         spare_s=functools.cache(costs.spare_s) if costs is not None else lambda _: 0.0,
-        gains=costs.gains if costs is not None else lambda *_: False,
         patience_s=functools.cache(costs.patience_s) if costs is not None else lambda _: HOST_PATIENCE_S,
         alone_s=functools.cache(costs.alone_s) if costs is not None else lambda count: HOST_LARGE_S if count > most else 0.0,
     )
