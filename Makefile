@@ -40,7 +40,7 @@ models: setup ## compare every family of tests/families.py with stock vLLM and w
 	@$(BIN)/python tests/models.py $(ARGS)
 
 gpu-test: ## run what needs CUDA, on one or two GPUs, with the vLLM of PYTHON; writes RECORD
-	DWDP_RECORD=$(RECORD) $(PYTHON) -m pytest -n 3 --dist loadfile -m gpu $(ARGS)
+	DWDP_RECORD=$(RECORD) $(PYTHON) -m pytest -n 4 --dist worksteal -m gpu $(ARGS)
 
 faults: setup ## end and stop every process at every phase; rows go to docs/faults.md: make faults ONLY='kill -9'
 	$(BIN)/python tests/faults.py --only '$(ONLY)'

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that is owed on two GPUs, in one visit. Run where vLLM is importable: tests/visit.sh MODEL OUT PART...
 #   MODEL: a folder with Qwen3-30B-A3B's config.json. OUT gets JSON, pictures and logs. Parts, with seconds on two H100s:
-#   before (155)  layers (40)  decode (110)  prefill (200)  serve (500)  unequal (260)  tests (450)  sanitize (220)
+#   before (155)  layers (40)  steps (200)  decode (110)  prefill (200)  serve (500)  unequal (260)  tests (400)  sanitize (220)
 # DECODE_MODES and SERVE_MODES name the bench's modes for decode and serve, LOADS the servers' loads.
 # VISIT_CPU=1 goes through the same steps with a tiny model on CPU.
 set -u
@@ -14,6 +14,7 @@ serving="python3 -P -m vllm_dwdp.entrypoints.cli bench --serve --model $model"
 layers='{"num_hidden_layers": 12}'
 engine='{"kv_cache_memory_bytes": 3221225472}'
 serve='--load-format dummy --gpu-memory-utilization 0.45 --kv-cache-memory-bytes 8589934592 --hf-overrides {\"num_hidden_layers\":24}'
+lengths=256,512,1024,2048,4096,8192
 rival=ep batches=1,4,16,32,64,128 steps=16384,8192 prompts=16
 saturated=2048:256:inf:256,8192:64:inf:128,8192:1:inf:160 chats=512:256:8:80,512:256:2:20
 prompts_alone=512:1:2:8,1024:1:2:8,2048:1:2:8,4096:1:2:8,8192:1:2:8,16384:1:1:6  # TTFT at a quiet server
@@ -22,12 +23,14 @@ unequal=8192:1:inf:64@0+512:256:2:16@1,8192:64:2:16@0+512:256:4:32@1
 if [ -n "${VISIT_CPU:-}" ]; then
   layers='{}' engine='{"kv_cache_memory_bytes": 67108864, "max_num_seqs": 8}'
   serve='--load-format dummy --kv-cache-memory-bytes 67108864 --dtype float32 --enforce-eager --max-model-len 200'
-  rival=tp batches=1,2 steps=256 prompts=3 loads=20:8:inf:6 unequal=100:1:inf:4@0+20:8:4:4@1
+  lengths=32,64 rival=tp batches=1,2 steps=256 prompts=3 loads=20:8:inf:6 unequal=100:1:inf:4@0+20:8:4:4@1
 fi
 for part; do
   case $part in
     layers)  # microseconds a layer, dispatched and local
       timeout 100 python3 -P "$here/layer_times.py" 2 "$out/layers.json" ;;
+    steps)  # milliseconds of a prompt's only step, peers idle and alike, and what of it the device is busy
+      timeout 300 python3 -P "$here/step_times.py" "$model" "$out/steps" dwdp,$rival $lengths ;;
     decode)  # milliseconds a step by requests per GPU
       timeout 330 $bench --modes ${DECODE_MODES:-dwdp,$rival,dwdp+dispatch=off} --decode $batches --hf-overrides "$layers" \
         --engine-args "$engine" --side-by-side --rounds 2 --repeats 2 --max-num-batched-tokens 16384 --out "$out/decode" ;;
@@ -41,7 +44,7 @@ for part; do
       timeout 400 $serving --modes dwdp,$rival --side-by-side --loads "$unequal" \
         --serve-args "$serve" --timeout 240 --out "$out/unequal" ;;
     tests)
-      DWDP_RECORD="$out/tests.json" timeout 480 python3 -P -m pytest -q -n 3 --dist loadfile -m gpu "$here" > "$out/tests.log" 2>&1
+      DWDP_RECORD="$out/tests.json" timeout 480 python3 -P -m pytest -q -n 4 --dist worksteal -m gpu "$here" > "$out/tests.log" 2>&1
       tail -15 "$out/tests.log" ;;
     before)  # prefill beside other installs of this package, in the folders of $BEFORE
       timeout 200 python3 -P "$here/compare_versions.py" "$model" "$out/before.json" $BEFORE "${PYTHONPATH%%:*}" ;;
