@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import random
+import shlex
 import statistics
 import sys
 import time
@@ -140,7 +141,8 @@ def main(model: str, out: Path, modes: str = "dwdp,ep", tokens: str = TOKENS) ->
             for mode in started:
                 rows.append({"tokens": count, "mode": mode.name, "peers": "idle", **(seen := mode.profile(count))})
                 print(f"{count:>6} {mode.name:>6}, traced: {json.dumps(seen)}", flush=True)
-            (out / "steps.json").write_text(json.dumps(msgspec.to_builtins(origin(devices)) | {"rows": rows}, indent=2))
+            made = origin(devices) | {"command": shlex.join(["python", *sys.argv]), "rows": rows}
+            (out / "steps.json").write_text(json.dumps(made, indent=2))
     finally:
         for mode in started:
             mode.end()
