@@ -19,7 +19,7 @@ from prometheus_client import values
 from vllm_dwdp.entrypoints import server
 
 from conftest import ROOT
-from harness import CONTEXT
+from harness import CONTEXT, keep_imports
 
 
 class Fork:
@@ -106,6 +106,7 @@ def _forget_signals() -> None:
 def _become(
     log: Path, environment: dict[str, str], folder: Path | None, target: Callable[..., object], *arguments: Any
 ) -> None:
+    keep_imports()
     os.setsid()
     setproctitle.getproctitle()  # looks once where titles have room: before the environment goes, which is beside it
     with log.open("wb") as output, open(os.devnull) as nothing:
