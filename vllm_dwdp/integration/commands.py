@@ -35,14 +35,17 @@ def lead() -> Reasons:
 
 
 def _last_words(error: BaseException, reasons: Reasons) -> str | None:
-    """Why an engine of this process has failed; None where none has."""
-    if "Engine core" not in str(error):  # which vLLM says of a child that it does not name a reason of
+    """Why a child of this process has failed before it served; None where none has."""
+    if "engine core" not in str(error).lower():  # which vLLM says of a child that it does not name a reason of
         return reasons.first(0)
     end = time.monotonic() + LAST_WORDS_S
-    for child in multiprocessing.active_children():
-        if child.name.startswith("EngineCore"):
-            child.join(max(end - time.monotonic(), 0))
-    return reasons.first(LAST_WORDS_S) or f"{type(error).__name__}: {error}"
+    engines = [child for child in multiprocessing.active_children() if child.name.startswith("EngineCore")]
+    if is_other := "Frontend" in str(error):  # no engine has failed: they go on until they are told
+        for engine in engines:
+            engine.terminate()
+    for engine in engines:
+        engine.join(max(end - time.monotonic(), 0))
+    return reasons.first(0 if is_other else LAST_WORDS_S) or f"{type(error).__name__}: {error}"
 
 
 def refuse_in_child(error: DWDPError) -> None:
