@@ -3,8 +3,8 @@
     python tests/step_times.py MODEL OUT_FOLDER [MODES] [TOKENS,...]
 
 MODEL is a folder with a config.json; weights are dummies. Engines as vLLM starts them, all modes loaded, one after the other
-asked. OUT_FOLDER gets steps.json and, by mode, a trace of one step of each size, from which `busy` is told: how long
-the device of rank 0 computed or copied, and `span`: from its first kernel's start to its last one's end.
+asked. OUT_FOLDER gets steps.json and, by mode, a trace of one step of each size on rank 0, from which is told for how long its
+device was busy, how much of that were exchanges with peers, waits included, and the span from its first kernel to its last.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shlex
 import statistics
 import sys
@@ -20,8 +21,6 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from vllm_dwdp.channel import free_port
 from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, visible_devices
@@ -32,6 +31,7 @@ from vllm_dwdp.entrypoints.server import kill_session
 LAYERS, REPEATS = 24, 12
 TOKENS = "256,512,1024,2048,4096,8192"
 LOAD_S, ASK_S = 300, 60
+EXCHANGES = re.compile(r"^_(dispatch|combine)\b|nccl", re.IGNORECASE)
 
 
 def serve(keywords: dict[str, Any], devices: str | None, pipe: Connection) -> None:
@@ -66,14 +66,15 @@ class Mode:
     """All ranks of one mode."""
 
     def __init__(self, settings: Settings, name: str, devices: list[str] | None, traces: Path):
-        profiler = {"profiler": "torch", "torch_profiler_dir": str(traces), "torch_profiler_with_stack": False}
-        settings = msgspec.structs.replace(settings, engine_args=settings.engine_args | {"profiler_config": profiler})
         self.name, self.traces, self.pipes = name, traces, []
         context = multiprocessing.get_context("spawn")
         seen = visible_devices(name, devices, settings.size)
-        for visible, keywords in zip(seen, load_arguments(settings, name, settings.input_len, free_port()), strict=True):
+        for rank, keywords in enumerate(load_arguments(settings, name, settings.input_len, free_port())):
+            keywords["engine"]["profiler_config"] = {
+                "profiler": "torch", "torch_profiler_dir": str(traces / str(rank)), "torch_profiler_with_stack": False
+            }
             pipe, child = context.Pipe()
-            context.Process(target=serve, args=(keywords, visible, child)).start()
+            context.Process(target=serve, args=(keywords, seen[rank], child)).start()
             child.close()
             self.pipes.append(pipe)
 
@@ -93,17 +94,16 @@ class Mode:
         self.ask("start_profile")
         self.ask(tokens, *[0] * (len(self.pipes) - 1))
         self.ask("stop_profile")
-        found = sorted(self.traces.glob("**/*.json.gz"), key=lambda path: path.stat().st_mtime)
-        events = json.loads(gzip.decompress(found[0].read_bytes()))["traceEvents"]
+        (found,) = self.traces.glob("0/**/*.json.gz")
+        events = json.loads(gzip.decompress(found.read_bytes()))["traceEvents"]
         kernels = [each for each in events if each.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-        for path in found[1:]:
-            path.unlink()
-        found[0].rename(self.traces.with_name(f"{self.name}-{tokens}.json.gz"))
+        found.rename(self.traces.with_name(f"{self.name}-{tokens}.json.gz"))
         if not kernels:
             return {}
         ends = max(each["ts"] + each["dur"] for each in kernels)
         return {
             "busy_ms": sum(each["dur"] for each in kernels) / 1e3, "kernels": len(kernels),
+            "exchanges_ms": sum(each["dur"] for each in kernels if EXCHANGES.search(each["name"])) / 1e3,
             "span_ms": (ends - min(each["ts"] for each in kernels)) / 1e3,
         }
 
