@@ -18,10 +18,11 @@ CONTEXT.set_forkserver_preload(
     ["vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.model_executor.models.qwen3_moe", "vllm.entrypoints.cli.serve",
      "vllm.entrypoints.openai.api_server", "vllm.v1.worker.cpu_worker"]
 )
+GPUS = len(list(Path("/dev").glob("nvidia[0-9]*")))
 ENGINE = dict(
     dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8, max_num_batched_tokens=256,
     kv_cache_memory_bytes=64 << 20, distributed_executor_backend="uni", seed=0, disable_log_stats=True,
-    skip_tokenizer_init=True,
+    skip_tokenizer_init=True, gpu_memory_utilization=0.3 if GPUS else 0.9,  # other tests run beside
 )
 ARGUMENTS = [  # of `vllm serve`
     "--dtype", "float32", "--enforce-eager", "--max-model-len", "1536", "--max-num-seqs", "8",
@@ -103,16 +104,20 @@ def leave(llm: Any) -> None:
 
 
 def keep_imports() -> None:
-    """Let no collection go through what was imported before the fork: vLLM collects five times as it starts, twice as it ends."""
-    gc.freeze()
-    gc.unfreeze = gc.freeze
+    """Let no collection go through what was imported before the fork: vLLM collects five times as it starts, twice as it ends.
+
+    On GPUs it does: there it is what frees memory that DWDP has mapped.
+    """
+    if not GPUS:
+        gc.freeze()
+        gc.unfreeze = gc.freeze
 
 
 def _serve(rank: int, model: str, dwdp: dict | None, engine: dict, setup: Callable | None, pipe: Any) -> None:
     keep_imports()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if gpus := len(list(Path("/dev").glob("nvidia[0-9]*"))):  # all of them, its own first
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str((rank + i) % gpus) for i in range(gpus))
+    if GPUS:  # all of them, its own first
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str((rank + i) % GPUS) for i in range(GPUS))
     llm = None
     try:
         if setup is not None:

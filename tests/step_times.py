@@ -3,12 +3,13 @@
     python tests/step_times.py MODEL OUT_FOLDER [MODES] [TOKENS,...]
 
 MODEL is a folder with a config.json; weights are dummies. Engines as vLLM starts them, all modes loaded, one after the other
-asked. OUT_FOLDER gets steps.json and, by mode, a trace of one step of each size on rank 0, from which is told for how long its
-device was busy, how much of that were exchanges with peers, waits included, and the span from its first kernel to its last.
+asked. OUT_FOLDER gets steps.json and, by mode, a trace of one step of each size on rank 0, from which is told how long its
+kernels took, exchanges with peers, waits included, apart, how long copies did, and the span from the first kernel to the last.
 """
 
 import contextlib
 import gzip
+import itertools
 import json
 import multiprocessing
 import os
@@ -30,7 +31,7 @@ from vllm_dwdp.entrypoints.server import kill_session
 
 LAYERS, REPEATS = 24, 12
 TOKENS = "256,512,1024,2048,4096,8192"
-LOAD_S, ASK_S = 300, 60
+LOAD_S, ASK_S, END_S = 200, 60, 10
 EXCHANGES = re.compile(r"^_(dispatch|combine)\b|nccl", re.IGNORECASE)
 
 
@@ -46,7 +47,7 @@ def serve(keywords: dict[str, Any], devices: str | None, pipe: Connection) -> No
 
     engine, number, rng = rank.llm.llm_engine, 0, random.Random(0)
     sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, OSError):
         while (asked := pipe.recv()) is not None:
             if isinstance(asked, str):
                 getattr(rank.llm, asked)()
@@ -66,7 +67,7 @@ class Mode:
     """All ranks of one mode."""
 
     def __init__(self, settings: Settings, name: str, devices: list[str] | None, traces: Path):
-        self.name, self.traces, self.pipes = name, traces, []
+        self.name, self.traces, self.pipes, self.processes = name, traces, [], []
         context = multiprocessing.get_context("spawn")
         seen = visible_devices(name, devices, settings.size)
         for rank, keywords in enumerate(load_arguments(settings, name, settings.input_len, free_port())):
@@ -74,7 +75,8 @@ class Mode:
                 "profiler": "torch", "torch_profiler_dir": str(traces / str(rank)), "torch_profiler_with_stack": False
             }
             pipe, child = context.Pipe()
-            context.Process(target=serve, args=(keywords, seen[rank], child)).start()
+            self.processes.append(context.Process(target=serve, args=(keywords, seen[rank], child)))
+            self.processes[-1].start()
             child.close()
             self.pipes.append(pipe)
 
@@ -94,16 +96,19 @@ class Mode:
         self.ask("start_profile")
         self.ask(tokens, *[0] * (len(self.pipes) - 1))
         self.ask("stop_profile")
-        (found,) = self.traces.glob("0/**/*.json.gz")
-        events = json.loads(gzip.decompress(found.read_bytes()))["traceEvents"]
-        kernels = [each for each in events if each.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-        found.rename(self.traces.with_name(f"{self.name}-{tokens}.json.gz"))
+        found = sorted(self.traces.glob("0/**/*.json.gz"))  # of several workers of a rank, the first's
+        events = json.loads(gzip.decompress(found[0].read_bytes()))["traceEvents"] if found else []
+        for number, path in enumerate(found):
+            path.rename(self.traces.with_name(f"{self.name}-{tokens}-{number}.json.gz"))
+        kernels = [each for each in events if each.get("cat") == "kernel"]
         if not kernels:
             return {}
+        exchanges_ms = sum(each["dur"] for each in kernels if EXCHANGES.search(each["name"])) / 1e3
         ends = max(each["ts"] + each["dur"] for each in kernels)
         return {
-            "busy_ms": sum(each["dur"] for each in kernels) / 1e3, "kernels": len(kernels),
-            "exchanges_ms": sum(each["dur"] for each in kernels if EXCHANGES.search(each["name"])) / 1e3,
+            "kernels": len(kernels), "kernels_ms": sum(each["dur"] for each in kernels) / 1e3 - exchanges_ms,
+            "exchanges_ms": exchanges_ms,
+            "copies_ms": sum(each["dur"] for each in events if each.get("cat") == "gpu_memcpy") / 1e3,
             "span_ms": (ends - min(each["ts"] for each in kernels)) / 1e3,
         }
 
@@ -111,6 +116,10 @@ class Mode:
         for pipe in self.pipes:
             with contextlib.suppress(OSError):
                 pipe.send(None)
+        for process in self.processes:
+            process.join(END_S)
+            kill_session(process.pid)
+            process.kill()
 
 
 def main(model: str, out: Path, modes: str = "dwdp,ep", tokens: str = TOKENS) -> None:
@@ -121,9 +130,15 @@ def main(model: str, out: Path, modes: str = "dwdp,ep", tokens: str = TOKENS) ->
         "hf_overrides": {"num_hidden_layers": LAYERS} if devices else {},
         "engine_args": {"kv_cache_memory_bytes": (2 << 30) if devices else (64 << 20)} | ({} if devices else {"dtype": "float32"}),
     })
-    started = [Mode(settings, name, devices, out / f"traces-{name}") for name in settings.modes]
-    rows = []
+    started, rows = [], []
+
+    def write() -> None:
+        made = origin(devices) | {"command": shlex.join(["python", *sys.argv]), "rows": rows}
+        (out / "steps.json").write_text(json.dumps(made, indent=2))
+
     try:
+        for name in settings.modes:
+            started.append(Mode(settings, name, devices, out / f"traces-{name}"))
         for mode in started:
             mode.answers(LOAD_S)
         for count in sizes:
@@ -138,11 +153,11 @@ def main(model: str, out: Path, modes: str = "dwdp,ep", tokens: str = TOKENS) ->
             for (name, peers), found in times.items():
                 rows.append({"tokens": count, "mode": name, "peers": peers, "ms": statistics.median(found), "all_ms": found})
                 print(f"{count:>6} {name:>6}, peers {peers:<5} {rows[-1]['ms']:8.2f} ms", flush=True)
-            for mode in started:
-                rows.append({"tokens": count, "mode": mode.name, "peers": "idle", **(seen := mode.profile(count))})
-                print(f"{count:>6} {mode.name:>6}, traced: {json.dumps(seen)}", flush=True)
-            made = origin(devices) | {"command": shlex.join(["python", *sys.argv]), "rows": rows}
-            (out / "steps.json").write_text(json.dumps(made, indent=2))
+        for count, mode in itertools.product(sizes, started):
+            write()
+            rows.append({"tokens": count, "mode": mode.name, "peers": "idle", **(seen := mode.profile(count))})
+            print(f"{count:>6} {mode.name:>6}, traced: {json.dumps(seen)}", flush=True)
+        write()
     finally:
         for mode in started:
             mode.end()

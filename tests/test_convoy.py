@@ -221,7 +221,7 @@ def test_a_helper_may_die_at_any_look() -> None:
     for looks in range(4):
         seen = iter(range(looks))
         after, answer = convoy.large(
-            record, 0, 3, lambda rank, seen=seen: rank == 0 or next(seen, None) is not None, lambda _: False, lambda _: False)
+            record, 0, 3, lambda rank, seen=seen: rank == 0 or next(seen, None) is not None, lambda _: False, False)
         assert after.number == (1 if isinstance(answer, convoy.Round) else 0)
         assert after.number or (answer is convoy.GO and after.states[0] is convoy.State.LARGE)
 

@@ -61,15 +61,25 @@ def test_reasons_reach_the_launcher() -> None:
     assert len(others) == 2 and all(said.startswith("OSError: [Errno 28] No space") and len(said) <= 1000 for said in others)
 
 
+def tell_when_told() -> None:
+    def tell(*_: object) -> None:
+        launcher.tell(DWDPError("rank 0 ended without a word"))
+        os._exit(3)
+
+    signal.signal(signal.SIGTERM, tell)
+    time.sleep(60)
+
+
 def test_a_front_end_that_fails_has_the_last_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Engines, which know nothing of it, would say more until vLLM ends them: they are ended before the sentence."""
     monkeypatch.setattr(commands, "LAST_WORDS_S", 5.0)
     commands.lead()
-    engine = FORK.Process(target=time.sleep, args=(60,), name="EngineCore_DP0")
+    engine = FORK.Process(target=tell_when_told, name="EngineCore_DP0")
     engine.start()
+    time.sleep(0.3)
     words = "Frontend process failed during engine core initialization. Failed frontend proc(s): {'ApiServer_0': None}"
     sys.excepthook(RuntimeError, RuntimeError(words), None)
-    assert engine.exitcode == -signal.SIGTERM
+    assert engine.exitcode == 3
     assert capsys.readouterr().err.splitlines()[-1] == f"vllm-dwdp: error: RuntimeError: {words}"
 
 

@@ -27,7 +27,7 @@ def wander(fd: int, rank: int, size: int, seed: int, steps: int, out) -> None:
         while True:
             began = time.monotonic()
             if what == "join":
-                made = meeting.join(tokens, patience)
+                made = meeting.join(tokens, patience, goes_along=rng.random() < 0.5)
             elif what == "large":
                 offered = rng.choice([0, tokens])
                 made = meeting.large(rng.choice([0.0, 0.01, math.inf]), offered, patience, goes_along=rng.random() < 0.5)
@@ -161,7 +161,7 @@ def test_company_is_who_may_be_met_when_the_own_large_step_ends(pair) -> None:
 @pytest.mark.parametrize("goes_along", [False, True])
 @pytest.mark.parametrize("is_first", [False, True])
 def test_a_large_step_takes_a_busy_rank_along_that_comes_and_agrees(pair, is_first: bool, goes_along: bool) -> None:
-    """Before or after the large one; who does not gain goes alone, and so does the large step, at once."""
+    """Before or after the large one; who does not go along goes alone, and so does the large step, at once."""
     a, b = pair
     for meeting in pair:
         meeting.large(0.0)

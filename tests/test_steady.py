@@ -247,6 +247,15 @@ def test_a_long_prefill_keeps_nobody(world) -> None:
     assert busy_s < 0.1 * made.took_s
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_prompts_take_ranks_along_that_decode(world, size: int) -> None:
+    """Nearly every prompt, but not with two steps of it."""
+    made = world(size)
+    large, *small = made.run([([LARGE] * 2 + [16] * 5) * 8, *[[16] * 100] * (size - 1)], [0.0] * size)
+    assert large.count("L") >= 6 and "LL" not in large, large
+    assert all(kinds.count("a") <= 2.5 * 8 for kinds in small), small
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_long_prompt_takes_idle_ranks_along(world, size: int) -> None:
     """Its steps follow each other on all devices, each as short as all ranks can make it."""

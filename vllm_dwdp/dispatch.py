@@ -2,7 +2,7 @@
 
 A step of at most `max_tokens` is worth meeting for: it takes part in a round with the ranks that are at hand, or goes
 alone. A larger one goes with all other ranks, if it has at most `helped_max_tokens` and each of them is idle or comes with
-a small step after a round without a large one, else alone, and then its rank takes part again when its device has reached
+a small step and the last round had no large one, else alone, and then its rank takes part again when its device has reached
 the last layer of it: the host then prepares the next step while that layer runs, for which peers may have to wait. A step
 that went alone and takes longer than its rank waits for peers counts as large, too: peers who took it for a short one would
 give up just before it ends and go alone in turn, without end. An idle rank helps.
