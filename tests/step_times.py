@@ -1,6 +1,6 @@
 """Time single steps of a prompt in each mode of the bench: peers idle, and peers with a prompt alike; ms, medians.
 
-    python tests/step_times.py MODEL OUT_FOLDER [MODES] [TOKENS,...]
+    python tests/step_times.py MODEL OUT_FOLDER [MODES] [TOKENS,...] [ENGINE_ARGUMENTS as JSON]
 
 MODEL is a folder with a config.json; weights are dummies. Engines as vLLM starts them, all modes loaded, one after the other
 asked. OUT_FOLDER gets steps.json and, by mode, a trace of one step of each size on rank 0, from which is told how long its
@@ -122,13 +122,14 @@ class Mode:
             process.kill()
 
 
-def main(model: str, out: Path, modes: str = "dwdp,ep", tokens: str = TOKENS) -> None:
+def main(model: str, out: Path, modes: str = "dwdp,ep", tokens: str = TOKENS, given: str = "{}") -> None:
     out.mkdir(parents=True, exist_ok=True)
     devices, sizes = cuda_devices(2), [int(count) for count in tokens.split(",")]
     settings = Settings.of({
         "model": model, "modes": tuple(modes.split(",")), "load_format": "dummy", "side_by_side": True, "input_len": max(sizes),
         "hf_overrides": {"num_hidden_layers": LAYERS} if devices else {},
-        "engine_args": {"kv_cache_memory_bytes": (2 << 30) if devices else (64 << 20)} | ({} if devices else {"dtype": "float32"}),
+        "engine_args": {"kv_cache_memory_bytes": (2 << 30) if devices else (64 << 20)} | ({} if devices else {"dtype": "float32"})
+        | json.loads(given),
     })
     started, rows = [], []
 

@@ -2,7 +2,8 @@
 # All that is owed on two GPUs, in one visit. Run where vLLM is importable: tests/visit.sh MODEL OUT PART...
 #   MODEL: a folder with Qwen3-30B-A3B's config.json. OUT gets JSON, pictures and logs. Parts, with seconds on two H100s:
 #   before (155)  layers (40)  steps (200)  decode (110)  prefill (200)  serve (500)  unequal (260)  tests (400)  sanitize (220)
-# DECODE_MODES and SERVE_MODES name the bench's modes for decode and serve, LOADS the servers' loads.
+# DECODE_MODES and SERVE_MODES name the bench's modes for decode and serve, LOADS the servers' loads, SERVE_ARGS further arguments
+# of theirs, ENGINE (JSON) those of the engines whose steps are timed.
 # VISIT_CPU=1 goes through the same steps with a tiny model on CPU.
 set -u
 model=$1 out=$2; shift 2
@@ -30,7 +31,7 @@ for part; do
     layers)  # microseconds a layer, dispatched and local
       timeout 100 python3 -P "$here/layer_times.py" 2 "$out/layers.json" ;;
     steps)  # milliseconds of a prompt's only step, peers idle and alike, and what of it the device is busy
-      timeout 300 python3 -P "$here/step_times.py" "$model" "$out/steps" dwdp,$rival $lengths ;;
+      timeout 300 python3 -P "$here/step_times.py" "$model" "$out/steps" dwdp,$rival $lengths "${ENGINE:-{\}}" ;;
     decode)  # milliseconds a step by requests per GPU
       timeout 330 $bench --modes ${DECODE_MODES:-dwdp,$rival,dwdp+dispatch=off} --decode $batches --hf-overrides "$layers" \
         --engine-args "$engine" --side-by-side --rounds 2 --repeats 2 --max-num-batched-tokens 16384 --out "$out/decode" ;;
@@ -39,7 +40,7 @@ for part; do
         --max-num-batched-tokens $steps --num-prompts $prompts --rounds 2 --repeats 2 --out "$out/prefill" ;;
     serve)  # real servers, vLLM's defaults
       timeout 560 $serving --modes ${SERVE_MODES:-dwdp,$rival} --side-by-side --loads "$loads" \
-        --serve-args "$serve" --timeout 240 --out "$out/serve" ;;
+        --serve-args "$serve ${SERVE_ARGS:-}" --timeout 240 --out "$out/serve" ;;
     unequal)  # one rank has long prompts, the other chats
       timeout 400 $serving --modes dwdp,$rival --side-by-side --loads "$unequal" \
         --serve-args "$serve" --timeout 240 --out "$out/unequal" ;;
