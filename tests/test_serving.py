@@ -22,7 +22,7 @@ from harness import await_that, processes_in
 
 SERVE_ARGS = (
     "--dtype float32 --enforce-eager --max-model-len 256 --max-num-batched-tokens 128 --kv-cache-memory-bytes 64000000 "
-    "--distributed-executor-backend uni --api-server-count 1"
+    "--distributed-executor-backend uni"
 )
 BROKEN = "dwdp+experts_per_rank=99"  # of 12
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
