@@ -38,15 +38,17 @@ def _last_words(error: BaseException, reasons: Reasons) -> str | None:
     """Why a child of this process has failed before it served; None where none has."""
     if "engine core" not in str(error).lower():  # which vLLM says of a child that it does not name a reason of
         return reasons.first(0)
-    end, sentence, said = time.monotonic() + LAST_WORDS_S, f"{type(error).__name__}: {error}", None
+    end, is_front = time.monotonic() + LAST_WORDS_S, "Frontend" in str(error)
     engines = [child for child in multiprocessing.active_children() if child.name.startswith("EngineCore")]
-    if is_front := "Frontend" in str(error):  # engines go on until they are told, and then only say that they were
+    if is_front:  # engines go on until they are told, and then only say that they were
         said = reasons.first(0)
         for engine in engines:
             engine.terminate()
     for engine in engines:
         engine.join(max(end - time.monotonic(), 0))
-    return said or (None if is_front else reasons.first(LAST_WORDS_S)) or sentence
+    if not is_front:
+        said = reasons.first(LAST_WORDS_S)
+    return said or f"{type(error).__name__}: {error}"
 
 
 def refuse_in_child(error: DWDPError) -> None:
