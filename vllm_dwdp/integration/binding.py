@@ -127,12 +127,11 @@ def _ahead_of_use(forward: Callable, weights: LayerWeights, prefetcher: Prefetch
 
 
 def _in_parts(forward: Callable, rows: torch.Tensor, own: dict[str, Any], most: int) -> torch.Tensor:
-    """`forward` over `rows`, `most` at a time: a round may have more rows than vLLM has buffers for."""
-    if rows.shape[0] <= most:
+    """`forward` over `rows`, in halves if they are more than `most`: a round may have more rows than vLLM has buffers for."""
+    if (total := rows.shape[0]) <= most:
         return forward(rows, **own)
     sums, weights, ids = torch.empty_like(rows), own.pop("topk_weights"), own.pop("topk_ids")
-    for first in range(0, rows.shape[0], most):  # not in halves: the few rows of a small step reach few experts again
-        part = slice(first, first + most)
+    for part in (slice(-(-total // 2)), slice(-(-total // 2), total)):
         sums[part] = forward(rows[part], topk_weights=weights[part], topk_ids=ids[part], **own)
         own["shared_experts"] = None  # of own rows, once
     return sums
