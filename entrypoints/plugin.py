@@ -63,13 +63,19 @@ def _create_engine_config(original: Callable) -> Callable:
             # They import the engine, which a process without DWDP may not need.
             from vllm_dwdp.integration import commands, launch
 
+            chooses_graphs = any(
+                getattr(settings, name) is not None
+                for settings in (self, self.compilation_config)
+                for name in ("cudagraph_capture_sizes", "max_cudagraph_capture_size")
+            )
+
             if not launcher.is_child():
                 commands.lead()
-                launch.prepare(vllm_config)
+                launch.prepare(vllm_config, chooses_graphs)
                 return vllm_config
             launcher.follow_parent()
             try:
-                launch.prepare(vllm_config)
+                launch.prepare(vllm_config, chooses_graphs)
             except DWDPError as error:
                 commands.refuse_in_child(error)
         return vllm_config

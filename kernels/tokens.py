@@ -23,6 +23,7 @@ import torch
 from vllm_dwdp.errors import DWDPError
 
 FLAG_BYTES = 8
+FEW_PLACES = 512  # of a rank in a graph: up to so many, rows go to lanes one by one
 LANES = 256  # on a machine without a GPU the first alone is used
 WAIT_S = 20.0  # how long a rank waits inside a round, before it names whom it waited for
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-from vllm_dwdp.kernels.tokens import LANES, WAIT_S, InboxMap, RoundLayout, TokenExchange, did_not_come
+from vllm_dwdp.kernels.tokens import FEW_PLACES, LANES, WAIT_S, InboxMap, RoundLayout, TokenExchange, did_not_come
 
 RING = 16  # steps whose control words may be under way at once
 FEW_ROWS = 1024
@@ -252,8 +252,8 @@ class CudaTokens(TokenExchange):
 
     @staticmethod
     def _tile(padded: int, num_rows: int, width: int) -> int:
-        """Rows that go to a lane at once: the same on every member, whose graphs may have more places than the round says."""
-        return 1 if padded or num_rows <= FEW_ROWS else max(TILE // triton.next_power_of_2(width), 1)
+        """Rows that go to a lane at once, which all members must have alike: of few places, graphs may have more than agreed."""
+        return 1 if (padded <= FEW_PLACES if padded else num_rows <= FEW_ROWS) else max(TILE // triton.next_power_of_2(width), 1)
 
     def check(self) -> None:
         if whom := self._error_word[0]:

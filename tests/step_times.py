@@ -3,8 +3,9 @@
     python tests/step_times.py MODEL OUT_FOLDER [MODES] [TOKENS,...] [ENGINE_ARGUMENTS as JSON]
 
 MODEL is a folder with a config.json; weights are dummies. Engines as vLLM starts them, all modes loaded, one after the other
-asked. OUT_FOLDER gets steps.json and, by mode, a trace of one step of each size on rank 0, from which is told how long its
-kernels took, exchanges with peers, waits included, apart, how long copies did, and the span from the first kernel to the last.
+asked. An idle peer of stock ranks has a prompt of one token. OUT_FOLDER gets steps.json and, by mode, a trace of one step of
+each size on rank 0, from which is told how long its kernels took, exchanges with peers, waits included, apart, how long
+copies did, and the span from the first kernel to the last.
 """
 
 import contextlib
@@ -68,6 +69,7 @@ class Mode:
 
     def __init__(self, settings: Settings, name: str, devices: list[str] | None, traces: Path):
         self.name, self.traces, self.pipes, self.processes = name, traces, [], []
+        self.idle = 0 if name.startswith("dwdp") else 1  # ranks in lockstep: without a coordinator nobody wakes one for a step
         context = multiprocessing.get_context("spawn")
         seen = visible_devices(name, devices, settings.size)
         for rank, keywords in enumerate(load_arguments(settings, name, settings.input_len, free_port())):
@@ -94,7 +96,7 @@ class Mode:
     def profile(self, tokens: int) -> dict[str, float]:
         """ms of rank 0's device for one step of a prompt while its peers are idle."""
         self.ask("start_profile")
-        self.ask(tokens, *[0] * (len(self.pipes) - 1))
+        self.ask(tokens, *[self.idle] * (len(self.pipes) - 1))
         self.ask("stop_profile")
         found = sorted(self.traces.glob("0/**/*.json.gz"))  # of several workers of a rank, the first's
         events = json.loads(gzip.decompress(found[0].read_bytes()))["traceEvents"] if found else []
@@ -147,7 +149,7 @@ def main(model: str, out: Path, modes: str = "dwdp,ep", tokens: str = TOKENS, gi
             for turn in range(REPEATS + 2):
                 for mode in started:
                     others = len(mode.pipes) - 1
-                    for peers, asked in (("idle", (count, *[0] * others)), ("alike", (count,) * (1 + others))):
+                    for peers, asked in (("idle", (count, *[mode.idle] * others)), ("alike", (count,) * (1 + others))):
                         took = max(mode.ask(*asked))
                         if turn > 1:
                             times.setdefault((mode.name, peers), []).append(1e3 * took)

@@ -31,7 +31,7 @@ from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import dispatching
 from vllm_dwdp.integration.dispatching import HOST_PATIENCE_S, checked, dispatched_sizes, fit_to_round
 from vllm_dwdp.integration.hooks import CHOOSE_GRAPH
-from vllm_dwdp.kernels.tokens import RoundLayout, did_not_come
+from vllm_dwdp.kernels.tokens import FEW_PLACES, RoundLayout, did_not_come
 
 from harness import WORKERS, Group, await_that, generate, reference, stats, streamed_model
 from quantized import SHAPE
@@ -123,7 +123,7 @@ class Fakes:
 
 def make(fakes: Fakes, graph_sizes: tuple[int, ...] = (4, 8), small_s: float = 0.0) -> Dispatch:
     limits = Limits(
-        max_tokens=MOST, helped_max_tokens=HELPED_MOST, most_rows=HELPED_MOST, graph_sizes=graph_sizes,
+        max_tokens=MOST, helped_max_tokens=HELPED_MOST, most_rows=HELPED_MOST, graph_sizes=graph_sizes, alone_graph_tokens=4,
         patience_s=lambda tokens: tokens / 1000,
         helped_s=lambda _: 4.0, alone_s=lambda tokens: 7.0 if tokens > MOST else small_s, spare_s=lambda _: SPARE_S,
     )
@@ -334,17 +334,20 @@ def test_vllm_runs_the_graph_that_a_round_has_agreed_on_or_none(
 
 
 @pytest.mark.parametrize(("length", "dynamic"), [*((n, False) for n in range(1, 6)), (2, True), (3, True), (5, True)])
-@pytest.mark.parametrize("most", [100, 256, 512, 600])
+@pytest.mark.parametrize("most", [100, 256, 512, 600, 2000])
 def test_no_graph_that_dispatches_is_chosen_for_a_step_that_does_not(most: int, length: int, dynamic: bool) -> None:
-    """Nor the other way round, among vLLM's graphs of requests that decode `length` tokens each, or up to as many."""
-    sizes, lengths = [1, 2, 4, *range(8, 513, 8)], range(1, length + 1) if dynamic else [length]
+    """Nor the other way round, among vLLM's graphs of requests that decode `length` tokens each, or up to as many.
+
+    Members of a round deal rows out alike: none has a graph of more than FEW_PLACES where another has not.
+    """
+    sizes, lengths = [1, 2, 4, *range(8, 513, 8), *range(640, 1024, 128), *range(1024, 2049, 256)], range(1, length + 1) if dynamic else [length]
     manager = object.__new__(CudaGraphManager)
     speculative = types.SimpleNamespace(
         uses_dynamic_speculative_decoding=lambda: dynamic, num_speculative_tokens_per_batch_size=[
             (4 * i + 1, 4 * i + 4, length - i - 1) for i in range(length)],
     )
     vars(manager).update(
-        compilation_config=types.SimpleNamespace(cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=512),
+        compilation_config=types.SimpleNamespace(cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=2048),
         cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE, max_num_reqs=1024, decode_query_len=length, varlen_decode=False,
         lora_capture_cases=[0], ubatch_runner=None, _candidates={}, _capture_descs={}, _graphs_captured=True,
         _lora_dispatch_map={}, _max_lora_case=0, vllm_config=types.SimpleNamespace(
@@ -354,7 +357,7 @@ def test_no_graph_that_dispatches_is_chosen_for_a_step_that_does_not(most: int, 
     manager._init_candidates()
     made = make(Fakes(), tuple(dispatched_sizes(sizes, most, lengths)))
     assert made.limits.graph_sizes or (most == 100 and dynamic)
-    for tokens in range(1, 513):
+    for tokens in range(1, 2049):
         places = made.limits.places(tokens)
         for each in (None, *lengths):
             if each is None or tokens % each == 0:
@@ -362,6 +365,7 @@ def test_no_graph_that_dispatches_is_chosen_for_a_step_that_does_not(most: int, 
                 graph = manager.dispatch(rows // (each or 1), rows, each if rows % (each or 1) == 0 else None, 0)
                 assert graph.cg_mode != CUDAGraphMode.NONE
                 assert (made.places(graph.num_tokens) is None) == (places == 0), (tokens, graph)
+                assert not places or (places <= FEW_PLACES) == (graph.num_tokens <= FEW_PLACES), (tokens, graph)
 
 
 @pytest.mark.parametrize(("graph_sizes", "alone"), [((4, 8), 4), ((), None)])
@@ -383,6 +387,21 @@ def test_places(graph_sizes: tuple[int, ...], alone: int | None) -> None:
     assert made.places(SMALL) == (alone and SMALL) and made.padded == (alone or 0)
     if graph_sizes:
         assert fakes.said()[-1] == ("begin", 0, (0,), (SMALL, 0), 4)
+
+
+def test_a_step_alone_does_not_replay_a_graph_that_reads_in_place_for_longer_than_streaming() -> None:
+    """It runs without a graph; the same step in a round, and a helper's forward right after it, have theirs."""
+    fakes = Fakes(joined=OURS)
+    made = make(fakes)
+    assert made.begin_step(8) and not made.is_beyond_graphs
+    made.end_step()
+    fakes._joined = None
+    assert not made.begin_step(8) and made.is_beyond_graphs and made.places(8) is None and made.padded == 0
+    made.end_step()
+    made.help_out = lambda: fakes.note("help out", made.is_beyond_graphs)
+    fakes._owed = HELP[:1]
+    assert made.help() and ("help out", False) in fakes.said()
+    assert not made.begin_step(LARGE) and not made.is_beyond_graphs, "vLLM's own graph of that size streams, if it has one"
 
 
 def test_a_rehearsal_is_steps_alone_in_no_graph_of_counts_that_16_divides_and_does_not() -> None:

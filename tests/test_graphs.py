@@ -7,14 +7,15 @@ import pytest
 from vllm.config import CompilationConfig, CUDAGraphMode
 
 from vllm_dwdp.config import Options
-from vllm_dwdp.integration.graphs import direct_max_tokens, fit_graphs
+from vllm_dwdp.integration import graphs
+from vllm_dwdp.integration.graphs import add_graphs, direct_max_tokens, fit_graphs
 
 from harness import Group, streamed_model
 
 SIZES = [1, 2, 4, 8, 16, 24, 32]
 
 
-def make_config(mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE, eager: bool = False, **text: int):
+def make_config(mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE, eager: bool = False, v2: bool = True, **text: int):
     """What vLLM's config on CUDA has by then; its CPU platform switches graphs off."""
     compilation = CompilationConfig(
         cudagraph_mode=mode, cudagraph_capture_sizes=list(SIZES), max_cudagraph_capture_size=SIZES[-1],
@@ -23,7 +24,7 @@ def make_config(mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE, eager: b
     model = SimpleNamespace(
         enforce_eager=eager, hf_text_config=SimpleNamespace(**text), get_num_experts=lambda: text.get("num_experts", 0)
     )
-    return SimpleNamespace(compilation_config=compilation, model_config=model)
+    return SimpleNamespace(compilation_config=compilation, model_config=model, use_v2_model_runner=v2)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,45 @@ def test_captured_sizes(largest: int) -> None:
     assert compilation.cudagraph_capture_sizes == sorted({*SIZES, largest} if 0 < largest < SIZES[-1] else SIZES)
     assert compilation.max_cudagraph_capture_size == SIZES[-1]
     assert compilation.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
+
+
+@pytest.mark.parametrize(("most", "added"), [(32, []), (500, [128, 256, 384]), (1400, [*range(128, 1025, 128), 1280]),
+                                             (10**5, [*range(128, 1024, 128), *range(1024, 4097, 256)])])
+def test_added_sizes(most: int, added: list[int]) -> None:
+    """Steps that may dispatch have graphs, but those that keep the device busy for as long as the host needs."""
+    made = make_config()
+    add_graphs(made, most)
+    compilation = made.compilation_config
+    assert compilation.cudagraph_capture_sizes == SIZES + added
+    assert compilation.max_cudagraph_capture_size == (SIZES + added)[-1]
+
+
+@pytest.mark.parametrize("off", [{"eager": True}, {"mode": CUDAGraphMode.NONE}, {"mode": CUDAGraphMode.FULL}, {"v2": False}], ids=str)
+def test_no_sizes_are_added(off: dict) -> None:
+    """Without graphs, with graphs of whole prompts, and under vLLM's older model runner, whose batches cannot be padded alike."""
+    made = make_config(**off)
+    add_graphs(made, 10**5)
+    assert made.compilation_config.cudagraph_capture_sizes == SIZES
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "asked"),
+    [({}, {}, [1024]), ({}, {"dispatch_max_tokens": 700}, [700]), ({}, {"dispatch": "off"}, []),
+     ({"cudagraph_capture_sizes": [1, 2]}, {}, []), ({"max_cudagraph_capture_size": 512}, {}, []),
+     ({"compilation_config": {"cudagraph_capture_sizes": [1, 2]}}, {}, []),
+     ({"compilation_config": {"max_cudagraph_capture_size": 512}}, {}, [])],
+    ids=str,
+)
+def test_a_person_s_sizes_stay(models, monkeypatch: pytest.MonkeyPatch, given: dict, options: dict, asked: list[int]) -> None:
+    """However they were given; otherwise sizes are added for all steps that may dispatch, two ranks' share of a batch."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    most = []
+    monkeypatch.setattr(graphs, "add_graphs", lambda _, tokens: most.append(tokens))
+    EngineArgs(
+        model=models("qwen3_moe"), data_parallel_size=2, max_num_batched_tokens=2048, additional_config={"dwdp": options}, **given
+    ).create_engine_config()
+    assert most == asked
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ class World:
         )
         self.limits = Limits(
             max_tokens=self.costs.max_tokens(LARGE // size), helped_max_tokens=self.costs.helped_max_tokens(LARGE), most_rows=LARGE,
-            graph_sizes=(),
+            graph_sizes=(), alone_graph_tokens=0,
             patience_s=functools.cache(self.costs.patience_s), helped_s=self.costs.helped_s, alone_s=functools.cache(self.costs.alone_s),
             spare_s=self.costs.spare_s,
         )

@@ -15,7 +15,7 @@ import torch
 from test_transport import DEVICES, make_device, torch_device
 
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.kernels.tokens import InboxMap, RoundLayout, owners_of, seat
+from vllm_dwdp.kernels.tokens import FEW_PLACES, InboxMap, RoundLayout, owners_of, seat
 from vllm_dwdp.placement import Placement
 
 from harness import CONTEXT
@@ -105,6 +105,13 @@ def rounds(size: int, count: int, seed: int = 0) -> list[RoundLayout]:
     return found
 
 
+def padded(size: int, count: int) -> list[RoundLayout]:
+    """Rounds of all ranks in graphs of more places than rows are dealt out to one by one."""
+    rng = random.Random(0)
+    drawn = [tuple(rng.choice([0, 1, 600, rng.randint(1, 640)]) for _ in range(size)) for _ in range(count)]
+    return [RoundLayout(number=number + 1, members=tuple(range(size)), tokens=rows, padded=640) for number, rows in enumerate(drawn)]
+
+
 def helped(size: int, count: int, rows: int) -> list[RoundLayout]:
     """Rounds of all ranks in which one has up to `rows` rows and the others help."""
     rng = random.Random(0)
@@ -132,7 +139,8 @@ def check_rounds(
             alone = tuple(rng.randint(1, ROWS) if r == rank else 0 for r in range(size))
             layout = RoundLayout(number=layout.number, members=(rank,), tokens=alone, padded=rng.choice([0, ROWS]))
         ranks.tokens.begin(layout)
-        places = layout.padded and layout.padded + rng.choice([0, 8])  # the graph of one rank may have more than agreed
+        more = rng.choice([0, 8]) if layout.padded < FEW_PLACES else 0  # a graph of few places may have more than agreed
+        places = layout.padded and layout.padded + more
         own = places or layout.tokens[rank]
         senders = [member for member in layout.members if layout.tokens[member]]
         for layer in range(num_layers):
@@ -215,6 +223,15 @@ def test_sums_of_one_rank_s_many_rows_are_exact(kind: str, size: int) -> None:
     outcomes = run(
         check_rounds, size, kind, dtype=torch.bfloat16, layouts=helped(size, 6, 3000), per_rank=None, num_layers=2, width=2048,
         num_rows=3000,
+    )
+    assert outcomes == dict.fromkeys(range(size)), "\n".join(filter(None, outcomes.values()))
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+@pytest.mark.parametrize("size", [2, 3])
+def test_sums_in_large_graphs_are_exact(kind: str, size: int) -> None:
+    outcomes = run(
+        check_rounds, size, kind, dtype=torch.bfloat16, layouts=padded(size, 12), per_rank=None, num_layers=2, width=2048, num_rows=640,
     )
     assert outcomes == dict.fromkeys(range(size)), "\n".join(filter(None, outcomes.values()))
 

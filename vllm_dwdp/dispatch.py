@@ -33,7 +33,7 @@ MOST_PACE = 4.0
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
     """Which steps meet, and for how long they wait for it. `graph_sizes` are the rows that vLLM captures, ascending; for more than
-    `most_rows` it has no buffers.
+    `most_rows` it has no buffers. In a graph of more than `alone_graph_tokens` no step goes alone.
 
     `helped_max_tokens`, no less than `max_tokens`, are of steps in which all other ranks take part; `helped_s` and `alone_s` are
     how long such a step, and one that goes without peers, are expected to take on the device; `spare_s` is how long a large step
@@ -44,6 +44,7 @@ class Limits:
     helped_max_tokens: int
     most_rows: int
     graph_sizes: Sequence[int]
+    alone_graph_tokens: int
     patience_s: Callable[[int], float]
     helped_s: Callable[[int], float]
     alone_s: Callable[[int], float]
@@ -84,7 +85,7 @@ class Dispatch:
         self.meets = False
         self._meeting, self._tokens, self._stream = meeting, tokens, stream
         self._layout: RoundLayout | None = None  # of the step under way, if its layers dispatch
-        self._in_step = False
+        self._in_step = self._is_streamed = False  # a step is under way; alone, and must not replay the graph of its size
         self._last = stream.event()  # the end of the last step
         self._ending = stream.event()  # the last layer of the last large step
         self._is_large = False  # peers know of one
@@ -110,8 +111,10 @@ class Dispatch:
 
     @property
     def is_beyond_graphs(self) -> bool:
-        """Whether the step under way must run without a graph: a graph has no places for the largest step of its round."""
-        return self._layout is not None and not self._layout.padded
+        """Whether the step under way must run without a graph: its graph has no places for the largest step of the round, or would
+        read peers in place where a step alone is faster streamed.
+        """
+        return self._is_streamed if self._layout is None else not self._layout.padded
 
     def begin_step(self, num_tokens: int, is_ready: bool = True) -> bool:
         """Meet the peers, if the step is worth it. Returns whether its layers dispatch: with peers, or alone in a graph.
@@ -126,8 +129,10 @@ class Dispatch:
             made = self._meet(num_tokens) if self.meets else None
         if made is not None:
             self._begin(self._layout_of(made))
-        elif self.limits.places(num_tokens):
+        elif 0 < (places := self.limits.places(num_tokens)) <= self.limits.alone_graph_tokens:
             self._begin(self._alone(num_tokens))
+        else:
+            self._is_streamed = places > 0
         return self._layout is not None
 
     def _meet(self, num_tokens: int) -> Round | None:
@@ -187,7 +192,7 @@ class Dispatch:
         """The step's kernels are enqueued."""
         self.reach_last_layer()
         self._stream.compute_record(self._last)
-        self._layout, self._in_step = None, False
+        self._layout, self._in_step, self._is_streamed = None, False, False
 
     def help(self, timeout_s: float = 0.0, wake: Callable[[], bool] = lambda: False) -> bool:
         """No request: launch the round that asks for this rank, once one does within `timeout_s` and before `wake()`."""

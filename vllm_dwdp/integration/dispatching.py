@@ -19,10 +19,13 @@ from vllm_dwdp.experts import ExpertLayer
 from vllm_dwdp.integration import hooks, watchdog
 from vllm_dwdp.integration.graphs import has_graphs
 from vllm_dwdp.kernels.device import Device
+from vllm_dwdp.kernels.tokens import FEW_PLACES
 
 logger = init_logger("vllm.dwdp.dispatching")
 # On CPU, whose costs are not known: some steps of a busy machine, and a peer that stops costs it once; no large step ends soon.
 HOST_PATIENCE_S, HOST_LARGE_S = 0.5, math.inf
+# Measured on two H100s: a larger graph, which reads in place, takes a step alone longer than to be streamed without.
+ALONE_GRAPH_TOKENS = 512
 INBOX_BYTES = 2**30  # what an inbox may have for steps in which all ranks take part
 
 
@@ -62,6 +65,7 @@ def limits(
     )
     return Limits(
         max_tokens=most, helped_max_tokens=helped, most_rows=largest, graph_sizes=dispatched_sizes(sizes, most, lengths),
+        alone_graph_tokens=ALONE_GRAPH_TOKENS,
         helped_s=functools.cache(costs.helped_s) if costs is not None else lambda _: HOST_LARGE_S,
         spare_s=functools.cache(costs.spare_s) if costs is not None else lambda _: 0.0,
         patience_s=functools.cache(costs.patience_s) if costs is not None else lambda _: HOST_PATIENCE_S,
@@ -70,10 +74,17 @@ def limits(
 
 
 def dispatched_sizes(sizes: Sequence[int], most: int, lengths: Sequence[int]) -> list[int]:
-    """The rows of graphs that dispatch, ascending: no batch of at most the last of them runs in a graph of more.
+    """The rows of graphs that dispatch, ascending: no batch of at most the last of them runs in a graph of more, and none of at
+    most the last within FEW_PLACES in one of more than that.
 
     Where every request decodes as many tokens (one of `lengths`), vLLM's graphs have a multiple of those, up to the largest size.
     """
+    few = _closed(sizes, min(most, FEW_PLACES), lengths)
+    return few + [size for size in _closed(sizes, most, lengths) if size > FEW_PLACES]
+
+
+def _closed(sizes: Sequence[int], most: int, lengths: Sequence[int]) -> list[int]:
+    """Sizes up to `most`, ascending, of which the last takes every batch that it is not too small for."""
     if max(sizes, default=0) <= most:
         return sorted(sizes)
     last = max((size for size in sizes if size <= most and not any(size % length for length in lengths)), default=0)

@@ -20,6 +20,7 @@ from vllm_dwdp.schedule import default_direct_max_tokens
 
 logger = init_logger("vllm.dwdp.graphs")
 
+GRAPH_MAX_TOKENS = 4096  # of more the device has enough to do, whatever the host takes
 _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "top_k")
 
 
@@ -40,6 +41,22 @@ def direct_max_tokens(vllm_config: VllmConfig, options: Options) -> int:
 def has_graphs(vllm_config: VllmConfig) -> bool:
     mode = vllm_config.compilation_config.cudagraph_mode
     return not vllm_config.model_config.enforce_eager and mode != CUDAGraphMode.NONE
+
+
+def add_graphs(vllm_config: VllmConfig, most: int) -> None:
+    """Capture sizes beyond vLLM's, up to `most` tokens: without a graph such a step takes the host longer than the device.
+
+    Only where such a graph may dispatch, and where vLLM does not capture batches with prompts whole.
+    """
+    compilation = vllm_config.compilation_config
+    is_whole = compilation.cudagraph_mode.mixed_mode() != CUDAGraphMode.PIECEWISE
+    if not has_graphs(vllm_config) or is_whole or not vllm_config.use_v2_model_runner:
+        return
+    largest = compilation.max_cudagraph_capture_size
+    added = [size for size in (*range(0, 1024, 128), *range(1024, GRAPH_MAX_TOKENS + 1, 256)) if largest < size <= most]
+    compilation.cudagraph_capture_sizes = [*compilation.cudagraph_capture_sizes, *added]
+    compilation.max_cudagraph_capture_size = max(compilation.cudagraph_capture_sizes)
+    compilation.post_init_cudagraph_sizes()
 
 
 def fit_graphs(vllm_config: VllmConfig, largest: int) -> None:

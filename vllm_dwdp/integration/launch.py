@@ -30,8 +30,11 @@ HOT_LOOK_S, HOT_S, LOOK_S = 50e-6, 0.05, 2e-3
 _WAVES, _LOCKSTEP = "enable_wave_coordination", "coordinated_dp"
 
 
-def prepare(vllm_config: VllmConfig) -> None:
-    """Check a config that has the switch on, and make its engines DWDP ranks. Raises DWDPError in one line."""
+def prepare(vllm_config: VllmConfig, chooses_graphs: bool) -> None:
+    """Check a config that has the switch on, and make its engines DWDP ranks. Raises DWDPError in one line.
+
+    `chooses_graphs` says that a person has set which sizes vLLM captures.
+    """
     options = config.parse(vllm_config.additional_config)
     if options is None:
         return
@@ -45,6 +48,9 @@ def prepare(vllm_config: VllmConfig) -> None:
     if vllm_config.model_config.quantization == "gpt_oss_mxfp4" and vllm_config.kernel_config.moe_backend == "auto":
         vllm_config.kernel_config.moe_backend = "marlin"
         logger.info("DWDP chooses --moe-backend marlin for MXFP4: in other kernels' layouts an expert cannot be moved")
+    if options.dispatch == "auto" and not chooses_graphs:
+        bound = vllm_config.scheduler_config.max_num_batched_tokens // options.size
+        graphs.add_graphs(vllm_config, options.dispatch_max_tokens or bound)
     options = msgspec.structs.replace(options, direct_max_tokens=graphs.direct_max_tokens(vllm_config, options))
     # JSON values that stay the same from start to start: vLLM hashes them into the compile cache's key.
     vllm_config.additional_config[config.KEY] = msgspec.to_builtins(options)
