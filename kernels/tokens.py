@@ -23,7 +23,7 @@ import torch
 from vllm_dwdp.errors import DWDPError
 
 FLAG_BYTES = 8
-FEW_PLACES = 512  # of a rank in a graph: up to so many, rows go to lanes one by one
+FEW = 512  # rows of a rank: where all have so many at most, they go to lanes one by one
 LANES = 256  # on a machine without a GPU the first alone is used
 WAIT_S = 20.0  # how long a rank waits inside a round, before it names whom it waited for
 
@@ -83,31 +83,29 @@ def seat(sender: int, receiver: int) -> int:
 class RoundLayout:
     """Who takes part in a forward with how many rows, and where each rank's rows begin among the gathered ones.
 
-    `tokens` counts every rank's rows, 0 of those who help or stay away. With `padded` every rank has so many places, as in a
-    CUDA graph; without it rows follow each other.
+    `tokens` counts every rank's rows, 0 of those who help or stay away. Rows follow each other.
     """
 
     number: int
     members: tuple[int, ...]
     tokens: tuple[int, ...]
-    padded: int = 0
 
     @property
     def starts(self) -> tuple[int, ...]:
-        return self.starts_of(self.padded)
-
-    def starts_of(self, padded: int) -> tuple[int, ...]:
-        """Where each rank's rows begin if every rank has `padded` places, 0 for as many as it has rows."""
-        places = [padded or count for count in self.tokens]
-        return tuple(sum(places[:rank]) for rank in range(len(places)))
+        return tuple(sum(self.tokens[:rank]) for rank in range(len(self.tokens)))
 
     @property
     def num_rows(self) -> int:
-        return self.padded * len(self.tokens) or sum(self.tokens)
+        return sum(self.tokens)
 
     @property
     def mask(self) -> int:
         return sum(1 << rank for rank in self.members)
+
+
+def alone(rank: int, at: InboxMap) -> RoundLayout:
+    """Of a forward outside of steps: as many rows as an inbox has, or fewer."""
+    return RoundLayout(number=0, members=(rank,), tokens=tuple(at.rows if r == rank else 0 for r in range(at.size)))
 
 
 @functools.cache
@@ -149,15 +147,15 @@ class TokenExchange(abc.ABC):
 
     @abc.abstractmethod
     def dispatch(
-        self, layer: int, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, padded: int
+        self, layer: int, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, rows: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Own and received rows, their weights and ids: [rows, hidden], [rows, top_k] twice; given own ones, alike.
 
-        `padded` is the places that each rank has, 0 for as many as the round says.
+        `rows`, no less than the round has, are empty beyond those; whether they are more than FEW a rank is alike on all members.
         """
 
     @abc.abstractmethod
-    def combine(self, layer: int, partial: torch.Tensor, num_rows: int, padded: int) -> torch.Tensor:
+    def combine(self, layer: int, partial: torch.Tensor, num_rows: int) -> torch.Tensor:
         """The sums of own rows, [num_rows, hidden], from this rank's partial sums of all rows, [rows, hidden]."""
 
     @abc.abstractmethod

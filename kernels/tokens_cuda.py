@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-from vllm_dwdp.kernels.tokens import FEW_PLACES, LANES, WAIT_S, InboxMap, RoundLayout, TokenExchange, did_not_come
+from vllm_dwdp.kernels.tokens import FEW, LANES, WAIT_S, InboxMap, RoundLayout, TokenExchange, alone, did_not_come
 
 RING = 16  # steps whose control words may be under way at once
-FEW_ROWS = 1024
 TILE = 8192  # numbers that a program moves at once where rows are many: 16 KB in flight on every SM
 
 
@@ -72,9 +71,9 @@ def _inside(first, rows, H: tl.constexpr, BLOCK_H: tl.constexpr, R: tl.constexpr
     return ((first + tl.arange(0, R)) < rows)[:, None] & (tl.arange(0, BLOCK_H) < H)[None, :]
 
 
-@triton.jit(do_not_specialize=["layer", "num_rows", "padded"])
+@triton.jit(do_not_specialize=["layer", "num_rows", "rows"])
 def _dispatch(hidden, ids, weights, out_hidden, out_ids, out_weights, control, peers, owners, failed, error,
-              layer, num_rows, padded, stride_hidden, E: tl.constexpr, ME: tl.constexpr, N: tl.constexpr,
+              layer, num_rows, rows, stride_hidden, E: tl.constexpr, ME: tl.constexpr, N: tl.constexpr,
               ROWS: tl.constexpr, H: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
               R: tl.constexpr, AT_IDS: tl.constexpr, AT_WEIGHTS: tl.constexpr, AT_HIDDEN: tl.constexpr,
               LANES: tl.constexpr, LIMIT_NS: tl.constexpr):
@@ -105,7 +104,7 @@ def _dispatch(hidden, ids, weights, out_hidden, out_ids, out_weights, control, p
                 if (mask >> peer) & 1 != 0:
                     flag = _flag(tl.load(peers + peer), 0, ME, lane, N, LANES)
                     tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
-    here = tl.load(peers + ME)
+    here, filled = tl.load(peers + ME), mine * 0
     for turn in tl.static_range(N):  # own rows are gathered while those of others are under way
         sender = (ME + turn) % N
         count = tl.load(control + 2 + sender)
@@ -113,28 +112,24 @@ def _dispatch(hidden, ids, weights, out_hidden, out_ids, out_weights, control, p
             count = mine
         if (mask >> sender) & 1 == 0:
             count = count * 0
-        places, begin = count, tl.load(control + 2 + N + sender)
-        if padded > 0:
-            places, begin = padded.to(tl.int64), (padded * sender).to(tl.int64)
-        for lane in range(program, _lanes(places, R, LANES), programs):
+        filled, begin = filled + count, tl.load(control + 2 + N + sender)
+        for lane in range(program, _lanes(count, R, LANES), programs):
             if turn > 0:
-                if lane * R < count:
-                    _wait(_flag(here, 0, sender, lane, N, LANES), epoch, sender, failed, error, LIMIT_NS)
-            for row in range(lane * R, places, LANES * R):
-                is_h, is_k = _inside(row, places, H, BLOCK_H, R), _inside(row, places, K, BLOCK_K, R)
-                has_h, has_k = is_h & _inside(row, count, H, BLOCK_H, R), is_k & _inside(row, count, K, BLOCK_K, R)
+                _wait(_flag(here, 0, sender, lane, N, LANES), epoch, sender, failed, error, LIMIT_NS)
+            for row in range(lane * R, count, LANES * R):
+                is_h, is_k = _inside(row, count, H, BLOCK_H, R), _inside(row, count, K, BLOCK_K, R)
                 if turn == 0:
-                    e = tl.load(_rows(ids, row, K, BLOCK_K, R), mask=has_k, other=-1).to(tl.int32)
-                    w = tl.load(_rows(weights, row, K, BLOCK_K, R), mask=has_k, other=0.0).to(tl.float32)
-                    x = tl.load(_rows(hidden, row, stride_hidden, BLOCK_H, R), mask=has_h, other=0.0)
+                    e = tl.load(_rows(ids, row, K, BLOCK_K, R), mask=is_k, other=-1).to(tl.int32)
+                    w = tl.load(_rows(weights, row, K, BLOCK_K, R), mask=is_k, other=0.0).to(tl.float32)
+                    x = tl.load(_rows(hidden, row, stride_hidden, BLOCK_H, R), mask=is_h, other=0.0)
                 else:
                     first = _seat(sender, ME) * ROWS
                     from_ids = _rows(_at(here, AT_IDS, tl.int32) + first * K, row, K, BLOCK_K, R)
                     from_weights = _rows(_at(here, AT_WEIGHTS, tl.float32) + first * K, row, K, BLOCK_K, R)
                     from_hidden = _rows(_at(here, AT_HIDDEN, dtype) + first * H, row, H, BLOCK_H, R)
-                    e = tl.load(from_ids, mask=has_k, other=-1, cache_modifier=".cg")
-                    w = tl.load(from_weights, mask=has_k, other=0.0, cache_modifier=".cg")
-                    x = tl.load(from_hidden, mask=has_h, other=0.0, cache_modifier=".cg")
+                    e = tl.load(from_ids, mask=is_k, other=-1, cache_modifier=".cg")
+                    w = tl.load(from_weights, mask=is_k, other=0.0, cache_modifier=".cg")
+                    x = tl.load(from_hidden, mask=is_h, other=0.0, cache_modifier=".cg")
                 owner = tl.load(owners + mask * E + e, mask=is_k & (e >= 0), other=-2)
                 is_mine = owner == ME
                 if turn == 0:
@@ -143,10 +138,15 @@ def _dispatch(hidden, ids, weights, out_hidden, out_ids, out_weights, control, p
                 tl.store(_rows(out_hidden, begin + row, H, BLOCK_H, R), x, mask=is_h)
                 tl.store(_rows(out_ids, begin + row, K, BLOCK_K, R), e.to(out_ids.dtype.element_ty), mask=is_k)
                 tl.store(_rows(out_weights, begin + row, K, BLOCK_K, R), w.to(out_weights.dtype.element_ty), mask=is_k)
+    for row in range(filled + program * R, rows, programs * R):  # empty ones, which no expert computes
+        is_h, is_k = _inside(row, rows, H, BLOCK_H, R), _inside(row, rows, K, BLOCK_K, R)
+        tl.store(_rows(out_hidden, row, H, BLOCK_H, R), tl.zeros([R, BLOCK_H], dtype), mask=is_h)
+        tl.store(_rows(out_ids, row, K, BLOCK_K, R), tl.full([R, BLOCK_K], -1, out_ids.dtype.element_ty), mask=is_k)
+        tl.store(_rows(out_weights, row, K, BLOCK_K, R), tl.zeros([R, BLOCK_K], out_weights.dtype.element_ty), mask=is_k)
 
 
-@triton.jit(do_not_specialize=["layer", "num_rows", "padded"])
-def _combine(partial, out, control, peers, failed, error, layer, num_rows, padded, stride_partial,
+@triton.jit(do_not_specialize=["layer", "num_rows"])
+def _combine(partial, out, control, peers, failed, error, layer, num_rows, stride_partial,
              ME: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
              R: tl.constexpr, AT_SUMS: tl.constexpr, LANES: tl.constexpr, LIMIT_NS: tl.constexpr):
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -156,8 +156,6 @@ def _combine(partial, out, control, peers, failed, error, layer, num_rows, padde
         if peer != ME:
             if (mask >> peer) & 1 != 0:
                 begin, theirs = tl.load(control + 2 + N + peer), tl.load(control + 2 + peer)
-                if padded > 0:
-                    begin, theirs = (padded * peer).to(tl.int64), tl.minimum(theirs, padded.to(tl.int64))
                 base = tl.load(peers + peer)
                 to = _at(base, AT_SUMS, dtype) + _seat(ME, peer) * ROWS * H
                 for lane in range(program, _lanes(theirs, R, LANES), programs):
@@ -168,8 +166,6 @@ def _combine(partial, out, control, peers, failed, error, layer, num_rows, padde
                     tl.debug_barrier()
                     tl.atomic_xchg(_flag(base, 1, ME, lane, N, LANES), epoch, sem="release", scope="sys")
     begin = tl.load(control + 2 + N + ME)
-    if padded > 0:
-        begin = (padded * ME).to(tl.int64)
     mine = tl.minimum(tl.load(control + 2 + ME), num_rows)
     base = tl.load(peers + ME)
     here = _at(base, AT_SUMS, dtype)
@@ -209,40 +205,37 @@ class CudaTokens(TokenExchange):
         self._rows = list(zip(self._staged, self._staged.numpy(), strict=True))  # numpy's views cost the host least
         self._error_word = self._error.numpy()
         self._turn = 0
-        self._layout = RoundLayout(number=0, members=(rank,), tokens=(at.rows,) * at.size)
-        self.begin(self._layout)
+        self.begin(alone(rank, at))
 
     def begin(self, layout: RoundLayout) -> None:
-        self._layout = layout
         staged, words = self._rows[self._turn % RING]
         self._turn += 1
         words[:] = (layout.number * len(self._owners) + 1, layout.mask, *layout.tokens, *layout.starts)
         self._control.copy_(staged, non_blocking=True)
 
     def dispatch(
-        self, layer: int, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, padded: int
+        self, layer: int, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, rows: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         at, (num_rows, width), top_k = self._at, hidden.shape, ids.shape[1]
-        total = padded * at.size or self._layout.num_rows
-        rows, new_ids, new_weights = hidden.new_empty(total, width), ids.new_empty(total, top_k), weights.new_empty(total, top_k)
+        gathered, new_ids, new_weights = hidden.new_empty(rows, width), ids.new_empty(rows, top_k), weights.new_empty(rows, top_k)
         assert ids.is_contiguous() and weights.is_contiguous() and hidden.stride(1) == 1
         owners = self._owners[layer]
-        _dispatch[self._programs(total),](
-            hidden, ids, weights, rows, new_ids, new_weights, self._control, self._peers, owners, self._failed,
-            self._error.data_ptr(), layer, num_rows, padded, hidden.stride(0), E=owners.shape[1], ME=self._rank, N=at.size,
+        _dispatch[self._programs(rows),](
+            hidden, ids, weights, gathered, new_ids, new_weights, self._control, self._peers, owners, self._failed,
+            self._error.data_ptr(), layer, num_rows, rows, hidden.stride(0), E=owners.shape[1], ME=self._rank, N=at.size,
             ROWS=at.rows, H=width, K=top_k, BLOCK_H=triton.next_power_of_2(width), BLOCK_K=triton.next_power_of_2(top_k),
-            R=self._tile(padded, total, width), AT_IDS=at.ids, AT_WEIGHTS=at.weights, AT_HIDDEN=at.hiddens, LANES=LANES,
+            R=self._tile(rows, width), AT_IDS=at.ids, AT_WEIGHTS=at.weights, AT_HIDDEN=at.hiddens, LANES=LANES,
             LIMIT_NS=int(WAIT_S * 1e9), num_warps=8,
         )
-        return rows, new_weights, new_ids
+        return gathered, new_weights, new_ids
 
-    def combine(self, layer: int, partial: torch.Tensor, num_rows: int, padded: int) -> torch.Tensor:
+    def combine(self, layer: int, partial: torch.Tensor, num_rows: int) -> torch.Tensor:
         at, width = self._at, partial.shape[1]
         out = partial.new_empty(num_rows, width)
         _combine[self._programs(partial.shape[0]),](
-            partial, out, self._control, self._peers, self._failed, self._error.data_ptr(), layer, num_rows, padded,
+            partial, out, self._control, self._peers, self._failed, self._error.data_ptr(), layer, num_rows,
             partial.stride(0), ME=self._rank, N=at.size, ROWS=at.rows, H=width, BLOCK_H=triton.next_power_of_2(width),
-            R=self._tile(padded, partial.shape[0], width), AT_SUMS=at.sums, LANES=LANES, LIMIT_NS=int(WAIT_S * 1e9), num_warps=8,
+            R=self._tile(partial.shape[0], width), AT_SUMS=at.sums, LANES=LANES, LIMIT_NS=int(WAIT_S * 1e9), num_warps=8,
         )
         return out
 
@@ -250,10 +243,9 @@ class CudaTokens(TokenExchange):
     def _programs(num_rows: int) -> int:
         return max(min(num_rows // 2, LANES), 1)
 
-    @staticmethod
-    def _tile(padded: int, num_rows: int, width: int) -> int:
-        """Rows that go to a lane at once, which all members must have alike: of few places, graphs may have more than agreed."""
-        return 1 if (padded <= FEW_PLACES if padded else num_rows <= FEW_ROWS) else max(TILE // triton.next_power_of_2(width), 1)
+    def _tile(self, rows: int, width: int) -> int:
+        """Rows that go to a lane at once, which all members must have alike: of few, graphs may have more than agreed."""
+        return 1 if rows <= FEW * self._at.size else max(TILE // triton.next_power_of_2(width), 1)
 
     def check(self) -> None:
         if whom := self._error_word[0]:

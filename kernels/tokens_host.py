@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from vllm_dwdp.kernels.tokens import WAIT_S, InboxMap, RoundLayout, TokenExchange, did_not_come, seat
+from vllm_dwdp.kernels.tokens import WAIT_S, InboxMap, RoundLayout, TokenExchange, alone, did_not_come, seat
 
 POLL_S = 20e-6
 
@@ -32,7 +32,7 @@ class HostTokens(TokenExchange):
              for phase in range(2)]
             for address in inboxes
         ]
-        self.begin(RoundLayout(number=0, members=(rank,), tokens=(at.rows,) * at.size))
+        self.begin(alone(rank, at))
 
     def _area(self, inbox: int, offset: int, sender: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         """[rows, columns] of what `sender` puts into an inbox at `offset`."""
@@ -56,7 +56,7 @@ class HostTokens(TokenExchange):
                 time.sleep(POLL_S)
 
     def dispatch(
-        self, layer: int, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, padded: int
+        self, layer: int, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, rows: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         at, layout, me, (num_rows, width), top_k = self._at, self._layout, self._rank, hidden.shape, ids.shape[1]
         mine = min(layout.tokens[me], num_rows)
@@ -65,29 +65,28 @@ class HostTokens(TokenExchange):
             self._area(peer, at.ids, me, (mine, top_k), torch.int32).copy_(ids[:mine])
             self._area(peer, at.weights, me, (mine, top_k), torch.float32).copy_(weights[:mine])
         self._meet(0, layer, told=self._peers if mine else (), awaited=self._senders)
-        total, start = padded * at.size or layout.num_rows, layout.starts_of(padded)
         owners = self._owners[layer][layout.mask]
         spare = next(iter((owners == me).nonzero().flatten().tolist()), 0)
-        rows, new_weights = hidden.new_zeros(total, width), weights.new_zeros(total, top_k)
-        new_ids = ids.new_full((total, top_k), spare)
+        gathered, new_weights = hidden.new_zeros(rows, width), weights.new_zeros(rows, top_k)
+        new_ids = ids.new_full((rows, top_k), spare)
         for sender in layout.members:
             count = mine if sender == me else layout.tokens[sender]
-            there = slice(start[sender], start[sender] + count)
+            there = slice(layout.starts[sender], layout.starts[sender] + count)
             if sender == me:
-                rows[there], asked, given = hidden[:mine], ids[:mine], weights[:mine]
+                gathered[there], asked, given = hidden[:mine], ids[:mine], weights[:mine]
             else:
-                rows[there] = self._area(me, at.hiddens, sender, (count, width), hidden.dtype)
+                gathered[there] = self._area(me, at.hiddens, sender, (count, width), hidden.dtype)
                 asked = self._area(me, at.ids, sender, (count, top_k), torch.int32)
                 given = self._area(me, at.weights, sender, (count, top_k), torch.float32)
             owner = torch.where(asked >= 0, owners[asked.clamp_min(0).long()], -2)
             is_mine = (owner == me) | ((owner == -1) & (sender == me))
             new_ids[there] = torch.where(is_mine, asked, spare).to(ids.dtype)
             new_weights[there] = torch.where(is_mine, given, 0).to(weights.dtype)
-        return rows, new_weights, new_ids
+        return gathered, new_weights, new_ids
 
-    def combine(self, layer: int, partial: torch.Tensor, num_rows: int, padded: int) -> torch.Tensor:
+    def combine(self, layer: int, partial: torch.Tensor, num_rows: int) -> torch.Tensor:
         at, layout, me, width = self._at, self._layout, self._rank, partial.shape[1]
-        start = layout.starts_of(padded)
+        start = layout.starts
         for peer in self._peers:
             count = layout.tokens[peer]
             self._area(peer, at.sums, me, (count, width), partial.dtype).copy_(partial[start[peer] : start[peer] + count])

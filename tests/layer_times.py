@@ -40,9 +40,8 @@ def measure(rank: int, size: int, kind: str, pipes: dict, batches: list[int], ou
             pipe.recv()
 
     def point(batch: int) -> dict[str, float]:
-        """Times of a layer of `batch` rows a rank; those that vLLM captures have as many places."""
+        """Times of a layer of `batch` rows a rank."""
         nonlocal number
-        places = batch if batch <= GRAPH_ROWS else 0
         torch.manual_seed(10 + rank)
         x = torch.randn(batch, HIDDEN, device=device, dtype=torch.bfloat16)
         ids = torch.rand(batch, E, device=device).argsort(1)[:, :TOP_K].to(torch.int32).contiguous()
@@ -55,20 +54,21 @@ def measure(rank: int, size: int, kind: str, pipes: dict, batches: list[int], ou
 
         def dispatched(compute: bool = True) -> torch.Tensor:
             for layer, w in enumerate(weights):
-                gathered, gathered_scores, gathered_ids = tokens.dispatch(layer, x, scores, ids, places)
+                gathered, gathered_scores, gathered_ids = tokens.dispatch(layer, x, scores, ids, batch * size)
                 part = gathered
                 if compute:
                     part = fused_experts(gathered, *w, gathered_scores, gathered_ids, global_num_experts=E,
                                          expert_map=expert_map)
-                y = tokens.combine(layer, part, batch, places)
+                y = tokens.combine(layer, part, batch)
             return y
 
         row = {"rows": batch, "rank": rank}
-        tokens.begin(RoundLayout(number=number, members=(rank,), tokens=(batch,) * size))
+        alone = RoundLayout(number=number, members=(rank,), tokens=tuple(batch if r == rank else 0 for r in range(size)))
+        tokens.begin(alone)
         wanted = local().float()
         row["error alone"] = float((dispatched().float() - wanted).norm() / wanted.norm())
         for name, body in (("local", local), ("dispatched", dispatched), ("exchanges", lambda: dispatched(False))):
-            tokens.begin(RoundLayout(number=number, members=(rank,), tokens=(batch,) * size))
+            tokens.begin(alone)
             body()
             torch.cuda.synchronize()
             stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()

@@ -31,7 +31,7 @@ from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import dispatching
 from vllm_dwdp.integration.dispatching import HOST_PATIENCE_S, checked, dispatched_sizes, fit_to_round
 from vllm_dwdp.integration.hooks import CHOOSE_GRAPH
-from vllm_dwdp.kernels.tokens import FEW_PLACES, RoundLayout, did_not_come
+from vllm_dwdp.kernels.tokens import FEW, RoundLayout, did_not_come
 
 from harness import WORKERS, Group, await_that, generate, reference, stats, streamed_model
 from quantized import SHAPE
@@ -102,7 +102,7 @@ class Fakes:
         self.note("large done")
 
     def begin(self, layout: RoundLayout) -> None:
-        self.note("begin", layout.number, layout.members, layout.tokens, layout.padded)
+        self.note("begin", layout.number, layout.members, layout.tokens)
 
     def check(self) -> None:
         self.note("check")
@@ -128,14 +128,14 @@ def make(fakes: Fakes, graph_sizes: tuple[int, ...] = (4, 8), small_s: float = 0
         helped_s=lambda _: 4.0, alone_s=lambda tokens: 7.0 if tokens > MOST else small_s, spare_s=lambda _: SPARE_S,
     )
     made = Dispatch(fakes, fakes, fakes, fakes, limits)
-    made.help_out = lambda: fakes.note("help out", made.padded, made.places(1))
+    made.help_out = lambda: fakes.note("help out", made.padded, made.rows(1))
     made.meets = True
     return made
 
 
 HELPED = [  # padded to the largest step of the round, as its other members are
-    [("begin", 7, (0, 1), (0, 5), 8), ("help out", 8, 8)],
-    [("begin", 8, (0, 1), (0, 2), 4), ("help out", 4, 4)],
+    [("begin", 7, (0, 1), (0, 5)), ("help out", 8, 16)],
+    [("begin", 8, (0, 1), (0, 2)), ("help out", 4, 8)],
 ]
 
 
@@ -149,9 +149,9 @@ def test_a_large_step_takes_peers_along() -> None:
     """In one round, beyond graphs, after which its rank may be met again; it goes alone where they do not come."""
     fakes = Fakes(HELP[:1], helped=(whole := Round(9, (0, 1), (MEDIUM, 0))))
     made = make(fakes)
-    assert made.begin_step(MEDIUM) and made.is_beyond_graphs and made.places(MEDIUM) == 0
+    assert made.begin_step(MEDIUM) and made.is_beyond_graphs and made.rows(MEDIUM) == MEDIUM
     assert fakes.said() == [
-        ("check",), offer := ("large", 7.0, MEDIUM, SPARE_S), *HELPED[0], offer, ("begin", 9, whole.members, whole.tokens, 0)
+        ("check",), offer := ("large", 7.0, MEDIUM, SPARE_S), *HELPED[0], offer, ("begin", 9, whole.members, whole.tokens)
     ]
     made.end_step()
     assert not [call for call in fakes.said() if call[0] == "record"], "no peer waits for its end"
@@ -181,7 +181,7 @@ def test_a_small_step_goes_with_a_large_one_and_not_with_two_in_a_row() -> None:
     made = make(fakes)
     made.begin_step(SMALL)
     assert fakes.goes_along
-    assert made.is_beyond_graphs and made.padded == 0 and fakes.said()[-1] == ("begin", 9, (0, 1), whole.tokens, 0)
+    assert made.is_beyond_graphs and made.padded == 0 and fakes.said()[-1] == ("begin", 9, (0, 1), whole.tokens)
     made.end_step()
     made.begin_step(MEDIUM)
     assert not fakes.goes_along
@@ -214,7 +214,7 @@ def test_a_small_step_first_launches_what_it_owes_then_joins_again() -> None:
     assert made.begin_step(SMALL) and made.padded == 8
     join = ("join", SMALL, SMALL / 1000)
     assert fakes.said() == [
-        ("check",), join, *HELPED[0], join, *HELPED[1], join, ("begin", 9, (0, 1), (SMALL, 6), 8)
+        ("check",), join, *HELPED[0], join, *HELPED[1], join, ("begin", 9, (0, 1), (SMALL, 6))
     ]
     made.begin_step(MOST)
     assert fakes.said()[1] == ("join", MOST, MOST / 1000), "the largest of the small"
@@ -232,7 +232,7 @@ def test_an_engine_that_warms_up_meets_nobody() -> None:
     made = make(fakes)
     made.meets = False
     assert not made.begin_step(LARGE) and made.begin_step(SMALL)
-    assert fakes.said() == [("check",), ("check",), ("begin", 0, (0,), (SMALL, 0), 4)]
+    assert fakes.said() == [("check",), ("check",), ("begin", 0, (0,), (SMALL, 0))]
 
 
 @pytest.mark.parametrize("is_graph", [False, True])
@@ -265,7 +265,7 @@ def test_a_step_alone_that_outlasts_the_patience_counts_as_large() -> None:
     assert made.begin_step(SMALL), "alone in a graph"
     made.end_step()
     assert fakes.said() == [
-        ("check",), ("join", SMALL, SMALL / 1000), ("large", 0.002 * SMALL), ("begin", 0, (0,), (SMALL, 0), 4), ("record", "event 2")
+        ("check",), ("join", SMALL, SMALL / 1000), ("large", 0.002 * SMALL), ("begin", 0, (0,), (SMALL, 0)), ("record", "event 2")
     ]
     made.begin_step(MOST)
     assert [name for name, *_ in fakes.said()] == ["check", "look", "company", "look", "large done", "join"]
@@ -303,7 +303,7 @@ def test_an_idle_rank_never_waits() -> None:
         ("check",), ("look", "event 2"), ("help", 0.0), *HELPED[0],
         ("check",), *[("look", "event 2")] * 2, ("large done",), ("help", 0.0),
     ]
-    assert made.padded == 0 and made.places(1) == 1, "the round is over"
+    assert made.padded == 0 and made.rows(1) == 2, "the round is over"
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_an_idle_rank_never_waits() -> None:
 def test_vllm_runs_the_graph_that_a_round_has_agreed_on_or_none(
     sizes: tuple[int, ...], tokens: int | None, rows: int, need_eager: bool
 ) -> None:
-    """All members' kernels have the same places: a graph of the largest step's, or no graph where none has as many."""
+    """All members launch the same: a graph of the largest step's, or no graph where none is as large."""
     asked = []
 
     def choose(manager: Any, num_reqs: int, num_tokens: int, uniform: Any, *, need_eager: bool = False) -> None:
@@ -338,9 +338,10 @@ def test_vllm_runs_the_graph_that_a_round_has_agreed_on_or_none(
 def test_no_graph_that_dispatches_is_chosen_for_a_step_that_does_not(most: int, length: int, dynamic: bool) -> None:
     """Nor the other way round, among vLLM's graphs of requests that decode `length` tokens each, or up to as many.
 
-    Members of a round deal rows out alike: none has a graph of more than FEW_PLACES where another has not.
+    Members of a round lay their rows out alike: none has a graph within FEW, or of a small step, where another has not.
     """
-    sizes, lengths = [1, 2, 4, *range(8, 513, 8), *range(640, 1024, 128), *range(1024, 2049, 256)], range(1, length + 1) if dynamic else [length]
+    sizes = [1, 2, 4, *range(8, 513, 8), *range(640, 1024, 128), *range(1024, 2049, 256)]
+    lengths, helped = range(1, length + 1) if dynamic else [length], max(most, 1500)
     manager = object.__new__(CudaGraphManager)
     speculative = types.SimpleNamespace(
         uses_dynamic_speculative_decoding=lambda: dynamic, num_speculative_tokens_per_batch_size=[
@@ -355,38 +356,54 @@ def test_no_graph_that_dispatches_is_chosen_for_a_step_that_does_not(most: int, 
             cache_config=types.SimpleNamespace(use_kda_recoverssm=False)),
     )
     manager._init_candidates()
-    made = make(Fakes(), tuple(dispatched_sizes(sizes, most, lengths)))
-    assert made.limits.graph_sizes or (most == 100 and dynamic)
+    made = make(Fakes(), tuple(dispatched_sizes(sizes, (most, helped), lengths)))
+    assert made.limits.graph_sizes
     for tokens in range(1, 2049):
-        places = made.limits.places(tokens)
+        padded = made.limits.padded((tokens,))
         for each in (None, *lengths):
             if each is None or tokens % each == 0:
-                rows = max(places, tokens)
+                rows = max(padded, tokens)
                 graph = manager.dispatch(rows // (each or 1), rows, each if rows % (each or 1) == 0 else None, 0)
                 assert graph.cg_mode != CUDAGraphMode.NONE
-                assert (made.places(graph.num_tokens) is None) == (places == 0), (tokens, graph)
-                assert not places or (places <= FEW_PLACES) == (graph.num_tokens <= FEW_PLACES), (tokens, graph)
+                assert (made.rows(graph.num_tokens) is None) == (padded == 0), (tokens, graph)
+                for bound in (FEW, most, helped):
+                    assert not padded or (padded <= bound) == (graph.num_tokens <= bound), (tokens, graph)
 
 
-@pytest.mark.parametrize(("graph_sizes", "alone"), [((4, 8), 4), ((), None)])
-def test_places(graph_sizes: tuple[int, ...], alone: int | None) -> None:
-    """A layer dispatches with the places agreed on; alone, where graphs need it, with its rows; large, not at all."""
+@pytest.mark.parametrize(("graph_sizes", "alone"), [((4, 8), 8), ((), None)])
+def test_rows(graph_sizes: tuple[int, ...], alone: int | None) -> None:
+    """A layer has room for all that a graph may bring together, without a graph for the round; a large step does not dispatch."""
     fakes = Fakes(joined=OURS)
     made = make(fakes, graph_sizes)
     for _ in range(2):  # before any step, and after one: warm-ups and captures
-        assert [made.places(rows) for rows in (1, 8, 9)] == ([1, 8, None] if graph_sizes else [None] * 3)
+        assert [made.rows(rows) for rows in (1, 8, 9)] == ([2, 16, None] if graph_sizes else [None] * 3)
         assert not [call for call in fakes.said() if call[0] in ("join", "large", "help")]
-        assert made.begin_step(SMALL) and made.places(8) == (8 if graph_sizes else 0)
+        assert made.begin_step(SMALL) and made.rows(8) == (16 if graph_sizes else sum(OURS.tokens))
         made.end_step()
         fakes.said()
     made.begin_step(LARGE)
-    assert made.places(LARGE) is None and made.places(4) is None
+    assert made.rows(LARGE) is None and made.rows(4) is None
     made.end_step()
     fakes._joined = None
     assert made.begin_step(SMALL) == bool(graph_sizes)
-    assert made.places(SMALL) == (alone and SMALL) and made.padded == (alone or 0)
+    assert made.rows(SMALL) == alone and made.padded == (4 if alone else 0)
     if graph_sizes:
-        assert fakes.said()[-1] == ("begin", 0, (0,), (SMALL, 0), 4)
+        assert fakes.said()[-1] == ("begin", 0, (0,), (SMALL, 0))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "padded", "rows"),
+    [((500, 512), 512, 1024), ((512, 600), 640, 1280), ((3000, 3072), 3072, 6144), ((2049, 16), 3072, 6144), ((0, 3000), 3072, 6144),
+     ((6000, 500), 6144, 6656), ((6144, 512), 6144, 6656), ((6144, 513), 0, None), ((8192, 16), 8192, 8704), ((8193, 1), 0, None),
+     ((3100, 3100), 0, None)],
+)
+def test_a_graph_of_a_large_step_has_room_for_few_rows_of_others(tokens: tuple[int, int], padded: int, rows: int | None) -> None:
+    """Small steps of all ranks have room in one graph. A round that has not runs without."""
+    limits = dataclasses.replace(
+        make(Fakes()).limits, max_tokens=3447, helped_max_tokens=8192, graph_sizes=(512, 640, 1024, 3072, 4096, 6144, 8192)
+    )
+    assert limits.padded(tokens) == limits.padded(tokens[::-1]) == padded
+    assert rows is None or limits.rows(padded, 2) == rows
 
 
 def test_a_step_alone_does_not_replay_a_graph_that_reads_in_place_for_longer_than_streaming() -> None:
@@ -396,7 +413,7 @@ def test_a_step_alone_does_not_replay_a_graph_that_reads_in_place_for_longer_tha
     assert made.begin_step(8) and not made.is_beyond_graphs
     made.end_step()
     fakes._joined = None
-    assert not made.begin_step(8) and made.is_beyond_graphs and made.places(8) is None and made.padded == 0
+    assert not made.begin_step(8) and made.is_beyond_graphs and made.rows(8) is None and made.padded == 0
     made.end_step()
     made.help_out = lambda: fakes.note("help out", made.is_beyond_graphs)
     fakes._owed = HELP[:1]
@@ -407,12 +424,12 @@ def test_a_step_alone_does_not_replay_a_graph_that_reads_in_place_for_longer_tha
 def test_a_rehearsal_is_steps_alone_in_no_graph_of_counts_that_16_divides_and_does_not() -> None:
     fakes = Fakes(joined=OURS)
     made = make(fakes)
-    made.rehearse(lambda tokens: fakes.note("forward", tokens, made.is_beyond_graphs, made.places(tokens)))
+    made.rehearse(lambda tokens: fakes.note("forward", tokens, made.is_beyond_graphs, made.rows(tokens)))
     assert MOST % 16 == 0 and fakes.said() == [
         said for tokens in (MOST - 1, MOST, HELPED_MOST - 1, HELPED_MOST)
-        for said in [("begin", 0, (0,), (tokens, 0), 0), ("forward", tokens, True, 0)]
+        for said in [("begin", 0, (0,), (tokens, 0)), ("forward", tokens, True, tokens)]
     ]
-    assert made.places(1) == 1 and not made.is_beyond_graphs, "it is over"
+    assert made.rows(1) == 2 and not made.is_beyond_graphs, "it is over"
 
 
 def test_a_member_that_did_not_come_is_named_before_the_next_step() -> None:

@@ -60,7 +60,7 @@ def test_captured_sizes(largest: int) -> None:
 
 
 @pytest.mark.parametrize(("most", "added"), [(32, []), (500, [128, 256, 384]), (1400, [*range(128, 1025, 128), 1280]),
-                                             (10**5, [*range(128, 1024, 128), *range(1024, 4097, 256)])])
+                                             (10**5, [*range(128, 1024, 128), *range(1024, 4096, 256), *range(4096, 8193, 512)])])
 def test_added_sizes(most: int, added: list[int]) -> None:
     """Steps that may dispatch have graphs, but those that keep the device busy for as long as the host needs."""
     made = make_config()
@@ -80,14 +80,14 @@ def test_no_sizes_are_added(off: dict) -> None:
 
 @pytest.mark.parametrize(
     ("given", "options", "asked"),
-    [({}, {}, [1024]), ({}, {"dispatch_max_tokens": 700}, [700]), ({}, {"dispatch": "off"}, []),
+    [({}, {}, [2048]), ({}, {"dispatch_max_tokens": 700}, [700]), ({}, {"dispatch": "off"}, []),
      ({"cudagraph_capture_sizes": [1, 2]}, {}, []), ({"max_cudagraph_capture_size": 512}, {}, []),
      ({"compilation_config": {"cudagraph_capture_sizes": [1, 2]}}, {}, []),
      ({"compilation_config": {"max_cudagraph_capture_size": 512}}, {}, [])],
     ids=str,
 )
 def test_a_person_s_sizes_stay(models, monkeypatch: pytest.MonkeyPatch, given: dict, options: dict, asked: list[int]) -> None:
-    """However they were given; otherwise sizes are added for all steps that may dispatch, two ranks' share of a batch."""
+    """However they were given; otherwise sizes are added for all steps that may dispatch."""
     from vllm.engine.arg_utils import EngineArgs
 
     most = []

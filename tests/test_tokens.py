@@ -15,7 +15,7 @@ import torch
 from test_transport import DEVICES, make_device, torch_device
 
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.kernels.tokens import FEW_PLACES, InboxMap, RoundLayout, owners_of, seat
+from vllm_dwdp.kernels.tokens import FEW, InboxMap, RoundLayout, owners_of, seat
 from vllm_dwdp.placement import Placement
 
 from harness import CONTEXT
@@ -100,16 +100,15 @@ def rounds(size: int, count: int, seed: int = 0) -> list[RoundLayout]:
     for number in range(1, count + 1):
         members = tuple(sorted(rng.sample(range(size), rng.randint(2, size))))
         tokens = tuple(rng.choice([0, 1, rng.randint(1, ROWS)]) if r in members else 0 for r in range(size))
-        padded = rng.choice([0, max(tokens)]) if any(tokens) else 1
-        found.append(RoundLayout(number=number, members=members, tokens=tokens, padded=padded))
+        found.append(RoundLayout(number=number, members=members, tokens=tokens))
     return found
 
 
-def padded(size: int, count: int) -> list[RoundLayout]:
-    """Rounds of all ranks in graphs of more places than rows are dealt out to one by one."""
+def many(size: int, count: int, rows: int) -> list[RoundLayout]:
+    """Rounds of all ranks, with up to `rows` rows each."""
     rng = random.Random(0)
-    drawn = [tuple(rng.choice([0, 1, 600, rng.randint(1, 640)]) for _ in range(size)) for _ in range(count)]
-    return [RoundLayout(number=number + 1, members=tuple(range(size)), tokens=rows, padded=640) for number, rows in enumerate(drawn)]
+    drawn = [tuple(rng.choice([0, 1, rows - 40, rng.randint(1, rows)]) for _ in range(size)) for _ in range(count)]
+    return [RoundLayout(number=number + 1, members=tuple(range(size)), tokens=tokens) for number, tokens in enumerate(drawn)]
 
 
 def helped(size: int, count: int, rows: int) -> list[RoundLayout]:
@@ -128,8 +127,9 @@ def poison(ranks: Ranks, rank: int, senders: Sequence[int], offset: int, seat_by
 
 def check_rounds(
     rank: int, size: int, kind: str, pipes: dict, dtype: torch.dtype, layouts: list[RoundLayout], per_rank: int | None, num_layers: int,
-    width: int = HIDDEN, num_rows: int = ROWS,
+    width: int = HIDDEN, num_rows: int = ROWS, in_graphs: bool = False,
 ) -> None:
+    """With `in_graphs` every forward has rows as a graph of `num_rows` has; else as many as the round, or some more."""
     at = InboxMap(size=size, rows=num_rows, hidden=width, top_k=TOP_K, itemsize=dtype.itemsize)
     ranks = Ranks(rank, size, kind, pipes, at=at, per_rank=per_rank, num_layers=num_layers)
     where, rng = torch_device(ranks.device), random.Random(rank)
@@ -137,11 +137,12 @@ def check_rounds(
     for layout in layouts:
         if rank not in layout.members:
             alone = tuple(rng.randint(1, ROWS) if r == rank else 0 for r in range(size))
-            layout = RoundLayout(number=layout.number, members=(rank,), tokens=alone, padded=rng.choice([0, ROWS]))
+            layout = RoundLayout(number=layout.number, members=(rank,), tokens=alone)
         ranks.tokens.begin(layout)
-        more = rng.choice([0, 8]) if layout.padded < FEW_PLACES else 0  # a graph of few places may have more than agreed
-        places = layout.padded and layout.padded + more
-        own = places or layout.tokens[rank]
+        own = num_rows if in_graphs else layout.tokens[rank]
+        total = num_rows * size if in_graphs else layout.num_rows
+        if total <= FEW * size and rng.random() < 0.5:  # the graph of one rank may have more than that of another
+            own, total = own + 8, total + 8 * size
         senders = [member for member in layout.members if layout.tokens[member]]
         for layer in range(num_layers):
             seed = layout.number * num_layers + layer
@@ -151,14 +152,19 @@ def check_rounds(
             )
             if rng.random() < 0.2:
                 time.sleep(rng.random() * 0.01)
-            gathered = ranks.tokens.dispatch(layer, hidden, weights, ids, places)
-            assert gathered[0].shape[0] == (places * size or layout.num_rows)
+            gathered = ranks.tokens.dispatch(layer, hidden, weights, ids, total)
+            assert gathered[0].shape[0] == total
+            if kind == "cuda":
+                assert (gathered[2][layout.num_rows :] == -1).all() and not gathered[0][layout.num_rows :].any()
+            else:
+                assert not gathered[1][layout.num_rows :].any(), "the empty rows' experts have no weight"
             poison(ranks, rank, senders, at.hiddens, at.rows * width * at.itemsize)
             poison(ranks, rank, senders, at.ids, at.rows * 4 * TOP_K)
             poison(ranks, rank, senders, at.weights, at.rows * 4 * TOP_K)
             chosen.append((gathered[2], layout))
             partial = experts(*gathered)
-            sums = ranks.tokens.combine(layer, partial, own, places)
+            sums = ranks.tokens.combine(layer, partial, own)
+            assert not sums[layout.tokens[rank] :].any()
             poison(ranks, rank, layout.members if layout.tokens[rank] else (), at.sums, at.rows * width * at.itemsize)
             found.append((sums[: layout.tokens[rank]], seed, layout))
     for ids, layout in chosen:
@@ -231,7 +237,8 @@ def test_sums_of_one_rank_s_many_rows_are_exact(kind: str, size: int) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_sums_in_large_graphs_are_exact(kind: str, size: int) -> None:
     outcomes = run(
-        check_rounds, size, kind, dtype=torch.bfloat16, layouts=padded(size, 12), per_rank=None, num_layers=2, width=2048, num_rows=640,
+        check_rounds, size, kind, dtype=torch.bfloat16, layouts=many(size, 12, 640), per_rank=None, num_layers=2, width=2048, num_rows=640,
+        in_graphs=True,
     )
     assert outcomes == dict.fromkeys(range(size)), "\n".join(filter(None, outcomes.values()))
 
@@ -275,7 +282,7 @@ def test_a_member_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch, a
         flags[phase == "sums"].fill_(missing)
         began = time.monotonic()
         with pytest.raises(DWDPError, match="rank 1 did not come to a round"):
-            gathered = tokens.dispatch(1, hidden, weights, ids, 0)
+            gathered = tokens.dispatch(1, hidden, weights, ids, 3)
             assert phase == "sums"
-            tokens.combine(1, experts(*gathered), 2, 0)
+            tokens.combine(1, experts(*gathered), 2)
         assert time.monotonic() - began < 5

@@ -21,7 +21,7 @@ import torch
 
 from vllm_dwdp.convoy import Round
 from vllm_dwdp.kernels.device import Block, CopyStream
-from vllm_dwdp.kernels.tokens import RoundLayout, TokenExchange
+from vllm_dwdp.kernels.tokens import FEW, RoundLayout, TokenExchange
 from vllm_dwdp.meeting import WORK_S, Meeting
 from vllm_dwdp.rendezvous import DispatchManifest
 
@@ -57,10 +57,15 @@ class Limits:
             cudagraph_capture_sizes=list(self.graph_sizes),
         )
 
-    def places(self, num_tokens: int) -> int:
-        """What every rank pads its rows to, so that all launch the same graph; 0 where none is so large."""
-        at = bisect.bisect_left(self.graph_sizes, num_tokens)
-        return self.graph_sizes[at] if at < len(self.graph_sizes) else 0
+    def padded(self, tokens: Sequence[int]) -> int:
+        """What ranks with so many rows pad them to, so that all launch the same graph; 0 where none has room for all."""
+        at = bisect.bisect_left(self.graph_sizes, max(tokens))
+        found = self.graph_sizes[at] if at < len(self.graph_sizes) else 0
+        return found if sum(tokens) <= self.rows(found, len(tokens)) else 0
+
+    def rows(self, padded: int, size: int) -> int:
+        """The rows of a graph's layers, own and received: where a step is large, the peers' are few."""
+        return padded * size if padded <= self.max_tokens else min(padded * size, padded + FEW * (size - 1))
 
 
 class Announced(NamedTuple):
@@ -85,6 +90,7 @@ class Dispatch:
         self.meets = False
         self._meeting, self._tokens, self._stream = meeting, tokens, stream
         self._layout: RoundLayout | None = None  # of the step under way, if its layers dispatch
+        self._padded = 0
         self._in_step = self._is_streamed = False  # a step is under way; alone, and must not replay the graph of its size
         self._last = stream.event()  # the end of the last step
         self._ending = stream.event()  # the last layer of the last large step
@@ -107,14 +113,14 @@ class Dispatch:
     @property
     def padded(self) -> int:
         """The rows to which the step under way must be padded; 0 for no more than its own."""
-        return self._layout.padded if self._layout is not None else 0
+        return self._padded if self._layout is not None else 0
 
     @property
     def is_beyond_graphs(self) -> bool:
         """Whether the step under way must run without a graph: its graph has no places for the largest step of the round, or would
         read peers in place where a step alone is faster streamed.
         """
-        return self._is_streamed if self._layout is None else not self._layout.padded
+        return self._is_streamed if self._layout is None else not self._padded
 
     def begin_step(self, num_tokens: int, is_ready: bool = True) -> bool:
         """Meet the peers, if the step is worth it. Returns whether its layers dispatch: with peers, or alone in a graph.
@@ -129,10 +135,10 @@ class Dispatch:
             made = self._meet(num_tokens) if self.meets else None
         if made is not None:
             self._begin(self._layout_of(made))
-        elif 0 < (places := self.limits.places(num_tokens)) <= self.limits.alone_graph_tokens:
+        elif 0 < (padded := self.limits.padded((num_tokens,))) <= self.limits.alone_graph_tokens:
             self._begin(self._alone(num_tokens))
         else:
-            self._is_streamed = places > 0
+            self._is_streamed = padded > 0
         return self._layout is not None
 
     def _meet(self, num_tokens: int) -> Round | None:
@@ -218,27 +224,29 @@ class Dispatch:
         even = {count // 16 * 16 or count for count in (self.limits.max_tokens, helped, -(-helped // 2))}
         self._in_step = True
         for num_tokens in sorted(even | {count - 1 or count for count in even}):
-            with self._laid_out(dataclasses.replace(self._alone(num_tokens), padded=0)):
+            with self._laid_out(self._alone(num_tokens)):
+                self._padded = 0
                 forward(num_tokens)
         self._in_step = False
 
-    def places(self, num_rows: int) -> int | None:
-        """How a layer of `num_rows` dispatches: every rank's places, 0 for as many as it has rows; None: it does not.
+    def rows(self, num_rows: int) -> int | None:
+        """The rows, own and received, that a layer of `num_rows` own ones dispatches; None: it does not.
 
         Outside of steps vLLM warms up and captures graphs, alone.
         """
-        if self._in_step:
-            layout = self._layout
-            return None if layout is None else layout.padded and (layout.padded if len(layout.members) > 1 else num_rows)
-        return num_rows if self.limits.places(num_rows) else None
+        if not self._in_step:
+            return self.limits.rows(num_rows, self._meeting.size) if self.limits.padded((num_rows,)) else None
+        if self._layout is None:
+            return None
+        return self.limits.rows(self._padded, self._meeting.size) if self._padded else self._layout.num_rows
 
     def dispatch(
-        self, layer: int, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, places: int
+        self, layer: int, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, rows: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self._tokens.dispatch(layer, hidden, weights, ids, places)
+        return self._tokens.dispatch(layer, hidden, weights, ids, rows)
 
-    def combine(self, layer: int, partial: torch.Tensor, num_rows: int, places: int) -> torch.Tensor:
-        return self._tokens.combine(layer, partial, num_rows, places)
+    def combine(self, layer: int, partial: torch.Tensor, num_rows: int) -> torch.Tensor:
+        return self._tokens.combine(layer, partial, num_rows)
 
     def check(self) -> None:
         """Raises DWDPError naming a member of a round that did not come."""
@@ -261,7 +269,7 @@ class Dispatch:
             self._layout = None
 
     def _begin(self, layout: RoundLayout) -> None:
-        self._layout = layout
+        self._layout, self._padded = layout, self.limits.padded(layout.tokens)
         self._tokens.begin(layout)
         if layout.number:
             self._was_large = max(layout.tokens) > self.limits.max_tokens
@@ -269,14 +277,12 @@ class Dispatch:
                 self._helped_until_s = time.monotonic() + self.limits.helped_s(sum(layout.tokens))
 
     def _layout_of(self, made: Round) -> RoundLayout:
-        return RoundLayout(
-            number=made.number, members=made.members, tokens=made.tokens, padded=self.limits.places(max(made.tokens))
-        )
+        return RoundLayout(number=made.number, members=made.members, tokens=made.tokens)
 
     def _alone(self, num_tokens: int) -> RoundLayout:
         rank, size = self._meeting.rank, self._meeting.size
         tokens = tuple(num_tokens if r == rank else 0 for r in range(size))
-        return RoundLayout(number=0, members=(rank,), tokens=tokens, padded=self.limits.places(num_tokens))
+        return RoundLayout(number=0, members=(rank,), tokens=tokens)
 
     def _end_large_step(self) -> None:
         """A rank whose device is still at a large step must not be met: its peers' kernels would wait for all of it."""

@@ -154,8 +154,8 @@ def _dispatching(
     ) -> Any:
         own = dict(topk_weights=topk_weights, topk_ids=topk_ids, shared_experts=shared_experts,
                    shared_experts_input=shared_experts_input)
-        places = dispatch.places(x.shape[0])
-        if places is None:
+        total = dispatch.rows(x.shape[0])
+        if total is None:
             module._expert_map = None
             if is_last:
                 dispatch.reach_last_layer()
@@ -166,9 +166,9 @@ def _dispatching(
             own["shared_experts_input"] = x
         with named("dispatch", weights.name):
             rows, own["topk_weights"], own["topk_ids"] = dispatch.dispatch(
-                weights.ordinal, x, topk_weights, topk_ids, places
+                weights.ordinal, x, topk_weights, topk_ids, total
             )
             partial = _in_parts(forward, rows, own, dispatch.limits.most_rows)
-            return dispatch.combine(weights.ordinal, partial, x.shape[0], places)
+            return dispatch.combine(weights.ordinal, partial, x.shape[0])
 
     return exchange

@@ -1,6 +1,8 @@
 """Dispatching: which steps of this engine dispatch and why, and vLLM's padding told what a round has agreed on."""
 
+import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +21,7 @@ from vllm_dwdp.experts import ExpertLayer
 from vllm_dwdp.integration import hooks, watchdog
 from vllm_dwdp.integration.graphs import has_graphs
 from vllm_dwdp.kernels.device import Device
-from vllm_dwdp.kernels.tokens import FEW_PLACES
+from vllm_dwdp.kernels.tokens import FEW
 
 logger = init_logger("vllm.dwdp.dispatching")
 # On CPU, whose costs are not known: some steps of a busy machine, and a peer that stops costs it once; no large step ends soon.
@@ -63,32 +65,30 @@ def limits(
         "DWDP dispatch is on: steps of up to %d tokens send them to their experts' owners, with the ranks at hand (%s)%s",
         most, why, f"; of up to {helped} with all ranks, or else alone" if helped > most else "",
     )
-    return Limits(
-        max_tokens=most, helped_max_tokens=helped, most_rows=largest, graph_sizes=dispatched_sizes(sizes, most, lengths),
+    made = Limits(
+        max_tokens=most, helped_max_tokens=helped, most_rows=largest, graph_sizes=dispatched_sizes(sizes, (most, helped), lengths),
         alone_graph_tokens=ALONE_GRAPH_TOKENS,
         helped_s=functools.cache(costs.helped_s) if costs is not None else lambda _: HOST_LARGE_S,
         spare_s=functools.cache(costs.spare_s) if costs is not None else lambda _: 0.0,
         patience_s=functools.cache(costs.patience_s) if costs is not None else lambda _: HOST_PATIENCE_S,
         alone_s=functools.cache(costs.alone_s) if costs is not None else lambda count: HOST_LARGE_S if count > most else 0.0,
     )
+    in_graphs = [made.rows(padded, layers[0].placement.size) for padded in made.graph_sizes[-1:]]
+    return dataclasses.replace(made, most_rows=max([largest, *in_graphs]))
 
 
-def dispatched_sizes(sizes: Sequence[int], most: int, lengths: Sequence[int]) -> list[int]:
+def dispatched_sizes(sizes: Sequence[int], bounds: Sequence[int], lengths: Sequence[int]) -> list[int]:
     """The rows of graphs that dispatch, ascending: no batch of at most the last of them runs in a graph of more, and none of at
-    most the last within FEW_PLACES in one of more than that.
+    most the last within FEW or one of `bounds` in one beyond that.
 
     Where every request decodes as many tokens (one of `lengths`), vLLM's graphs have a multiple of those, up to the largest size.
     """
-    few = _closed(sizes, min(most, FEW_PLACES), lengths)
-    return few + [size for size in _closed(sizes, most, lengths) if size > FEW_PLACES]
-
-
-def _closed(sizes: Sequence[int], most: int, lengths: Sequence[int]) -> list[int]:
-    """Sizes up to `most`, ascending, of which the last takes every batch that it is not too small for."""
-    if max(sizes, default=0) <= most:
-        return sorted(sizes)
-    last = max((size for size in sizes if size <= most and not any(size % length for length in lengths)), default=0)
-    return sorted(size for size in sizes if size <= last)
+    found, edges = [], [0, *sorted({min(FEW, max(bounds)), *bounds})]
+    for below, bound in itertools.pairwise(edges):
+        whole = [size for size in sizes if size <= bound and not any(size % length for length in lengths)]
+        last = bound if max(sizes, default=0) <= bound else max(whole, default=0)
+        found += sorted(size for size in sizes if below < size <= last)
+    return found
 
 
 def costs_of(layers: Sequence[ExpertLayer], device_name: str) -> Costs:

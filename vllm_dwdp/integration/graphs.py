@@ -20,7 +20,7 @@ from vllm_dwdp.schedule import default_direct_max_tokens
 
 logger = init_logger("vllm.dwdp.graphs")
 
-GRAPH_MAX_TOKENS = 4096  # of more the device has enough to do, whatever the host takes
+GRAPH_MAX_TOKENS = 8192  # of more the device has enough to do, whatever the host takes
 _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "top_k")
 
 
@@ -53,7 +53,8 @@ def add_graphs(vllm_config: VllmConfig, most: int) -> None:
     if not has_graphs(vllm_config) or is_whole or not vllm_config.use_v2_model_runner:
         return
     largest = compilation.max_cudagraph_capture_size
-    added = [size for size in (*range(0, 1024, 128), *range(1024, GRAPH_MAX_TOKENS + 1, 256)) if largest < size <= most]
+    sizes = (*range(0, 1024, 128), *range(1024, 4096, 256), *range(4096, GRAPH_MAX_TOKENS + 1, 512))
+    added = [size for size in sizes if largest < size <= most]
     compilation.cudagraph_capture_sizes = [*compilation.cudagraph_capture_sizes, *added]
     compilation.max_cudagraph_capture_size = max(compilation.cudagraph_capture_sizes)
     compilation.post_init_cudagraph_sizes()
