@@ -55,6 +55,8 @@ def add_graphs(vllm_config: VllmConfig, most: int) -> None:
     largest = compilation.max_cudagraph_capture_size
     sizes = (*range(0, 1024, 128), *range(1024, 4096, 256), *range(4096, GRAPH_MAX_TOKENS + 1, 512))
     added = [size for size in sizes if largest < size <= most]
+    if added:
+        logger.info("DWDP captures CUDA graphs of up to %d tokens, vLLM of %d (--max-cudagraph-capture-size overrides)", added[-1], largest)
     compilation.cudagraph_capture_sizes = [*compilation.cudagraph_capture_sizes, *added]
     compilation.max_cudagraph_capture_size = max(compilation.cudagraph_capture_sizes)
     compilation.post_init_cudagraph_sizes()
