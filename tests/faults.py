@@ -242,7 +242,8 @@ def ends(matrix: Matrix, sent: str) -> None:
                     for before in START[: START.index(phase)]:
                         matrix.go(before)
                     matrix.await_pause(phase)
-                    threading.Timer(0.5, matrix.go, (phase,)).start()
+                    for after in START[START.index(phase) :]:  # an engine that is told to end does so once it is there
+                        threading.Timer(0.5, matrix.go, (after,)).start()
                     strike(matrix, server, key, [], shared)
 
 

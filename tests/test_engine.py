@@ -98,6 +98,22 @@ def test_every_rank_s_engine_helps(monkeypatch: pytest.MonkeyPatch, size: int) -
     assert made == [(launch.IndependentEngineCore, 0)] and before == (core.EngineCoreProc, core.DPEngineCoreProc)
 
 
+@pytest.mark.parametrize(("is_on", "code", "status"), [(True, None, 143), (True, 0, 143), (True, 3, 3), (False, 0, 0)])
+def test_an_engine_that_a_signal_ends_does_not_end_as_if_nobody_missed_it(
+    monkeypatch: pytest.MonkeyPatch, is_on: bool, code: int | None, status: int
+) -> None:
+    """vLLM's engine ends with status 0; its launcher would then end the others and leave the API servers to themselves."""
+    def run(*_: Any, **__: Any) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(launch, "_run_engine_core", run)
+    monkeypatch.setattr(launch.launcher, "follow_parent", lambda: None)
+    given = types.SimpleNamespace(additional_config={config.KEY: {"size": 2}} if is_on else {})
+    with pytest.raises(SystemExit) as ended:
+        launch.run_engine_core(vllm_config=given, dp_rank=0)
+    assert ended.value.code == status
+
+
 class Pooled(AsyncModelRunnerOutput):
     def get_output(self) -> Any:
         return "an embedding"

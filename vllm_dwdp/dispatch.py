@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 from vllm_dwdp.convoy import Round
 from vllm_dwdp.kernels.device import Block, CopyStream
 from vllm_dwdp.kernels.tokens import FEW, RoundLayout, TokenExchange
@@ -85,10 +83,10 @@ class Dispatch:
     """
 
     def __init__(self, inbox: Block, tokens: TokenExchange, meeting: Meeting, stream: CopyStream, limits: Limits):
-        self.inbox, self.limits = inbox, limits
+        self.inbox, self.tokens, self.limits = inbox, tokens, limits
         self.help_out: Callable[[], None] = lambda: None
         self.meets = False
-        self._meeting, self._tokens, self._stream = meeting, tokens, stream
+        self._meeting, self._stream = meeting, stream
         self._layout: RoundLayout | None = None  # of the step under way, if its layers dispatch
         self._padded = 0
         self._in_step = self._is_streamed = False  # a step is under way; alone, and must not replay the graph of its size
@@ -117,8 +115,8 @@ class Dispatch:
 
     @property
     def is_beyond_graphs(self) -> bool:
-        """Whether the step under way must run without a graph: its graph has no places for the largest step of the round, or would
-        read peers in place where a step alone is faster streamed.
+        """Whether the step under way must run without a graph: none has room for the round, or that of a step alone would read
+        peers in place where a step alone is faster streamed.
         """
         return self._is_streamed if self._layout is None else not self._padded
 
@@ -127,7 +125,7 @@ class Dispatch:
 
         A large step that is not ready, as it has inputs to encode first, is offered to nobody.
         """
-        self._tokens.check()
+        self.tokens.check()
         self._in_step, self._is_marked = True, True
         if num_tokens > self.limits.max_tokens:
             made = self._offer(num_tokens) if is_ready else self._announce(num_tokens)
@@ -202,7 +200,7 @@ class Dispatch:
 
     def help(self, timeout_s: float = 0.0, wake: Callable[[], bool] = lambda: False) -> bool:
         """No request: launch the round that asks for this rank, once one does within `timeout_s` and before `wake()`."""
-        self._tokens.check()
+        self.tokens.check()
         if not (at_large := self._is_at_large_step()):
             self._end_large_step()
         made = self._meeting.help(timeout_s, lambda: wake() or (at_large and not self._is_at_large_step()))
@@ -240,17 +238,9 @@ class Dispatch:
             return None
         return self.limits.rows(self._padded, self._meeting.size) if self._padded else self._layout.num_rows
 
-    def dispatch(
-        self, layer: int, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, rows: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self._tokens.dispatch(layer, hidden, weights, ids, rows)
-
-    def combine(self, layer: int, partial: torch.Tensor, num_rows: int) -> torch.Tensor:
-        return self._tokens.combine(layer, partial, num_rows)
-
     def check(self) -> None:
         """Raises DWDPError naming a member of a round that did not come."""
-        self._tokens.check()
+        self.tokens.check()
 
     def _launch(self, owed: Round) -> None:
         """Help the members of a round."""
@@ -270,7 +260,7 @@ class Dispatch:
 
     def _begin(self, layout: RoundLayout) -> None:
         self._layout, self._padded = layout, self.limits.padded(layout.tokens)
-        self._tokens.begin(layout)
+        self.tokens.begin(layout)
         if layout.number:
             self._was_large = max(layout.tokens) > self.limits.max_tokens
             if self._was_large:

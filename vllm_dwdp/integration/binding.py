@@ -165,10 +165,10 @@ def _dispatching(
         if shared_experts_input is None:
             own["shared_experts_input"] = x
         with named("dispatch", weights.name):
-            rows, own["topk_weights"], own["topk_ids"] = dispatch.dispatch(
+            rows, own["topk_weights"], own["topk_ids"] = dispatch.tokens.dispatch(
                 weights.ordinal, x, topk_weights, topk_ids, total
             )
             partial = _in_parts(forward, rows, own, dispatch.limits.most_rows)
-            return dispatch.combine(weights.ordinal, partial, x.shape[0])
+            return dispatch.tokens.combine(weights.ordinal, partial, x.shape[0])
 
     return exchange

@@ -8,6 +8,7 @@ through them unchanged.
 import functools
 import inspect
 import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,7 @@ logger = init_logger("vllm.dwdp.launch")
 WORKER = "vllm_dwdp.integration.worker.DWDPWorker"
 # How often an idle rank looks whether a round asks for it: while rounds do and for some time after, and else.
 HOT_LOOK_S, HOT_S, LOOK_S = 50e-6, 0.05, 2e-3
+ENDED = 128 + signal.SIGTERM  # the status of an engine that a signal has ended
 _WAVES, _LOCKSTEP = "enable_wave_coordination", "coordinated_dp"
 
 
@@ -250,6 +252,8 @@ def run_engine_core(*args: Any, **kwargs: Any) -> None:
         with (hooks.START_HANDSHAKE.during(bounded), hooks.LOCKSTEP_ENGINE.during(lambda _: IndependentEngineCore),
               hooks.ENGINE.during(lambda _: IndependentEngineCore)):  # the second of a rank that vLLM does not count
             _run_engine_core(*args, **kwargs)
+    except SystemExit as end:  # a launcher that has not asked for it takes status 0 for an engine that nobody needs
+        raise SystemExit(end.code or ENDED) from None
     except Exception as error:  # vLLM's own too: its launcher says no more than that there was one
         launcher.tell(error)
         raise
