@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
 from vllm_dwdp import dispatch as module
+from vllm_dwdp.config import Options
 from vllm_dwdp.convoy import Round
 from vllm_dwdp.counters import Stats
 from vllm_dwdp.dispatch import Dispatch, Limits
@@ -333,7 +335,9 @@ def test_vllm_runs_the_graph_that_a_round_has_agreed_on_or_none(
     assert asked == [(2, rows, need_eager)] * 2
 
 
-@pytest.mark.parametrize(("length", "dynamic"), [*((n, False) for n in range(1, 6)), (2, True), (3, True), (5, True)])
+@pytest.mark.parametrize(
+    ("length", "dynamic"), [*((n, False) for n in (1, 2, 3, 4, 5, 7, 9, 17)), (2, True), (3, True), (5, True), (8, True)]
+)
 @pytest.mark.parametrize("most", [100, 256, 512, 600, 2000])
 def test_no_graph_that_dispatches_is_chosen_for_a_step_that_does_not(most: int, length: int, dynamic: bool) -> None:
     """Nor the other way round, among vLLM's graphs of requests that decode `length` tokens each, or up to as many.
@@ -357,12 +361,13 @@ def test_no_graph_that_dispatches_is_chosen_for_a_step_that_does_not(most: int, 
     )
     manager._init_candidates()
     made = make(Fakes(), tuple(dispatched_sizes(sizes, (most, helped), lengths)))
-    assert made.limits.graph_sizes
+    assert made.limits.graph_sizes or dynamic or math.lcm(8, length) > most
     for tokens in range(1, 2049):
         padded = made.limits.padded((tokens,))
         for each in (None, *lengths):
             if each is None or tokens % each == 0:
                 rows = max(padded, tokens)
+                assert padded <= max(2 * tokens, tokens + 128), "a small step is not padded to a large one"
                 graph = manager.dispatch(rows // (each or 1), rows, each if rows % (each or 1) == 0 else None, 0)
                 assert graph.cg_mode != CUDAGraphMode.NONE
                 assert (made.rows(graph.num_tokens) is None) == (padded == 0), (tokens, graph)
@@ -389,6 +394,18 @@ def test_rows(graph_sizes: tuple[int, ...], alone: int | None) -> None:
     assert made.rows(SMALL) == alone and made.padded == (4 if alone else 0)
     if graph_sizes:
         assert fakes.said()[-1] == ("begin", 0, (0,), (SMALL, 0))
+
+
+@pytest.mark.parametrize(
+    ("most", "helped", "largest", "limit", "bounds"),
+    [(3447, 8192, 8192, 8192, [3440, 8192]), (3447, 8192, 16384, 8192, [3440, 8192]), (1024, 2048, 2048, 8192, [1024, 2048]),
+     (2000, 3900, 4000, 8192, [2000, 3488]), (2000, 4000, 4000, 8192, [2000, 4000]), (128, 128, 2048, 8192, [128]),
+     (3447, 8192, 8192, 2000, [2000]), (3447, 8192, 8192, 0, [0])],
+)
+def test_graphs_are_captured_for_what_vllm_has_buffers_for(most: int, helped: int, largest: int, limit: int, bounds: list[int]) -> None:
+    found = dispatching.graph_bounds(most, helped, largest, Options(size=2, graph_max_tokens=limit))
+    limits = dataclasses.replace(make(Fakes()).limits, max_tokens=most, helped_max_tokens=helped)
+    assert found == bounds and (found[-1] == largest or limits.rows(found[-1], 2) <= largest)
 
 
 @pytest.mark.parametrize(

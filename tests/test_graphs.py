@@ -1,4 +1,4 @@
-"""Invariant: vLLM captures what it would without DWDP, and no batch is padded from one view into the other."""
+"""Invariant: vLLM captures what it would without DWDP, and larger steps; no batch is padded from one view into the other."""
 
 import functools
 from types import SimpleNamespace
@@ -7,7 +7,6 @@ import pytest
 from vllm.config import CompilationConfig, CUDAGraphMode
 
 from vllm_dwdp.config import Options
-from vllm_dwdp.integration import graphs
 from vllm_dwdp.integration.graphs import add_graphs, direct_max_tokens, fit_graphs
 
 from harness import Group, streamed_model
@@ -15,7 +14,7 @@ from harness import Group, streamed_model
 SIZES = [1, 2, 4, 8, 16, 24, 32]
 
 
-def make_config(mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE, eager: bool = False, v2: bool = True, **text: int):
+def make_config(mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE, eager: bool = False, speculative: object = None, **text: int):
     """What vLLM's config on CUDA has by then; its CPU platform switches graphs off."""
     compilation = CompilationConfig(
         cudagraph_mode=mode, cudagraph_capture_sizes=list(SIZES), max_cudagraph_capture_size=SIZES[-1],
@@ -24,7 +23,7 @@ def make_config(mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE, eager: b
     model = SimpleNamespace(
         enforce_eager=eager, hf_text_config=SimpleNamespace(**text), get_num_experts=lambda: text.get("num_experts", 0)
     )
-    return SimpleNamespace(compilation_config=compilation, model_config=model, use_v2_model_runner=v2)
+    return SimpleNamespace(compilation_config=compilation, model_config=model, speculative_config=speculative)
 
 
 @pytest.mark.parametrize(
@@ -59,43 +58,47 @@ def test_captured_sizes(largest: int) -> None:
     assert compilation.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
 
 
-@pytest.mark.parametrize(("most", "added"), [(32, []), (500, [128, 256, 384]), (1400, [*range(128, 1025, 128), 1280]),
-                                             (10**5, [*range(128, 1024, 128), *range(1024, 4096, 256), *range(4096, 8193, 512)])])
-def test_added_sizes(most: int, added: list[int]) -> None:
-    """Steps that may dispatch have graphs, but those that keep the device busy for as long as the host needs."""
+@pytest.mark.parametrize(
+    ("bounds", "added"),
+    [([0], []), ([32], []), ([496], [128, 256, 384, 496]),
+     ([1392, 2048], [*range(128, 1025, 128), 1280, 1392, 1536, 1792, 2048]),
+     ([3440, 8192], [*range(128, 1025, 128), *range(1280, 3440, 256), 3440, *range(3584, 4096, 256), *range(4096, 8193, 512)])],
+    ids=str,
+)
+def test_added_sizes(bounds: list[int], added: list[int]) -> None:
+    """They stay when the direct view's last size is added, and vLLM lays attention out for decoding up to its own largest only."""
     made = make_config()
-    add_graphs(made, most)
+    add_graphs(made, bounds)
     compilation = made.compilation_config
-    assert compilation.cudagraph_capture_sizes == SIZES + added
-    assert compilation.max_cudagraph_capture_size == (SIZES + added)[-1]
+    assert compilation.cudagraph_capture_sizes == SIZES + added and compilation.max_cudagraph_capture_size == SIZES[-1]
+    fit_graphs(made, 7)
+    assert compilation.cudagraph_capture_sizes == sorted([*SIZES, 7]) + added and compilation.max_cudagraph_capture_size == SIZES[-1]
 
 
-@pytest.mark.parametrize("off", [{"eager": True}, {"mode": CUDAGraphMode.NONE}, {"mode": CUDAGraphMode.FULL}, {"v2": False}], ids=str)
+@pytest.mark.parametrize("off", [{"mode": CUDAGraphMode.FULL}, {"speculative": object()}], ids=["whole", "drafts"])
 def test_no_sizes_are_added(off: dict) -> None:
-    """Without graphs, with graphs of whole prompts, and under vLLM's older model runner, whose batches cannot be padded alike."""
+    """Where vLLM captures whole prompts, and where a model drafts, over as many rows as the graph has."""
     made = make_config(**off)
-    add_graphs(made, 10**5)
+    add_graphs(made, [10**5])
     assert made.compilation_config.cudagraph_capture_sizes == SIZES
 
 
 @pytest.mark.parametrize(
-    ("given", "options", "asked"),
-    [({}, {}, [2048]), ({}, {"dispatch_max_tokens": 700}, [700]), ({}, {"dispatch": "off"}, []),
-     ({"cudagraph_capture_sizes": [1, 2]}, {}, []), ({"max_cudagraph_capture_size": 512}, {}, []),
-     ({"compilation_config": {"cudagraph_capture_sizes": [1, 2]}}, {}, []),
-     ({"compilation_config": {"max_cudagraph_capture_size": 512}}, {}, [])],
+    ("given", "options", "most"),
+    [({}, {}, 8192), ({}, {"graph_max_tokens": 700}, 700), ({"cudagraph_capture_sizes": [1, 2]}, {"graph_max_tokens": 700}, 700),
+     ({"cudagraph_capture_sizes": [1, 2]}, {}, 0), ({"max_cudagraph_capture_size": 512}, {}, 0),
+     ({"compilation_config": {"cudagraph_capture_sizes": [1, 2]}}, {}, 0),
+     ({"compilation_config": {"max_cudagraph_capture_size": 512}}, {}, 0)],
     ids=str,
 )
-def test_a_person_s_sizes_stay(models, monkeypatch: pytest.MonkeyPatch, given: dict, options: dict, asked: list[int]) -> None:
-    """However they were given; otherwise sizes are added for all steps that may dispatch."""
+def test_a_person_s_sizes_stay(models, given: dict, options: dict, most: int) -> None:
+    """However they were given."""
     from vllm.engine.arg_utils import EngineArgs
 
-    most = []
-    monkeypatch.setattr(graphs, "add_graphs", lambda _, tokens: most.append(tokens))
-    EngineArgs(
-        model=models("qwen3_moe"), data_parallel_size=2, max_num_batched_tokens=2048, additional_config={"dwdp": options}, **given
+    config = EngineArgs(
+        model=models("qwen3_moe"), data_parallel_size=2, additional_config={"dwdp": options}, **given
     ).create_engine_config()
-    assert most == asked
+    assert config.additional_config["dwdp"]["graph_max_tokens"] == most
 
 
 @pytest.fixture
@@ -113,6 +116,13 @@ def test_direct_sizes_only(largest: int) -> None:
     assert compilation.cudagraph_capture_sizes == [size for size in SIZES if size < largest] + [largest]
     assert compilation.max_cudagraph_capture_size == largest
     assert compilation.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
+
+
+@pytest.mark.usefixtures("breakable")
+def test_none_are_added_to_graphs_that_break_off() -> None:
+    made = make_config()
+    add_graphs(made, [10**5])
+    assert made.compilation_config.cudagraph_capture_sizes == SIZES
 
 
 @pytest.mark.usefixtures("breakable")

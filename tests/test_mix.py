@@ -38,14 +38,34 @@ KINDS: dict[str, tuple[dict, dict, dict, set[str]]] = {  # model, engine, DWDP o
             compilation_config=GRAPHS["compilation_config"] | {"cudagraph_capture_sizes": [1, 2, 4, 8]},
         ), {"direct_max_tokens": 4, "dispatch_max_tokens": MAX_TOKENS // 2}, {"streamed", "dispatched"},
     ),
+    "large graphs": (  # of steps in which all ranks take part, too, with room for four rows of the other
+        SHAPE | dict(dtype="float32"), GRAPHS | dict(dtype="float32", kv_cache_memory_bytes=BLOCKS * 128 << 10),
+        {"direct_max_tokens": 4}, {"streamed", "dispatched"},
+    ),
 }
 # Of a greedy token, ahead of the second best: less is a tie. Partial sums of a GPU's round are added in another order than stock adds.
-TIES = {"dispatched graphs": 1e-4}
+TIES = {"dispatched graphs": 1e-4, "large graphs": 1e-4}
 def stream_alone(rank: int) -> None:
     """Steps alone have their graph up to 4 tokens, as in an engine with graphs of prompts."""
     from vllm_dwdp.integration import dispatching
 
     dispatching.ALONE_GRAPH_TOKENS = 4
+
+
+def make_small(rank: int) -> None:
+    """Small steps have up to 16 tokens, and few rows are 4: what an engine does with thousands."""
+    from vllm_dwdp import dispatch
+    from vllm_dwdp.costs import Costs
+    from vllm_dwdp.integration import dispatching
+    from vllm_dwdp.kernels import tokens_cuda
+
+    stream_alone(rank)
+    dispatch.FEW = dispatching.FEW = tokens_cuda.FEW = 4
+    Costs.max_tokens = lambda *_: 16
+    Costs.helped_max_tokens = lambda _, bound: bound
+
+
+SETUPS = {"dispatched graphs": stream_alone, "large graphs": make_small}
 
 
 BURSTS = [1, 1, 1, 2, 3, 6, MAX_SEQS + 4]
@@ -144,7 +164,7 @@ def test_everyday_traffic(models, kind: str) -> None:
         with Group(model, 0, engine=settings) as stock:
             stock.ranks[0].send(drive, seed, count)
             expected.append(stock.ranks[0].answer(LIMIT_S))
-    with Group(model, 2, options, engine=settings, setup=stream_alone if kind == "dispatched graphs" else None) as group:
+    with Group(model, 2, options, engine=settings, setup=SETUPS.get(kind)) as group:
         warm_ups = [sum(s["forwards"].values()) for s in group.run(stats)]
         for seed, rank in enumerate(group.ranks):
             rank.send(drive, seed, count)

@@ -104,10 +104,13 @@ def rounds(size: int, count: int, seed: int = 0) -> list[RoundLayout]:
     return found
 
 
-def many(size: int, count: int, rows: int) -> list[RoundLayout]:
-    """Rounds of all ranks, with up to `rows` rows each."""
+def large(size: int, count: int, rows: int) -> list[RoundLayout]:
+    """Rounds of all ranks, in which one has up to `rows` rows and the others some."""
     rng = random.Random(0)
-    drawn = [tuple(rng.choice([0, 1, rows - 40, rng.randint(1, rows)]) for _ in range(size)) for _ in range(count)]
+    drawn = [
+        tuple(rng.choice([0, 1, most := rows if r == number % size else FEW, rng.randint(1, most)]) for r in range(size))
+        for number in range(count)
+    ]
     return [RoundLayout(number=number + 1, members=tuple(range(size)), tokens=tokens) for number, tokens in enumerate(drawn)]
 
 
@@ -127,20 +130,20 @@ def poison(ranks: Ranks, rank: int, senders: Sequence[int], offset: int, seat_by
 
 def check_rounds(
     rank: int, size: int, kind: str, pipes: dict, dtype: torch.dtype, layouts: list[RoundLayout], per_rank: int | None, num_layers: int,
-    width: int = HIDDEN, num_rows: int = ROWS, in_graphs: bool = False,
+    width: int = HIDDEN, num_rows: int = ROWS, room: int = 0,
 ) -> None:
-    """With `in_graphs` every forward has rows as a graph of `num_rows` has; else as many as the round, or some more."""
+    """With `room` every forward has `num_rows` rows, and room for so many of all ranks, as in a graph; else as the round, or some more."""
     at = InboxMap(size=size, rows=num_rows, hidden=width, top_k=TOP_K, itemsize=dtype.itemsize)
     ranks = Ranks(rank, size, kind, pipes, at=at, per_rank=per_rank, num_layers=num_layers)
     where, rng = torch_device(ranks.device), random.Random(rank)
-    found, chosen, arrived = [], [], []
+    found, chosen, seen = [], [], []
     for layout in layouts:
         if rank not in layout.members:
             alone = tuple(rng.randint(1, ROWS) if r == rank else 0 for r in range(size))
             layout = RoundLayout(number=layout.number, members=(rank,), tokens=alone)
         ranks.tokens.begin(layout)
-        own = num_rows if in_graphs else layout.tokens[rank]
-        total = num_rows * size if in_graphs else layout.num_rows
+        own = num_rows if room else layout.tokens[rank]
+        total = room or layout.num_rows
         if total <= FEW * size and rng.random() < 0.5:  # the graph of one rank may have more than that of another
             own, total = own + 8, total + 8 * size
         senders = [member for member in layout.members if layout.tokens[member]]
@@ -152,6 +155,7 @@ def check_rounds(
             )
             if rng.random() < 0.2:
                 time.sleep(rng.random() * 0.01)
+            seen.append(("uploaded", hidden.isfinite().all(1), layer, layout))
             gathered = ranks.tokens.dispatch(layer, hidden, weights, ids, total)
             assert gathered[0].shape[0] == total
             if kind == "cuda":
@@ -162,9 +166,13 @@ def check_rounds(
             poison(ranks, rank, senders, at.ids, at.rows * 4 * TOP_K)
             poison(ranks, rank, senders, at.weights, at.rows * 4 * TOP_K)
             chosen.append((gathered[2], layout))
-            arrived.append((gathered[0].isfinite().all(1), layer, layout))
             partial = experts(*gathered)
             sums = ranks.tokens.combine(layer, partial, own)
+            seen += [("gathered", gathered[0].isfinite().all(1), layer, layout), ("computed", partial.isfinite().all(1), layer, layout)]
+            for sender in set(layout.members) - {rank}:
+                start, count = at.sums + seat(sender, rank) * at.rows * width * at.itemsize, layout.tokens[rank]
+                came = ranks.mine[start : start + count * width * at.itemsize].view(dtype).view(count, width)
+                seen.append((f"returned by {sender}", came.isfinite().all(1), layer, layout))
             assert not sums[layout.tokens[rank] :].any()
             poison(ranks, rank, layout.members if layout.tokens[rank] else (), at.sums, at.rows * width * at.itemsize)
             found.append((sums[: layout.tokens[rank]], layer, layout))
@@ -175,8 +183,8 @@ def check_rounds(
         owner = torch.tensor(ranks.owners[layout.mask])[ids.long().cpu().clamp_min(0)]
         assert ((owner == rank) | (owner == -1) | (ids.cpu() < 0)).all(), "no expert that another member computes"
         assert kind == "cuda" or (ids >= 0).all(), "vLLM's CPU kernel takes no empty place"
-    for finite, layer, layout in arrived:
-        assert finite.all(), f"layer {layer} of {layout}: rows {(~finite).nonzero().flatten().tolist()[:20]} came as they had been ruined"
+    for what, finite, layer, layout in seen:  # in the order of time
+        assert finite.all(), f"layer {layer} of {layout}: ruined when {what}: rows {(~finite).nonzero().flatten().tolist()[:20]}"
     for sums, layer, layout in found:
         wanted = expected(layout.number * num_layers + layer, rank, layout, ranks.owners, dtype, width)
         wrong = (sums.cpu() != wanted).any(1).nonzero().flatten().tolist()
@@ -241,10 +249,12 @@ def test_sums_of_one_rank_s_many_rows_are_exact(kind: str, size: int) -> None:
 
 @pytest.mark.parametrize("kind", DEVICES)
 @pytest.mark.parametrize("size", [2, 3])
-def test_sums_in_large_graphs_are_exact(kind: str, size: int) -> None:
+@pytest.mark.parametrize("others", [640, FEW])
+def test_sums_in_large_graphs_are_exact(kind: str, size: int, others: int) -> None:
+    """With room for as many rows of every rank, and for few of the others."""
     outcomes = run(
-        check_rounds, size, kind, dtype=torch.bfloat16, layouts=many(size, 12, 640), per_rank=None, num_layers=2, width=2048, num_rows=640,
-        in_graphs=True,
+        check_rounds, size, kind, dtype=torch.bfloat16, layouts=large(size, 12, 640), per_rank=None, num_layers=2, width=2048, num_rows=640,
+        room=640 + others * (size - 1),
     )
     assert outcomes == dict.fromkeys(range(size)), "\n".join(filter(None, outcomes.values()))
 

@@ -52,6 +52,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Meta(description="steps up to this many tokens are dispatched, even where idle ranks could help with larger ones",
              extra={"unset": "derived at start-up"}),
     ] = None
+    graph_max_tokens: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(description="CUDA graphs are captured for steps of up to this many tokens that may dispatch; 0: for no more than vLLM's",
+             extra={"unset": "8192, or 0 where their sizes are set"}),
+    ] = None
     experts_per_rank: Annotated[
         Annotated[int, Meta(ge=1)] | None,
         Meta(description="experts that each rank owns; above E/N ranges overlap", extra={"unset": "E/N"}),

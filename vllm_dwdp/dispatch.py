@@ -31,7 +31,7 @@ MOST_PACE = 4.0
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
     """Which steps meet, and for how long they wait for it. `graph_sizes` are the rows that vLLM captures, ascending; for more than
-    `most_rows` it has no buffers. In a graph of more than `alone_graph_tokens` no step goes alone.
+    `most_rows` it has no buffers. No step of more than `alone_graph_tokens` goes alone in one.
 
     `helped_max_tokens`, no less than `max_tokens`, are of steps in which all other ranks take part; `helped_s` and `alone_s` are
     how long such a step, and one that goes without peers, are expected to take on the device; `spare_s` is how long a large step
@@ -133,10 +133,10 @@ class Dispatch:
             made = self._meet(num_tokens) if self.meets else None
         if made is not None:
             self._begin(self._layout_of(made))
-        elif 0 < (padded := self.limits.padded((num_tokens,))) <= self.limits.alone_graph_tokens:
-            self._begin(self._alone(num_tokens))
-        else:
-            self._is_streamed = padded > 0
+        elif self.limits.padded((num_tokens,)):
+            self._is_streamed = num_tokens > self.limits.alone_graph_tokens
+            if not self._is_streamed:
+                self._begin(self._alone(num_tokens))
         return self._layout is not None
 
     def _meet(self, num_tokens: int) -> Round | None:

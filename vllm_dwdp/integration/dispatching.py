@@ -18,7 +18,7 @@ from vllm_dwdp.config import Options
 from vllm_dwdp.costs import Costs, rates_of
 from vllm_dwdp.dispatch import Dispatch, Limits
 from vllm_dwdp.experts import ExpertLayer
-from vllm_dwdp.integration import hooks, watchdog
+from vllm_dwdp.integration import graphs, hooks, watchdog
 from vllm_dwdp.integration.graphs import has_graphs
 from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.kernels.tokens import FEW
@@ -28,6 +28,7 @@ logger = init_logger("vllm.dwdp.dispatching")
 HOST_PATIENCE_S, HOST_LARGE_S = 0.5, math.inf
 # Measured on two H100s: a larger graph, which reads in place, takes a step alone longer than to be streamed without.
 ALONE_GRAPH_TOKENS = 512
+MOST_PADDING = 1.5  # of a batch whose own graph does not dispatch, in one that does
 INBOX_BYTES = 2**30  # what an inbox may have for steps in which all ranks take part
 
 
@@ -49,7 +50,6 @@ def limits(
     if reason:
         logger.info("DWDP dispatch is off: %s; small steps read peers' experts in place", reason)
         return None
-    sizes = vllm_config.compilation_config.cudagraph_capture_sizes if has_graphs(vllm_config) else []
     speculative = vllm_config.speculative_config
     lengths = range(1, decode_tokens + 1) if speculative and speculative.uses_dynamic_speculative_decoding() else [decode_tokens]
     if options.dispatch_max_tokens:
@@ -61,6 +61,10 @@ def limits(
     row_bytes = 2 * max(layer.hidden_size * layer.itemsize for layer in layers)  # of an inbox: activations, and sums
     held = min(largest, INBOX_BYTES // (row_bytes * (layers[0].placement.size - 1)))
     helped = max(most, 0 if options.dispatch_max_tokens else held if costs is None else costs.helped_max_tokens(held))
+    sizes = []
+    if has_graphs(vllm_config):
+        graphs.add_graphs(vllm_config, graph_bounds(most, helped, largest, options))
+        sizes = vllm_config.compilation_config.cudagraph_capture_sizes
     logger.info(
         "DWDP dispatch is on: steps of up to %d tokens send them to their experts' owners, with the ranks at hand (%s)%s",
         most, why, f"; of up to {helped} with all ranks, or else alone" if helped > most else "",
@@ -77,6 +81,18 @@ def limits(
     return dataclasses.replace(made, most_rows=max([largest, *in_graphs]))
 
 
+def graph_bounds(most: int, helped: int, largest: int, options: Options) -> list[int]:
+    """The largest graphs to be captured for small steps, and for large ones that vLLM has buffers for together with others' rows.
+
+    It has for those of `largest` tokens, as its first forward, which measures memory, is one.
+    """
+    limit, size = options.graph_max_tokens or 0, options.size or 2
+    small, large = min(most, limit) // 16 * 16, min(helped, limit)
+    if large < largest:
+        large = min(large, largest - FEW * (size - 1))
+    return sorted({small, max(small, large)})
+
+
 def dispatched_sizes(sizes: Sequence[int], bounds: Sequence[int], lengths: Sequence[int]) -> list[int]:
     """The rows of graphs that dispatch, ascending: no batch of at most the last of them runs in a graph of more, and none of at
     most the last within FEW or one of `bounds` in one beyond that.
@@ -88,6 +104,9 @@ def dispatched_sizes(sizes: Sequence[int], bounds: Sequence[int], lengths: Seque
         whole = [size for size in sizes if size <= bound and not any(size % length for length in lengths)]
         last = bound if max(sizes, default=0) <= bound else max(whole, default=0)
         found += sorted(size for size in sizes if below < size <= last)
+        following = min((size for size in sizes if size > bound), default=0)
+        if following > MOST_PADDING * last and any(last < size <= bound for size in sizes):
+            break
     return found
 
 

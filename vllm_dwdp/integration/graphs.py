@@ -6,7 +6,7 @@ two methods of its offloader, which this rank replaces. Graphs are kept to the d
 without telling, as a graph must wait for its copies before it ends.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
@@ -20,7 +20,7 @@ from vllm_dwdp.schedule import default_direct_max_tokens
 
 logger = init_logger("vllm.dwdp.graphs")
 
-GRAPH_MAX_TOKENS = 8192  # of more the device has enough to do, whatever the host takes
+MAX_TOKENS = 8192  # of more the device has enough to do, whatever the host takes
 _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "top_k")
 
 
@@ -43,23 +43,22 @@ def has_graphs(vllm_config: VllmConfig) -> bool:
     return not vllm_config.model_config.enforce_eager and mode != CUDAGraphMode.NONE
 
 
-def add_graphs(vllm_config: VllmConfig, most: int) -> None:
-    """Capture sizes beyond vLLM's, up to `most` tokens: without a graph such a step takes the host longer than the device.
+def add_graphs(vllm_config: VllmConfig, bounds: Sequence[int]) -> None:
+    """Capture the sizes `bounds`, ascending, and sizes between them and vLLM's: without a graph such a step takes the host longer
+    than the device.
 
-    Only where such a graph may dispatch, and where vLLM does not capture batches with prompts whole.
+    `max_cudagraph_capture_size` stays: attention up to it is laid out for decoding. Graphs that vLLM breaks off, graphs of whole
+    prompts, and models that draft, which draft over padded rows, have none beyond vLLM's.
     """
     compilation = vllm_config.compilation_config
     is_whole = compilation.cudagraph_mode.mixed_mode() != CUDAGraphMode.PIECEWISE
-    if not has_graphs(vllm_config) or is_whole or not vllm_config.use_v2_model_runner:
+    if is_whole or is_breakable_cudagraph_enabled() or vllm_config.speculative_config is not None:
         return
-    largest = compilation.max_cudagraph_capture_size
-    sizes = (*range(0, 1024, 128), *range(1024, 4096, 256), *range(4096, GRAPH_MAX_TOKENS + 1, 512))
-    added = [size for size in sizes if largest < size <= most]
-    if added:
-        logger.info("DWDP captures CUDA graphs of up to %d tokens, vLLM of %d (--max-cudagraph-capture-size overrides)", added[-1], largest)
-    compilation.cudagraph_capture_sizes = [*compilation.cudagraph_capture_sizes, *added]
-    compilation.max_cudagraph_capture_size = max(compilation.cudagraph_capture_sizes)
-    compilation.post_init_cudagraph_sizes()
+    largest, last = compilation.max_cudagraph_capture_size, bounds[-1]
+    steps = *range(0, 1024, 128), *range(1024, 4096, 256), *range(4096, last, 512)
+    if added := sorted(size for size in {*bounds, *steps} if largest < size <= last):
+        compilation.cudagraph_capture_sizes = [*compilation.cudagraph_capture_sizes, *added]
+        logger.info("DWDP captures CUDA graphs of up to %d tokens, vLLM of %d (--dwdp-graph-max-tokens)", last, largest)
 
 
 def fit_graphs(vllm_config: VllmConfig, largest: int) -> None:
@@ -67,18 +66,21 @@ def fit_graphs(vllm_config: VllmConfig, largest: int) -> None:
     compilation = vllm_config.compilation_config
     if not has_graphs(vllm_config) or compilation.max_cudagraph_capture_size <= largest:
         return
-    sizes = [size for size in compilation.cudagraph_capture_sizes if size < largest] + [largest] * (largest > 0)
+    captured = [size for size in compilation.cudagraph_capture_sizes if size <= compilation.max_cudagraph_capture_size]
+    added = compilation.cudagraph_capture_sizes[len(captured) :]
+    sizes = [size for size in captured if size < largest] + [largest] * (largest > 0)
     if is_breakable_cudagraph_enabled():
         logger.info(
             "DWDP keeps CUDA graphs to batches of %d tokens (direct view): breakable graphs may end before their copies", largest
         )
     else:
-        sizes += [size for size in compilation.cudagraph_capture_sizes if size > largest]
+        sizes += [size for size in captured if size > largest]
     compilation.cudagraph_capture_sizes = sizes
     compilation.max_cudagraph_capture_size = max(sizes, default=0)
     if not sizes:
         compilation.cudagraph_mode = CUDAGraphMode.NONE
     compilation.post_init_cudagraph_sizes()
+    compilation.cudagraph_capture_sizes = [*sizes, *added]
 
 
 class GraphHooks(BaseOffloader):

@@ -50,8 +50,8 @@ def prepare(vllm_config: VllmConfig, chooses_graphs: bool) -> None:
     if vllm_config.model_config.quantization == "gpt_oss_mxfp4" and vllm_config.kernel_config.moe_backend == "auto":
         vllm_config.kernel_config.moe_backend = "marlin"
         logger.info("DWDP chooses --moe-backend marlin for MXFP4: in other kernels' layouts an expert cannot be moved")
-    if options.dispatch == "auto" and not chooses_graphs:
-        graphs.add_graphs(vllm_config, options.dispatch_max_tokens or vllm_config.scheduler_config.max_num_batched_tokens)
+    if options.graph_max_tokens is None:
+        options = msgspec.structs.replace(options, graph_max_tokens=0 if chooses_graphs else graphs.MAX_TOKENS)
     options = msgspec.structs.replace(options, direct_max_tokens=graphs.direct_max_tokens(vllm_config, options))
     # JSON values that stay the same from start to start: vLLM hashes them into the compile cache's key.
     vllm_config.additional_config[config.KEY] = msgspec.to_builtins(options)

@@ -29,6 +29,7 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
 logger = init_logger("vllm.dwdp.worker")
+HELP_ROWS = 128
 HELP_S = 0.01  # between looks whether a large step has ended on the device
 
 
@@ -105,7 +106,7 @@ class DWDPWorker(PlatformWorker):
         fit_graphs(self.vllm_config, prefetcher.direct_max_tokens)
         set_offloader(GraphHooks(prefetcher))
         if self.dwdp.dispatch is not None:
-            self.dwdp.dispatch.help_out = self.execute_dummy_batch
+            self.dwdp.dispatch.help_out = self._help_out
             dispatching.fit_to_round(self.vllm_config, self.dwdp.dispatch)
             dispatching.help_between_calls()
         self._end_metrics = metrics.export(self.dwdp)
@@ -162,6 +163,15 @@ class DWDPWorker(PlatformWorker):
         """While the engine has no request, take part in the peers' rounds, until `wake()`."""
         while self._is_idle and not wake():
             self._help(HELP_S, wake)
+
+    def _help_out(self) -> None:
+        """A forward of rows that are nobody's, as requests of few: those of one would attend to each other like a long prompt's."""
+        requests = self.dwdp.dispatch.padded // HELP_ROWS
+        if requests <= 1:
+            self.execute_dummy_batch()
+        else:
+            requests = min(requests, self.vllm_config.scheduler_config.max_num_seqs)
+            self.model_runner._dummy_run(requests * self.model_runner.decode_query_len, uniform_decode=True)
 
     def _checked(self, output: Any) -> Any:
         """What a step returns, tokens or a pooling model's embeddings; None where they are sampled later."""
