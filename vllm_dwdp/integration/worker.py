@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 
 from vllm_dwdp import assembly, config, descriptors, launcher
 from vllm_dwdp.budget import Limit
+from vllm_dwdp.dispatch import Dispatch
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import binding, checks, dispatching, joining, loading, metrics
 from vllm_dwdp.integration.graphs import GraphHooks, fit_graphs
@@ -106,7 +107,7 @@ class DWDPWorker(PlatformWorker):
         fit_graphs(self.vllm_config, prefetcher.direct_max_tokens)
         set_offloader(GraphHooks(prefetcher))
         if self.dwdp.dispatch is not None:
-            self.dwdp.dispatch.help_out = self._help_out
+            self.dwdp.dispatch.help_out = functools.partial(self._help_out, self.dwdp.dispatch)
             dispatching.fit_to_round(self.vllm_config, self.dwdp.dispatch)
             dispatching.help_between_calls()
         self._end_metrics = metrics.export(self.dwdp)
@@ -164,9 +165,9 @@ class DWDPWorker(PlatformWorker):
         while self._is_idle and not wake():
             self._help(HELP_S, wake)
 
-    def _help_out(self) -> None:
+    def _help_out(self, dispatch: Dispatch) -> None:
         """A forward of rows that are nobody's, as requests of few: those of one would attend to each other like a long prompt's."""
-        requests = self.dwdp.dispatch.padded // HELP_ROWS
+        requests = dispatch.padded // HELP_ROWS
         if requests <= 1:
             self.execute_dummy_batch()
         else:
