@@ -253,7 +253,7 @@ def test_what_is_served(configure, engine_args: dict, dwdp: dict) -> None:
     made = configure(dwdp, **engine_args)
     assert made.parallel_config.worker_cls == "vllm_dwdp.integration.worker.DWDPWorker"
     size = dwdp.get("size", engine_args.get("data_parallel_size", 2))
-    assert made.additional_config["dwdp"] == {**dwdp, "size": size, "direct_max_tokens": 7}
+    assert made.additional_config["dwdp"] == {**dwdp, "size": size, "direct_max_tokens": 7, "graph_max_tokens": 8192}
 
 
 @pytest.mark.parametrize(("given", "chosen"), [({}, "marlin"), ({"moe_backend": "triton"}, "triton")])

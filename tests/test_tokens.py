@@ -21,6 +21,7 @@ from vllm_dwdp.placement import Placement
 from harness import CONTEXT
 
 EXPERTS, TOP_K, HIDDEN, ROWS, LAYERS = 10, 3, 64, 24, 4
+WIDE = {"host": HIDDEN, "cuda": 2048}  # of many rows, which lanes take several at a time
 
 
 class Ranks:
@@ -241,7 +242,7 @@ def test_sums_are_exact(kind: str, size: int, dtype: torch.dtype, per_rank: int 
 def test_sums_of_one_rank_s_many_rows_are_exact(kind: str, size: int) -> None:
     """More than lanes take at once, all of one sender, as in a large step with which idle ranks help."""
     outcomes = run(
-        check_rounds, size, kind, dtype=torch.bfloat16, layouts=helped(size, 6, 3000), per_rank=None, num_layers=2, width=2048,
+        check_rounds, size, kind, dtype=torch.bfloat16, layouts=helped(size, 6, 3000), per_rank=None, num_layers=2, width=WIDE[kind],
         num_rows=3000,
     )
     assert outcomes == dict.fromkeys(range(size)), "\n".join(filter(None, outcomes.values()))
@@ -253,8 +254,8 @@ def test_sums_of_one_rank_s_many_rows_are_exact(kind: str, size: int) -> None:
 def test_sums_in_large_graphs_are_exact(kind: str, size: int, others: int) -> None:
     """With room for as many rows of every rank, and for few of the others."""
     outcomes = run(
-        check_rounds, size, kind, dtype=torch.bfloat16, layouts=large(size, 12, 640), per_rank=None, num_layers=2, width=2048, num_rows=640,
-        room=640 + others * (size - 1),
+        check_rounds, size, kind, dtype=torch.bfloat16, layouts=large(size, 12, 640), per_rank=None, num_layers=2, width=WIDE[kind],
+        num_rows=640, room=640 + others * (size - 1),
     )
     assert outcomes == dict.fromkeys(range(size)), "\n".join(filter(None, outcomes.values()))
 
