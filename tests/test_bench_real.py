@@ -80,7 +80,8 @@ def test_real_run_on_cpu_survives_a_mode_that_fails(bench, tmp_path, workload):
         assert dwdp["ratio_to_single"] > 0 and single["held_per_gpu"]["kv_cache_tokens"] > 0
         assert single["held_per_gpu"]["expert_bytes"] == 3 * 8 * 3 * 32 * 64 * 4
         if workload == "decode":
-            assert dwdp["views"]["direct"] == 2 * 2 * 7, "ranks, readings, steps after the first"
+            steps = 2 * 2 * 7  # ranks, readings, steps after the first; a request that comes late has some of its own
+            assert steps <= dwdp["views"]["direct"] <= point * steps
         else:
             broken = rows[BROKEN, point]
             assert broken["num_readings"] == 0 and "99" in broken["failed"] and broken["failed"][:80] in said
