@@ -68,7 +68,6 @@ def _create_engine_config(original: Callable) -> Callable:
                 for settings in (self, self.compilation_config)
                 for name in ("cudagraph_capture_sizes", "max_cudagraph_capture_size")
             )
-
             if not launcher.is_child():
                 commands.lead()
                 launch.prepare(vllm_config, chooses_graphs)

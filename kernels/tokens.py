@@ -103,9 +103,9 @@ class RoundLayout:
         return sum(1 << rank for rank in self.members)
 
 
-def alone(rank: int, at: InboxMap) -> RoundLayout:
-    """Of a forward outside of steps: as many rows as an inbox has, or fewer."""
-    return RoundLayout(number=0, members=(rank,), tokens=tuple(at.rows if r == rank else 0 for r in range(at.size)))
+def alone(rank: int, size: int, num_rows: int) -> RoundLayout:
+    """Of a forward of `num_rows`, or fewer, without peers."""
+    return RoundLayout(number=0, members=(rank,), tokens=tuple(num_rows if r == rank else 0 for r in range(size)))
 
 
 @functools.cache

@@ -205,7 +205,7 @@ class CudaTokens(TokenExchange):
         self._rows = list(zip(self._staged, self._staged.numpy(), strict=True))  # numpy's views cost the host least
         self._error_word = self._error.numpy()
         self._turn = 0
-        self.begin(alone(rank, at))
+        self.begin(alone(rank, at.size, at.rows))  # of forwards outside of steps
 
     def begin(self, layout: RoundLayout) -> None:
         staged, words = self._rows[self._turn % RING]

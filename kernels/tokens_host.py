@@ -32,7 +32,7 @@ class HostTokens(TokenExchange):
              for phase in range(2)]
             for address in inboxes
         ]
-        self.begin(alone(rank, at))
+        self.begin(alone(rank, at.size, at.rows))  # of forwards outside of steps
 
     def _area(self, inbox: int, offset: int, sender: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         """[rows, columns] of what `sender` puts into an inbox at `offset`."""

@@ -25,7 +25,6 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
 from vllm_dwdp import dispatch as module
-from vllm_dwdp.config import Options
 from vllm_dwdp.convoy import Round
 from vllm_dwdp.counters import Stats
 from vllm_dwdp.dispatch import Dispatch, Limits
@@ -403,7 +402,7 @@ def test_rows(graph_sizes: tuple[int, ...], alone: int | None) -> None:
      (3447, 8192, 8192, 2000, [2000]), (3447, 8192, 8192, 0, [0])],
 )
 def test_graphs_are_captured_for_what_vllm_has_buffers_for(most: int, helped: int, largest: int, limit: int, bounds: list[int]) -> None:
-    found = dispatching.graph_bounds(most, helped, largest, Options(size=2, graph_max_tokens=limit))
+    found = dispatching.graph_bounds(most, helped, largest, 2, limit)
     limits = dataclasses.replace(make(Fakes()).limits, max_tokens=most, helped_max_tokens=helped)
     assert found == bounds and (found[-1] == largest or limits.rows(found[-1], 2) <= largest)
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from vllm_dwdp.convoy import Round
 from vllm_dwdp.kernels.device import Block, CopyStream
-from vllm_dwdp.kernels.tokens import FEW, RoundLayout, TokenExchange
+from vllm_dwdp.kernels.tokens import FEW, RoundLayout, TokenExchange, alone
 from vllm_dwdp.meeting import WORK_S, Meeting
 from vllm_dwdp.rendezvous import DispatchManifest
 
@@ -270,9 +270,7 @@ class Dispatch:
         return RoundLayout(number=made.number, members=made.members, tokens=made.tokens)
 
     def _alone(self, num_tokens: int) -> RoundLayout:
-        rank, size = self._meeting.rank, self._meeting.size
-        tokens = tuple(num_tokens if r == rank else 0 for r in range(size))
-        return RoundLayout(number=0, members=(rank,), tokens=tokens)
+        return alone(self._meeting.rank, self._meeting.size, num_tokens)
 
     def _end_large_step(self) -> None:
         """A rank whose device is still at a large step must not be met: its peers' kernels would wait for all of it."""

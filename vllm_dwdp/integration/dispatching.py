@@ -41,8 +41,8 @@ def limits(
     """
     reason = why_not(vllm_config, options, device, layers)
     costs = None if current_platform.is_cpu() else costs_of(layers, current_platform.get_device_name())
-    largest = vllm_config.scheduler_config.max_num_batched_tokens
-    bound = largest // layers[0].placement.size
+    largest, size = vllm_config.scheduler_config.max_num_batched_tokens, layers[0].placement.size
+    bound = largest // size
     expected = bound if costs is None else costs.max_tokens(bound)
     most = options.dispatch_max_tokens or expected
     if reason is None and not most:
@@ -59,11 +59,11 @@ def limits(
     else:
         why = "above, a step alone is expected to take less"
     row_bytes = 2 * max(layer.hidden_size * layer.itemsize for layer in layers)  # of an inbox: activations, and sums
-    held = min(largest, INBOX_BYTES // (row_bytes * (layers[0].placement.size - 1)))
+    held = min(largest, INBOX_BYTES // (row_bytes * (size - 1)))
     helped = max(most, 0 if options.dispatch_max_tokens else held if costs is None else costs.helped_max_tokens(held))
     sizes = []
     if has_graphs(vllm_config):
-        graphs.add_graphs(vllm_config, graph_bounds(most, helped, largest, options))
+        graphs.add_graphs(vllm_config, graph_bounds(most, helped, largest, size, options.graph_max_tokens or 0))
         sizes = vllm_config.compilation_config.cudagraph_capture_sizes
     logger.info(
         "DWDP dispatch is on: steps of up to %d tokens send them to their experts' owners, with the ranks at hand (%s)%s",
@@ -77,16 +77,15 @@ def limits(
         patience_s=functools.cache(costs.patience_s) if costs is not None else lambda _: HOST_PATIENCE_S,
         alone_s=functools.cache(costs.alone_s) if costs is not None else lambda count: HOST_LARGE_S if count > most else 0.0,
     )
-    in_graphs = [made.rows(padded, layers[0].placement.size) for padded in made.graph_sizes[-1:]]
+    in_graphs = [made.rows(padded, size) for padded in made.graph_sizes[-1:]]
     return dataclasses.replace(made, most_rows=max([largest, *in_graphs]))
 
 
-def graph_bounds(most: int, helped: int, largest: int, options: Options) -> list[int]:
+def graph_bounds(most: int, helped: int, largest: int, size: int, limit: int) -> list[int]:
     """The largest graphs to be captured for small steps, and for large ones that vLLM has buffers for together with others' rows.
 
     It has for those of `largest` tokens, as its first forward, which measures memory, is one.
     """
-    limit, size = options.graph_max_tokens or 0, options.size or 2
     small, large = min(most, limit) // 16 * 16, min(helped, limit)
     if large < largest:
         large = min(large, largest - FEW * (size - 1))

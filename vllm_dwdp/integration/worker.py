@@ -30,7 +30,7 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
 logger = init_logger("vllm.dwdp.worker")
-HELP_ROWS = 128
+HELP_ROWS = 128  # of each request of a helper's forward in a graph
 HELP_S = 0.01  # between looks whether a large step has ended on the device
 
 
