@@ -14,10 +14,9 @@ from pathlib import Path
 import torch
 from test_tokens import Ranks, run
 
-from vllm_dwdp.kernels.tokens import InboxMap, RoundLayout
+from vllm_dwdp.kernels.tokens import InboxMap, RoundLayout, alone
 
 E, TOP_K, HIDDEN, WIDTH, LAYERS, REPLAYS = 128, 8, 2048, 768, 12, 40
-GRAPH_ROWS = 512
 
 
 def measure(rank: int, size: int, kind: str, pipes: dict, batches: list[int], out: str) -> None:
@@ -63,12 +62,11 @@ def measure(rank: int, size: int, kind: str, pipes: dict, batches: list[int], ou
             return y
 
         row = {"rows": batch, "rank": rank}
-        alone = RoundLayout(number=number, members=(rank,), tokens=tuple(batch if r == rank else 0 for r in range(size)))
-        tokens.begin(alone)
+        tokens.begin(alone(rank, size, batch))
         wanted = local().float()
         row["error alone"] = float((dispatched().float() - wanted).norm() / wanted.norm())
         for name, body in (("local", local), ("dispatched", dispatched), ("exchanges", lambda: dispatched(False))):
-            tokens.begin(alone)
+            tokens.begin(alone(rank, size, batch))
             body()
             torch.cuda.synchronize()
             stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
