@@ -76,10 +76,10 @@ def measure(rank: int, size: int, kind: str, pipes: dict, batches: list[int], ou
                 times = []
                 for _ in range(REPLAYS):
                     number += 1
-                    members = tuple(range(size)) if who == "together" else (rank,)
+                    together = RoundLayout(number=number, members=tuple(range(size)), tokens=(batch,) * size)
                     everyone()
                     with torch.cuda.stream(stream):
-                        tokens.begin(RoundLayout(number=number, members=members, tokens=(batch,) * size))
+                        tokens.begin(together if who == "together" else alone(rank, size, batch))
                         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                         start.record()
                         graph.replay()
