@@ -14,6 +14,8 @@ from triton.language.extra.cuda import globaltimer
 from vllm_dwdp.kernels.tokens import FEW, LANES, WAIT_S, InboxMap, RoundLayout, TokenExchange, alone, did_not_come
 
 RING = 16  # steps whose control words may be under way at once
+WARPS = 8
+THREADS = tl.constexpr(32 * WARPS)
 TILE = 8192  # numbers that a program moves at once where rows are many: 16 KB in flight on every SM
 
 
@@ -60,6 +62,17 @@ def _wait(flag, epoch, peer, failed, error, LIMIT_NS: tl.constexpr):
 
 
 @triton.jit
+def _settle():
+    """All that this program has stored is at the peers when this ends: every thread waits for its own stores.
+
+    One thread's release, after a barrier, should cover those of all. On two H100s that other processes use, too, its flag came
+    before some 128 to 512 bytes that other warps had stored last.
+    """
+    tl.inline_asm_elementwise("fence.acq_rel.sys; mov.u32 $0, $1;", "=r,r", [tl.arange(0, THREADS)], tl.int32, is_pure=False, pack=1)
+    tl.debug_barrier()
+
+
+@triton.jit
 def _rows(address, first, stride, BLOCK_H: tl.constexpr, R: tl.constexpr):
     """Pointers to R rows from `first` on, [R, BLOCK_H]."""
     return address + (first + tl.arange(0, R)[:, None]) * stride + tl.arange(0, BLOCK_H)[None, :]
@@ -98,7 +111,7 @@ def _dispatch(hidden, ids, weights, out_hidden, out_ids, out_weights, control, p
                         tl.store(_rows(to_hidden, row, H, BLOCK_H, R), x, mask=is_h)
                         tl.store(_rows(to_ids, row, K, BLOCK_K, R), e, mask=is_k)
                         tl.store(_rows(to_weights, row, K, BLOCK_K, R), w, mask=is_k)
-        tl.debug_barrier()
+        _settle()
         for peer in tl.static_range(N):
             if peer != ME:
                 if (mask >> peer) & 1 != 0:
@@ -163,7 +176,7 @@ def _combine(partial, out, control, peers, failed, error, layer, num_rows, strid
                         is_h = _inside(row, theirs, H, BLOCK_H, R)
                         x = tl.load(_rows(partial, begin + row, stride_partial, BLOCK_H, R), mask=is_h)
                         tl.store(_rows(to, row, H, BLOCK_H, R), x, mask=is_h)
-                    tl.debug_barrier()
+                    _settle()
                     tl.atomic_xchg(_flag(base, 1, ME, lane, N, LANES), epoch, sem="release", scope="sys")
     begin = tl.load(control + 2 + N + ME)
     mine = tl.minimum(tl.load(control + 2 + ME), num_rows)
@@ -225,7 +238,7 @@ class CudaTokens(TokenExchange):
             self._error.data_ptr(), layer, num_rows, rows, hidden.stride(0), E=owners.shape[1], ME=self._rank, N=at.size,
             ROWS=at.rows, H=width, K=top_k, BLOCK_H=triton.next_power_of_2(width), BLOCK_K=triton.next_power_of_2(top_k),
             R=self._tile(rows, width), AT_IDS=at.ids, AT_WEIGHTS=at.weights, AT_HIDDEN=at.hiddens, LANES=LANES,
-            LIMIT_NS=int(WAIT_S * 1e9), num_warps=8,
+            LIMIT_NS=int(WAIT_S * 1e9), num_warps=WARPS,
         )
         return gathered, new_weights, new_ids
 
@@ -235,7 +248,7 @@ class CudaTokens(TokenExchange):
         _combine[self._programs(partial.shape[0]),](
             partial, out, self._control, self._peers, self._failed, self._error.data_ptr(), layer, num_rows,
             partial.stride(0), ME=self._rank, N=at.size, ROWS=at.rows, H=width, BLOCK_H=triton.next_power_of_2(width),
-            R=self._tile(partial.shape[0], width), AT_SUMS=at.sums, LANES=LANES, LIMIT_NS=int(WAIT_S * 1e9), num_warps=8,
+            R=self._tile(partial.shape[0], width), AT_SUMS=at.sums, LANES=LANES, LIMIT_NS=int(WAIT_S * 1e9), num_warps=WARPS,
         )
         return out
 
