@@ -114,6 +114,21 @@ def test_an_engine_that_a_signal_ends_does_not_end_as_if_nobody_missed_it(
     assert ended.value.code == status
 
 
+@pytest.mark.parametrize("said", launch.WORKER_ENDED)
+def test_the_launcher_hears_that_a_worker_has_ended(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    """vLLM's executor knows no reason, and its words name no rank."""
+    def run(*_: Any, **__: Any) -> None:
+        raise RuntimeError(said)
+
+    told: list[BaseException] = []
+    monkeypatch.setattr(launch, "_run_engine_core", run)
+    monkeypatch.setattr(launch.launcher, "follow_parent", lambda: None)
+    monkeypatch.setattr(launch.launcher, "tell", told.append)
+    with pytest.raises(RuntimeError, match=said):
+        launch.run_engine_core(vllm_config=types.SimpleNamespace(additional_config={config.KEY: {"size": 2}}), dp_rank=1)
+    assert [str(error).partition(" and ")[0] for error in told] == ["the worker of rank 1 has ended"]
+
+
 class Pooled(AsyncModelRunnerOutput):
     def get_output(self) -> Any:
         return "an embedding"

@@ -100,6 +100,14 @@ def test_the_last_line_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys, sa
         assert "vllm-dwdp" not in capsys.readouterr().err
 
 
+def test_an_engine_has_the_last_line_where_an_api_server_ends_before_it(capsys) -> None:
+    """An API server sees its engine fail and ends; the launcher hears of it while the engine still says why."""
+    commands.lead()
+    fork(lambda: (time.sleep(0.3), launcher.tell(DWDPError("the worker of rank 1 has ended"))))
+    sys.excepthook(RuntimeError, RuntimeError("Process ApiServer_1 (PID: 5) died with exit code None"), None)
+    assert capsys.readouterr().err.splitlines()[-1] == "vllm-dwdp: error: the worker of rank 1 has ended"
+
+
 def test_a_stranger_is_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does it wait: who has another secret finds nobody."""
     reasons = launcher.Reasons()

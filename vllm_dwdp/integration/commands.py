@@ -13,6 +13,7 @@ from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import hooks, joining
 from vllm_dwdp.launcher import Reasons
 
+FRONT_S = 2.0  # for which an engine's reason is waited for where an API server, which saw it fail, has ended first
 LAST_WORDS_S = 6.0  # for which engines that fail are waited for: what they print comes before, and one may know the reason
 
 
@@ -35,9 +36,9 @@ def lead() -> Reasons:
 
 
 def _last_words(error: BaseException, reasons: Reasons) -> str | None:
-    """Why a child of this process has failed before it served; None where none has."""
+    """Why a child of this process has failed; None where none has said."""
     if "engine core" not in str(error).lower():  # which vLLM says of a child that it does not name a reason of
-        return reasons.first(0)
+        return reasons.first(FRONT_S if "died with exit code" in str(error) else 0)
     end, is_front = time.monotonic() + LAST_WORDS_S, "Frontend" in str(error)
     engines = [child for child in multiprocessing.active_children() if child.name.startswith("EngineCore")]
     if is_front:  # engines go on until they are told, and then only say that they were

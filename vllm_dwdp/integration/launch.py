@@ -29,6 +29,7 @@ WORKER = "vllm_dwdp.integration.worker.DWDPWorker"
 # How often an idle rank looks whether a round asks for it: while rounds do and for some time after, and else.
 HOT_LOOK_S, HOT_S, LOOK_S = 50e-6, 0.05, 2e-3
 ENDED = 128 + signal.SIGTERM  # the status of an engine that a signal has ended
+WORKER_ENDED = ("Executor failed.", "cancelled")  # all that vLLM's executor says when its worker has
 _WAVES, _LOCKSTEP = "enable_wave_coordination", "coordinated_dp"
 
 
@@ -255,5 +256,11 @@ def run_engine_core(*args: Any, **kwargs: Any) -> None:
     except SystemExit as end:  # a launcher that has not asked for it takes status 0 for an engine that nobody needs
         raise SystemExit(end.code or ENDED) from None
     except Exception as error:  # vLLM's own too: its launcher says no more than that there was one
-        launcher.tell(error)
+        launcher.tell(_reason(error, kwargs["dp_rank"]))
         raise
+
+
+def _reason(error: Exception, rank: int) -> Exception:
+    if isinstance(error, RuntimeError) and str(error) in WORKER_ENDED:
+        return DWDPError(f"the worker of rank {rank} has ended and said nothing: something killed it, or its host lacks memory; restart")
+    return error
