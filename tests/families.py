@@ -13,6 +13,15 @@ _GDN = _WIDE | dict(  # three layers of linear attention, one of full
 )
 _VISION = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64, patch_size=16)
 
+# It does not load beside vLLM's CPU build; models import it for pictures alone, which nobody sends here.
+TORCHVISION = """import sys
+from unittest.mock import MagicMock
+
+__path__ = []
+for name in ("transforms", "transforms.v2", "transforms.v2.functional", "transforms.functional", "io", "ops"):
+    sys.modules[f"torchvision.{name}"] = MagicMock()
+"""
+
 FAMILIES: dict[str, Family] = {
     "qwen3_next": ("qwen3_next", "num_experts", _GDN),
     "qwen3_5_moe": ("qwen3_5_moe_text", "num_experts", _GDN),

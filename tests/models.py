@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import ROOT  # and vLLM's environment on CPU
-from families import ENGINES, FAMILIES
+from families import ENGINES, FAMILIES, TORCHVISION
 from harness import Group, generate, keep_step, make_prompts, stats, streamed_model
 from tiny_models import make_model
 
@@ -44,14 +44,6 @@ RUNS: list[tuple[str, int, dict[str, Any], dict[str, Any]]] = [  # name, ranks, 
     ("compiled", 2, COMPILED, SMALL),
 ]
 TIE = 0.25  # what logits in bfloat16 lie apart, which are at most 64 here
-# It does not load beside vLLM's CPU build; models import it for pictures alone, which nobody sends here.
-TORCHVISION = """import sys
-from unittest.mock import MagicMock
-
-__path__ = []
-for name in ("transforms", "transforms.v2", "transforms.v2.functional", "transforms.functional", "io", "ops"):
-    sys.modules[f"torchvision.{name}"] = MagicMock()
-"""
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from vllm_dwdp import config
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import checks
 
-from families import ENGINES, FAMILIES
+from families import ENGINES, FAMILIES, TORCHVISION
 from quantized import quantize
 
 APART = {"data_parallel_size": 1}
@@ -203,8 +203,11 @@ def test_a_connector_that_numbers_ports_by_rank(configure, monkeypatch, connecto
     [{"mm_encoder_only": True}, {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_producer"}}],
     ids=["asked for", "producer"],
 )
-def test_instances_that_only_encode(configure, models, engine_args: dict) -> None:
+def test_instances_that_only_encode(configure, models, engine_args: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Are refused as such, not after loading for the experts that they have not built; a model that does both passes."""
+    (tmp_path / "torchvision.py").write_text(TORCHVISION)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # for the process in which vLLM looks at a model
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))  # which it does not where it has
     seeing = dict(model=models(FAMILIES["qwen3_vl_moe"]), **ENGINES["qwen3_vl_moe"])
     configure(**seeing)
     with pytest.raises(DWDPError) as raised:
