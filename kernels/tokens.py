@@ -7,8 +7,10 @@ Every rank has an inbox, a block of memory that its peers map writable. A dispat
     combine    push every member's partial sums back; raise a flag; wait for theirs; add them in rank order in float32
 
 Rows are dealt out to lanes, each with a flag of its own at every member. A flag is raised, and waited for, only where its
-lane has rows: who helps sends none and is not waited for until sums come back. A flag carries the round and the layer, so
-a late or early rank cannot take another round's rows. An inbox has a region, a seat, for
+lane has rows: who helps sends none and is not waited for until sums come back. A flag carries the epoch, which counts rounds
+and layers, so a late or early rank cannot take another round's rows. Where a GPU has STAMPED rows at most, flags would cost
+more than rows: they travel as stamped words of eight bytes, four of a row and four of the epoch (two epochs that look alike
+are 2**32 layers apart), and every word is waited for by whom reads it. An inbox has a region, a seat, for
 every sender and needs no second copy: a rank pushes layer l + 1's rows after it has the receiver's partial sums of
 layer l, which the receiver sends when its kernels have read its inbox; and it pushes partial sums of layer l + 1 after
 it has the receiver's rows of that layer, which the receiver sends when it has added those of layer l.
@@ -24,6 +26,7 @@ from vllm_dwdp.errors import DWDPError
 
 FLAG_BYTES = 8
 FEW = 512  # rows of a rank: where all have so many at most, they go to lanes one by one
+STAMPED = 128  # rows: of a rank that has so many at most, GPUs send every four bytes with the epoch
 LANES = 256  # on a machine without a GPU the first alone is used
 WAIT_S = 20.0  # how long a rank waits inside a round, before it names whom it waited for
 
@@ -62,8 +65,28 @@ class InboxMap:
         return self.hiddens + self.itemsize * self._all_rows * self.hidden
 
     @property
+    def stamped_hiddens(self) -> int:
+        """int64 [size - 1, stamped, hidden * itemsize / 4], of rows that arrived."""
+        return _aligned(self.sums + self.itemsize * self._all_rows * self.hidden)
+
+    @property
+    def stamped_choices(self) -> int:
+        """int64 [size - 1, stamped, top_k, 2], an id and a weight."""
+        return _aligned(self.stamped_hiddens + 2 * self.itemsize * (self.size - 1) * self.stamped * self.hidden)
+
+    @property
+    def stamped_sums(self) -> int:
+        """int64 [size - 1, stamped, hidden * itemsize / 4], of partial sums that came back."""
+        return _aligned(self.stamped_choices + 16 * (self.size - 1) * self.stamped * self.top_k)
+
+    @property
     def nbytes(self) -> int:
-        return self.sums + self.itemsize * self._all_rows * self.hidden
+        return self.stamped_sums + 2 * self.itemsize * (self.size - 1) * self.stamped * self.hidden
+
+    @property
+    def stamped(self) -> int:
+        """The most rows of one sender that travel as stamped words."""
+        return min(self.rows, STAMPED)
 
     @property
     def _all_rows(self) -> int:

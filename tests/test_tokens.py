@@ -16,7 +16,7 @@ import torch
 from test_transport import DEVICES, make_device, torch_device
 
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.kernels.tokens import FEW, InboxMap, RoundLayout, owners_of, seat
+from vllm_dwdp.kernels.tokens import FEW, LANES, STAMPED, InboxMap, RoundLayout, owners_of, seat
 from vllm_dwdp.placement import Placement
 
 from harness import CONTEXT
@@ -111,10 +111,11 @@ def rounds(size: int, count: int, seed: int = 0) -> list[RoundLayout]:
 def large(size: int, count: int, rows: int) -> list[RoundLayout]:
     """Rounds of all ranks, in which one has up to `rows` rows and the others some."""
     rng = random.Random(0)
-    drawn = [
-        tuple(rng.choice([0, 1, most := rows if r == number % size else FEW, rng.randint(1, most)]) for r in range(size))
-        for number in range(count)
-    ]
+
+    def draw(most: int) -> int:
+        return rng.choice([0, 1, STAMPED, STAMPED + 1, most, rng.randint(1, most)])
+
+    drawn = [tuple(draw(rows if r == number % size else FEW) for r in range(size)) for number in range(count)]
     return [RoundLayout(number=number + 1, members=tuple(range(size)), tokens=tokens) for number, tokens in enumerate(drawn)]
 
 
@@ -169,16 +170,19 @@ def check_rounds(
             poison(ranks, rank, senders, at.hiddens, at.rows * width * at.itemsize)
             poison(ranks, rank, senders, at.ids, at.rows * 4 * TOP_K)
             poison(ranks, rank, senders, at.weights, at.rows * 4 * TOP_K)
+            poison(ranks, rank, senders, at.stamped_hiddens, at.stamped * width * 2 * at.itemsize)
+            poison(ranks, rank, senders, at.stamped_choices, at.stamped * 16 * TOP_K)
             chosen.append((gathered[2], layout))
             partial = experts(*gathered)
             sums = ranks.tokens.combine(layer, partial, own)
             seen += [("gathered", gathered[0].isfinite().all(1), layer, layout), ("computed", partial.isfinite().all(1), layer, layout)]
-            for sender in set(layout.members) - {rank}:
+            for sender in set(layout.members) - {rank} if kind == "host" or layout.tokens[rank] > at.stamped else ():
                 start, count = at.sums + seat(sender, rank) * at.rows * width * at.itemsize, layout.tokens[rank]
                 came = ranks.mine[start : start + count * width * at.itemsize].view(dtype).view(count, width)
                 seen.append((f"returned by {sender}", came.isfinite().all(1), layer, layout))
             assert not sums[layout.tokens[rank] :].any()
-            poison(ranks, rank, layout.members if layout.tokens[rank] else (), at.sums, at.rows * width * at.itemsize)
+            for offset, nbytes in ((at.sums, at.rows * width * at.itemsize), (at.stamped_sums, at.stamped * width * 2 * at.itemsize)):
+                poison(ranks, rank, layout.members if layout.tokens[rank] else (), offset, nbytes)
             found.append((sums[: layout.tokens[rank]], layer, layout))
     if kind == "cuda":
         torch.cuda.synchronize()
@@ -319,35 +323,38 @@ def test_a_member_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch, a
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("phase", ["rows", "sums"])
-def test_a_member_that_does_not_come_is_named_by_a_gpu(monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
-    """Within the bound, whatever flag it has left; and a round that has failed waits no more."""
+@pytest.mark.parametrize("count", [2, STAMPED + 1])
+def test_a_member_that_does_not_come_is_named_by_a_gpu(monkeypatch: pytest.MonkeyPatch, count: int, phase: str) -> None:
+    """Within the bound, whatever flag or stamp it has left; and a round that has failed waits no more."""
     from vllm_dwdp.kernels import tokens_cuda
 
     monkeypatch.setattr(tokens_cuda, "WAIT_S", 0.5)
-    at = InboxMap(size=2, rows=ROWS, hidden=HIDDEN, top_k=TOP_K, itemsize=4)
+    at = InboxMap(size=2, rows=2 * STAMPED, hidden=HIDDEN, top_k=TOP_K, itemsize=4)
     inboxes = [torch.zeros(at.nbytes, dtype=torch.uint8, device="cuda:0") for _ in range(2)]
     owners = [owners_of((range(5), range(5, 10)), EXPERTS)] * LAYERS
     addresses = [inbox.data_ptr() for inbox in inboxes]
     awaited = 5 * LAYERS + 1 + 1
-    flags = [inboxes[0][at.flag(number, 1) :][: 8 * ROWS].view(torch.int64) for number in range(2)]
-    rows = [tensor.to("cuda:0") for tensor in rows_of(0, 0, 2, torch.float32)]
+    flags = [inboxes[0][at.flag(number, 1) :][: 8 * LANES].view(torch.int64) for number in range(2)]
+    words = [inboxes[0][start:end].view(torch.int64) for start, end in ((at.stamped_hiddens, at.stamped_sums), (at.stamped_sums, None))]
+    rows = [tensor.to("cuda:0") for tensor in rows_of(0, 0, count, torch.float32)]
     for missing in (awaited, awaited - 1, awaited - LAYERS, awaited + LAYERS):
         tokens = tokens_cuda.CudaTokens(torch.device("cuda:0"), 0, at, addresses, owners)
-        tokens.begin(RoundLayout(number=5, members=(0, 1), tokens=(2, 1)))
-        for flag in flags:
-            flag.fill_(awaited)
-        flags[phase == "sums"].fill_(missing)
-        gathered = tokens.dispatch(1, *rows, 3)
-        sums = tokens.combine(1, gathered[0], 2)  # compiled before time is taken
+        tokens.begin(RoundLayout(number=5, members=(0, 1), tokens=(count, count)))
+        for number in range(2):
+            epoch = missing if number == (phase == "sums") else awaited
+            flags[number].fill_(epoch)
+            words[number].fill_(epoch << 32)  # stamps of rows of zeros
+        gathered = tokens.dispatch(1, *rows, 2 * count)
+        sums = tokens.combine(1, gathered[0], count)  # compiled before time is taken
         torch.cuda.synchronize()
         if missing == awaited:
             tokens.check()
-            assert torch.equal(sums, gathered[0][:2])
+            assert torch.equal(sums, gathered[0][:count])
             continue
         with pytest.raises(DWDPError, match="rank 1 did not come to a round"):
             tokens.check()
         began = time.monotonic()
-        tokens.dispatch(1, *rows, 3)
-        tokens.combine(1, gathered[0], 2)
+        tokens.dispatch(1, *rows, 2 * count)
+        tokens.combine(1, gathered[0], count)
         torch.cuda.synchronize()
         assert time.monotonic() - began < 0.4
