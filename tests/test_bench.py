@@ -19,6 +19,7 @@ from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, visible_
 from vllm_dwdp.entrypoints.bench.rank import Held, Ran, make_prompts, prompt_lengths
 from vllm_dwdp.entrypoints.bench.report import GIB, chart, less, reading, summarize, table, total
 from vllm_dwdp.entrypoints.bench.room import too_large, weight_bytes
+from vllm_dwdp.entrypoints.bench.serve import ServeSettings
 from vllm_dwdp.entrypoints.plan.model import parse
 from vllm_dwdp.entrypoints.plan.source import RESIZING
 from vllm_dwdp.errors import DWDPError
@@ -207,7 +208,7 @@ def test_engines_are_those_of_vllm_serve_unless_told():
     "options, complaint",
     [
         (["--modes", "dwdp,pp"], "--modes has pp"),
-        (["--modes", "dwdp+slots=3,ep+slots=3"], "--modes has ep"),
+        (["--modes", "dwdp+slots=3,tp+slots=3"], r"--modes has tp\+slots=3, which is none of"),
         (["--modes", "dwdp+slotz=3"], "slotz in --modes is no option; did you mean slots in --modes"),
         (["--ratio", "1.5"], "--ratio"),
         (["--rounds", "0"], "--rounds"),
@@ -236,6 +237,8 @@ def test_wrong_settings_are_refused_in_one_line(options, complaint, capsys):
     [
         ("dwdp,ep", True, "--modes has ep: vLLM's CPU build has no expert parallelism"),
         ("dwdp,ep+all2all_backend=pigeon", False, "all2all_backend=pigeon: this vLLM has deepep_high_throughput, "),
+        ("dwdp,ep+max_num_seqs=8+pigeon=1", False, "pigeon=1: pigeon is no argument of this vLLM"),
+        ("dwdp,ep+model=other", False, "model is no argument of this vLLM, or one that the modes set themselves"),
         ("dwdp,ep+all2all_backend=nixl_ep", False, "ask for 8193 tokens in a sequence, "),
     ],
     ids=str,
@@ -276,9 +279,12 @@ def test_what_cannot_start_is_refused_in_one_line(tmp_path, monkeypatch, capsys,
 
 
 def test_expert_parallelism_with_a_backend_is_the_base_where_it_is_faster():
-    mode = "ep+all2all_backend=nixl_ep"
+    mode = "ep+all2all_backend=nixl_ep+cudagraph_capture_sizes=1 2 8192"
     loads = load_arguments(settings("--modes", mode), mode, 256, 1)
     assert len(loads) == 2 and loads[1]["engine"]["all2all_backend"] == "nixl_ep"
+    assert loads[1]["engine"]["cudagraph_capture_sizes"] == [1, 2, 8192]
+    told = ServeSettings(model="m", modes=(mode,)).arguments(mode)
+    assert told[-5:] == ["--all2all-backend=nixl_ep", "--cudagraph-capture-sizes", "1", "2", "8192"]
     readings = [reading_of("dwdp", 1), reading_of("ep", 4), reading_of(mode, 2)]
     rows = summarize(["dwdp", "ep", mode], [256], False, readings, {}, {})
     assert [row.ratio_to_ep for row in rows] == [2, 0.5, 1]

@@ -1,19 +1,20 @@
 """What cannot run, said in one line before anything loads."""
 
 import contextlib
+import dataclasses
 import shlex
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_dwdp.entrypoints.bench.modes import OWN_ARGUMENTS, kind, own_options
 from vllm_dwdp.entrypoints.bench.origin import on_cpu
 from vllm_dwdp.entrypoints.bench.tokenizer import FILES
 from vllm_dwdp.entrypoints.plan.source import read_config
 from vllm_dwdp.errors import DWDPError
 
 NOT_CHOSEN = {"naive", "pplx", "passthrough"}  # vLLM runs another in their stead, or sets it by itself
-ALL2ALL = "ep+all2all_backend="
 
 
 def refuse_impossible(modes: Sequence[str], model: str, tokens: int, overrides: dict[str, Any], spelt: str) -> None:
@@ -57,12 +58,23 @@ def refuse_unservable(model: str, serve_args: str) -> None:
 
 
 def refuse_modes(modes: Sequence[str]) -> None:
-    """Expert parallelism needs a GPU, and a backend that vLLM has."""
-    if on_cpu() and (parallel := [mode for mode in modes if mode.split("+")[0] == "ep"]):
+    """Expert parallelism needs a GPU, arguments that vLLM has, and a backend of its."""
+    parallel = [mode for mode in modes if kind(mode) == "ep"]
+    if on_cpu() and parallel:
         raise DWDPError(f"--modes has {parallel[0]}: vLLM's CPU build has no expert parallelism; leave it out")
-    asked = [mode.removeprefix(ALL2ALL) for mode in modes if mode.startswith(ALL2ALL)]
-    if asked and (unknown := set(asked) - set(known := all2all_backends())):
-        raise DWDPError(f"--modes has {ALL2ALL}{min(unknown)}: this vLLM has {', '.join(known)}")
+    for mode in parallel:
+        for name, value in own_options(mode).items():
+            if name not in ep_arguments():
+                raise DWDPError(f"--modes has {mode}: {name} is no argument of this vLLM, or one that the modes set themselves")
+            if name == "all2all_backend" and value not in (known := all2all_backends()):
+                raise DWDPError(f"--modes has {mode}: this vLLM has {', '.join(known)}")
+
+
+def ep_arguments() -> set[str]:
+    """What a mode of expert parallelism may carry."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return {field.name for field in dataclasses.fields(EngineArgs)} - OWN_ARGUMENTS | {"all2all_backend"}
 
 
 def all2all_backends() -> list[str]:

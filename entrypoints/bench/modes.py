@@ -20,8 +20,8 @@ OWN_ARGUMENTS = frozenset({
 DECODE_DEFAULTS = {"input_len": 128, "output_len": 64}
 
 Positive = Annotated[int, Meta(gt=0)]
-MODE = re.compile(r"dwdp(\+\w+=[^+]+)*|ep(\+all2all_backend=\w+)?|tp|single")
-SPELLINGS = {"dwdp": "dwdp, dwdp+OPTION=VALUE", "ep": "ep, ep+all2all_backend=NAME"}
+MODE = re.compile(r"(dwdp|ep)(\+\w+=[^+]+)*|tp|single")
+SPELLINGS = {"dwdp": "dwdp, dwdp+OPTION=VALUE", "ep": "ep, ep+ARGUMENT=VALUE"}
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,8 +31,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     size: Annotated[Positive, Meta(description="GPUs, and ranks of dwdp and ep")] = 2
     modes: Annotated[
         tuple[str, ...],
-        Meta(min_length=1, description="which modes, in which order; dwdp may carry options of its own and ep "
-                                       "all2all_backend, as in dwdp+cache_gib=4+slots=3"),
+        Meta(min_length=1, description="which modes, in which order; dwdp may carry options of its own and ep vLLM's "
+                                       "arguments, as in dwdp+cache_gib=4+slots=3 and ep+all2all_backend=NAME"),
     ] = ("dwdp", "ep", "tp", "single")
     decode: Annotated[
         tuple[Positive, ...],
@@ -131,9 +131,9 @@ def kind(mode: str) -> str:
 
 
 def own_options(mode: str) -> dict[str, Any]:
-    """The options that a mode carries after its kind."""
+    """The options that a mode carries after its kind. Several values of one are a list, with spaces between them."""
     given = (option.split("=", 1) for option in mode.split("+")[1:])
-    return {name: scalar(value) for name, value in given}
+    return {name: [scalar(each) for each in value.split()] if " " in value else scalar(value) for name, value in given}
 
 
 def refuse_misspelt(modes: Sequence[str], kinds: Sequence[str]) -> None:

@@ -77,9 +77,11 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
             "ep": ["--data-parallel-size", str(self.size), "--enable-expert-parallel"],
             "tp": ["--tensor-parallel-size", str(self.size)],
         }[kind(mode)]
-        prefix = "--dwdp-" if is_dwdp(mode) else "--"
-        flags = [f"{prefix}{name.replace('_', '-')}={value}" for name, value in own_options(mode).items()]
-        return [*shlex.split(self.serve_args), *own, *flags]
+        told = [*shlex.split(self.serve_args), *own]
+        for name, value in own_options(mode).items():
+            flag = ("--dwdp-" if is_dwdp(mode) else "--") + name.replace("_", "-")
+            told += [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+        return told
 
 
 class Serving(Comparison):
