@@ -15,7 +15,7 @@ from vllm_dwdp.entrypoints import cli
 from vllm_dwdp.entrypoints.bench import checks, engines
 from vllm_dwdp.entrypoints.bench import run as bench
 from vllm_dwdp.entrypoints.bench.engines import EngineFailure, Engines, last_exception
-from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, visible_devices
+from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, short, visible_devices
 from vllm_dwdp.entrypoints.bench.rank import Held, Ran, make_prompts, prompt_lengths
 from vllm_dwdp.entrypoints.bench.report import GIB, chart, less, reading, summarize, table, total
 from vllm_dwdp.entrypoints.bench.room import too_large, weight_bytes
@@ -209,6 +209,7 @@ def test_engines_are_those_of_vllm_serve_unless_told():
     [
         (["--modes", "dwdp,pp"], "--modes has pp"),
         (["--modes", "dwdp+slots=3,tp+slots=3"], r"--modes has tp\+slots=3, which is none of"),
+        (["--modes", "ep+a=1 2 9,ep+a=1 3 9"], r"no table could tell apart"),
         (["--modes", "dwdp+slotz=3"], "slotz in --modes is no option; did you mean slots in --modes"),
         (["--ratio", "1.5"], "--ratio"),
         (["--rounds", "0"], "--rounds"),
@@ -284,6 +285,7 @@ def test_expert_parallelism_with_a_backend_is_the_base_where_it_is_faster():
     assert len(loads) == 2 and loads[1]["engine"]["all2all_backend"] == "nixl_ep"
     assert loads[1]["engine"]["cudagraph_capture_sizes"] == [1, 2, 8192]
     told = ServeSettings(model="m", modes=(mode,)).arguments(mode)
+    assert short(mode) == "ep+all2all_backend=nixl_ep+cudagraph_capture_sizes=1..8192", "no file has a name of 300 bytes"
     assert told[-5:] == ["--all2all-backend=nixl_ep", "--cudagraph-capture-sizes", "1", "2", "8192"]
     readings = [reading_of("dwdp", 1), reading_of("ep", 4), reading_of(mode, 2)]
     rows = summarize(["dwdp", "ep", mode], [256], False, readings, {}, {})

@@ -11,6 +11,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$out"
 export PYTHONPATH="${PYTHONPATH:-}:$here"
 bench="python3 -P -m vllm_dwdp.entrypoints.cli bench --model $model --load-format dummy"
+failed=0
 serving="python3 -P -m vllm_dwdp.entrypoints.cli bench --serve --model $model"
 layers='{"num_hidden_layers": 12}'
 engine='{"kv_cache_memory_bytes": 3221225472}'
@@ -33,26 +34,29 @@ for part; do
     steps)  # milliseconds of a prompt's only step, peers idle and alike, and what of it the device is busy
       timeout 300 python3 -P "$here/step_times.py" "$model" "$out/steps" dwdp,$rival $lengths "${ENGINE:-{\}}" ;;
     decode)  # milliseconds a step by requests per GPU
-      timeout 330 $bench --modes ${DECODE_MODES:-dwdp,$rival,dwdp+dispatch=off} --decode $batches --hf-overrides "$layers" \
+      timeout 330 $bench --modes "${DECODE_MODES:-dwdp,$rival,dwdp+dispatch=off}" --decode $batches --hf-overrides "$layers" \
         --engine-args "$engine" --side-by-side --rounds 2 --repeats 2 --max-num-batched-tokens 16384 --out "$out/decode" ;;
     prefill)  # tokens/s per GPU by tokens a step
       timeout 280 $bench --modes dwdp,$rival,single --hf-overrides "$layers" --engine-args "$engine" --side-by-side \
         --max-num-batched-tokens $steps --num-prompts $prompts --rounds 2 --repeats 2 --out "$out/prefill" ;;
     serve)  # real servers, vLLM's defaults
-      timeout 560 $serving --modes ${SERVE_MODES:-dwdp,$rival} --side-by-side --loads "$loads" \
+      timeout 560 $serving --modes "${SERVE_MODES:-dwdp,$rival}" --side-by-side --loads "$loads" \
         --serve-args "$serve ${SERVE_ARGS:-}" --timeout 240 --out "$out/serve" ;;
     unequal)  # one rank has long prompts, the other chats
       timeout 400 $serving --modes dwdp,$rival --side-by-side --loads "$unequal" \
         --serve-args "$serve" --timeout 240 --out "$out/unequal" ;;
     tests)
       DWDP_RECORD="$out/tests.json" timeout 480 python3 -P -m pytest -q -n 4 --dist worksteal -m gpu "$here" > "$out/tests.log" 2>&1
-      tail -15 "$out/tests.log" ;;
+      ended=$?; tail -15 "$out/tests.log"; (exit $ended) ;;
     before)  # prefill beside other installs of this package, in the folders of $BEFORE
       timeout 200 python3 -P "$here/compare_versions.py" "$model" "$out/before.json" $BEFORE "${PYTHONPATH%%:*}" ;;
     sanitize)
       timeout 280 compute-sanitizer --tool memcheck --target-processes all --report-api-errors no --error-exitcode 3 \
         python3 -P -m pytest -q -m gpu "$here/test_transport.py" "$here/test_tokens.py" -k "views or sums" > "$out/sanitize.log" 2>&1
-      tail -5 "$out/sanitize.log" ;;
+      ended=$?; tail -5 "$out/sanitize.log"; (exit $ended) ;;
   esac
-  echo "$part: exit $?"
+  ended=$?
+  echo "$part: exit $ended"
+  [ $ended = 0 ] || failed=1
 done
+exit $failed

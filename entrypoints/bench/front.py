@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from vllm_dwdp.entrypoints.bench.loads import FIGURES
+from vllm_dwdp.entrypoints.bench.modes import short
 from vllm_dwdp.entrypoints.bench.report import aligned, color
 
 HEADER = ("in:out:rate:count", "mode", "requests/s", "tokens/s/GPU", "tokens/s/user", "TTFT ms", "TTFT p99", "TPOT ms",
@@ -64,7 +65,7 @@ def summarize(modes: Sequence[str], loads: Sequence[str], measured: Sequence[Mea
 def table(rows: Sequence[Row]) -> str:
     """All rows as aligned text."""
     lines = [[
-        row.load, row.mode, f"{row.requests_per_s:.2f}", f"{row.tokens_per_s_per_gpu:,.0f}",
+        row.load, short(row.mode), f"{row.requests_per_s:.2f}", f"{row.tokens_per_s_per_gpu:,.0f}",
         "-" if row.tokens_per_s_per_user is None else f"{row.tokens_per_s_per_user:.1f}",
         *(f"{ms:,.1f}" for ms in row.latencies_ms),
     ] for row in rows]
@@ -93,7 +94,7 @@ def picture(rows: Sequence[Row], title: str, path: Path) -> None:
             own = [row for row in shown if row.mode == mode and row.load.startswith(f"{length}:")]
             own.sort(key=lambda row: float(row.load.split(":")[2]))
             users, gpus = [row.tokens_per_s_per_user for row in own], [row.tokens_per_s_per_gpu for row in own]
-            axes.plot(users, gpus, "o-", color=color(mode, modes), label=mode)
+            axes.plot(users, gpus, "o-", color=color(mode, modes), label=short(mode))
             for row in own:
                 axes.annotate(
                     label(row.load),

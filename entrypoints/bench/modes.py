@@ -136,12 +136,19 @@ def own_options(mode: str) -> dict[str, Any]:
     return {name: [scalar(each) for each in value.split()] if " " in value else scalar(value) for name, value in given}
 
 
+def short(mode: str) -> str:
+    """A mode in tables, pictures and names of files: of several values of an argument the first and the last."""
+    return re.sub(r"=([^ +]+) [^+]*?([^ +]+)(?=\+|$)", r"=\1..\2", mode).replace("/", "-")
+
+
 def refuse_misspelt(modes: Sequence[str], kinds: Sequence[str]) -> None:
-    """Raises DWDPError for a mode that is none of these kinds."""
+    """Raises DWDPError for a mode that is none of these kinds, and for two that look alike."""
     for mode in modes:
         if not MODE.fullmatch(mode) or kind(mode) not in kinds:
             known = ", ".join(SPELLINGS.get(each, each) for each in kinds)
             raise DWDPError(f"--modes has {mode}, which is none of {known}")
+        if alike := [other for other in modes if other != mode and short(other) == short(mode)]:
+            raise DWDPError(f"--modes has {mode} and {alike[0]}, which no table could tell apart: leave one out")
 
 
 def visible_devices(mode: str, devices: Sequence[str] | None, size: int) -> list[str | None]:

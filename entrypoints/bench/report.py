@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from vllm_dwdp.entrypoints.bench.modes import short
 from vllm_dwdp.entrypoints.bench.rank import Held, Ran
 
 GIB = 2**30
@@ -155,7 +156,7 @@ def cells(row: Row, form: str) -> list[str]:
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    name = [row.mode, format(row.point, ",")]
+    name = [short(row.mode), format(row.point, ",")]
     if not (row.num_readings or row.held_per_gpu):
         return name
     held = row.held_per_gpu
@@ -195,7 +196,7 @@ def chart(rows: Sequence[Row], decode: bool, title: str, path: Path) -> None:
         own = [row for row in rows if row.mode == mode and row.num_readings]
         where = {point: at + (index - (len(modes) - 1) / 2) * width for at, point in enumerate(points)}
         read = {row.point for row in own}
-        named = mode.replace("+", "\n+")
+        named = short(mode).replace("+", "\n+")
         places |= {at: named if point in read else f"{named}\n(none)" for point, at in where.items()}
         medians, lowest, highest = ([getattr(row, name) for row in own] for name in ("median", "lowest", "highest"))
         below, above = ([b - a for a, b in zip(*pair, strict=True)] for pair in ((lowest, medians), (medians, highest)))

@@ -13,7 +13,7 @@ from vllm_dwdp.channel import free_port
 from vllm_dwdp.entrypoints.bench.checks import refuse_impossible
 from vllm_dwdp.entrypoints.bench.comparison import Comparison
 from vllm_dwdp.entrypoints.bench.engines import EngineFailure, Engines
-from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, visible_devices
+from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, short, visible_devices
 from vllm_dwdp.entrypoints.bench.origin import cuda_devices, origin, query_gpus
 from vllm_dwdp.entrypoints.bench.rank import Held
 from vllm_dwdp.entrypoints.bench.report import FORMATS, POINTS, UNITS, Reading, chart, less, reading, summarize, table, total
@@ -54,7 +54,7 @@ class Bench(Comparison):
         except DWDPError:  # sizes that the plan cannot read: vLLM will say
             return
         for mode, why in too_large(settings, model, min(total_mib) * 2**20).items():
-            self.say(f"{mode}: {why}")
+            self.say(f"{short(mode)}: {why}")
             points = settings.decode or settings.max_num_batched_tokens
             self.failures |= {(mode, point): why for point in points}
 
@@ -68,7 +68,7 @@ class Bench(Comparison):
                     for mode in able:
                         self._start(tokens, mode)
                     for mode in able:
-                        with self._noting_failure(tokens, mode, f"{tokens} tokens a step, {mode}") as where:
+                        with self._noting_failure(tokens, mode, f"{tokens} tokens a step, {short(mode)}") as where:
                             self._load(tokens, mode, where)
                 for round in range(1, settings.rounds + 1):
                     for mode in settings.modes:
@@ -96,7 +96,7 @@ class Bench(Comparison):
         points = self._points(tokens)
         if (mode, points[0]) in self.failures:
             return
-        where = f"{tokens} tokens a step, round {round} of {self.settings.rounds}, {mode}"
+        where = f"{tokens} tokens a step, round {round} of {self.settings.rounds}, {short(mode)}"
         with self._noting_failure(tokens, mode, where):
             if mode not in self.running:
                 self._start(tokens, mode)
@@ -116,7 +116,7 @@ class Bench(Comparison):
         """Start the ranks of a mode, which all load at once."""
         settings = self.settings
         engines = self.running[mode] = Engines(
-            name=f"{mode}-{tokens}-{len(self.measured)}", logs=self.logs, timeout_s=settings.timeout,
+            name=f"{short(mode)}-{tokens}-{len(self.measured)}", logs=self.logs, timeout_s=settings.timeout,
             visible_devices=visible_devices(mode, self.devices, settings.size),
         )
         engines.tell("load", *load_arguments(settings, mode, tokens, free_port()))

@@ -15,7 +15,7 @@ from vllm_dwdp.entrypoints.bench import client, front
 from vllm_dwdp.entrypoints.bench.checks import model_config, refuse_impossible
 from vllm_dwdp.entrypoints.bench.comparison import Comparison
 from vllm_dwdp.entrypoints.bench.loads import Load, Mix, counted, names, put_under_load, warm_up
-from vllm_dwdp.entrypoints.bench.modes import Positive, is_dwdp, kind, own_options, refuse_misspelt
+from vllm_dwdp.entrypoints.bench.modes import Positive, is_dwdp, kind, own_options, refuse_misspelt, short
 from vllm_dwdp.entrypoints.bench.origin import cuda_devices, origin
 from vllm_dwdp.entrypoints.bench.tokenizer import tokenizer_for
 from vllm_dwdp.entrypoints.server import Server, SessionFailure
@@ -129,13 +129,13 @@ class Serving(Comparison):
             yield
         except (SessionFailure, OSError) as failure:
             self.failures[mode] = str(failure)
-            self.say(f"{mode}: failed: {failure}")
+            self.say(f"{short(mode)}: failed: {failure}")
             server.end()
 
     def _server(self, mode: str) -> Server:
         told = ["--tokenizer", self.tokenizer, *self.settings.arguments(mode)]
-        server = Server(self.settings.model, told, self.logs / f"serve-{mode}.log")
-        self.say(f"{mode}: {shlex.join(server.command)}")
+        server = Server(self.settings.model, told, self.logs / f"serve-{short(mode)}.log")
+        self.say(f"{short(mode)}: {shlex.join(server.command)}")
         return server
 
     def _prepare(self, mode: str, server: Server) -> None:
@@ -145,10 +145,10 @@ class Serving(Comparison):
             nonlocal said_s
             if elapsed_s > said_s + SAY_EVERY_S:
                 said_s = elapsed_s
-                self.say(f"{mode}: starts since {elapsed_s:.0f} s")
+                self.say(f"{short(mode)}: starts since {elapsed_s:.0f} s")
 
         took_s = server.wait_until_ready(self.settings.timeout, waiting)
-        self.say(f"{mode}: serves after {took_s:.0f} s; warm up")
+        self.say(f"{short(mode)}: serves after {took_s:.0f} s; warm up")
         warm_up(server, self.mixes[0][0], self.settings.model)
 
     def _read(self, mode: str, server: Server, mix: Mix, repeat: int, seed: int) -> None:
@@ -158,12 +158,12 @@ class Serving(Comparison):
         whole = tuple(msgspec.structs.replace(load, rank=None) for load in mix)  # to tensor parallelism all ranks are one
         figures = put_under_load(
             server, whole if kind(mode) == "tp" else mix, seed=seed, model=self.settings.model, tokenizer=self.tokenizer,
-            logs=self.logs / f"{mode}-{repeat}", timeout_s=self.settings.timeout,
+            logs=self.logs / f"{short(mode)}-{repeat}", timeout_s=self.settings.timeout,
         )
         spent = {name: value - before.get(name, 0) for name, value in counted(server).items()} if streams else {}
         for name, own in zip(names(mix), figures, strict=True):
             self.measured.append(read := front.Measured(mode=mode, load=name, repeat=repeat, dwdp=spent, **own))
-            self.say(f"{mode}, {name}, {repeat} of {self.settings.repeats}: {read.request_throughput:.2f} requests/s, "
+            self.say(f"{short(mode)}, {name}, {repeat} of {self.settings.repeats}: {read.request_throughput:.2f} requests/s, "
                      f"TTFT {read.median_ttft_ms:.0f} ms, TPOT {read.median_tpot_ms:.1f} ms")
         if self.sweeps and mix == self.settings.first_mixes[-1]:
             self.sweeps = False
@@ -191,7 +191,7 @@ class Serving(Comparison):
             title += ", eager"
         print(f"\n{title}; medians of {settings.repeats}\n\n{front.table(rows)}\n")
         for mode, reason in self.failures.items():
-            print(f"{mode} failed: {reason}")
+            print(f"{short(mode)} failed: {reason}")
         written = [self.out / "serving.json"]
         if any(row.tokens_per_s_per_user for row in rows):
             try:
