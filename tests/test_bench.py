@@ -190,7 +190,7 @@ def test_a_mode_that_cannot_fit_is_not_loaded(pretenders, monkeypatch, capsys):
 def test_decode_has_defaults_of_its_own():
     prefill, decode = settings(), settings("--decode", "1,64")
     assert (prefill.input_len, prefill.output_len) == (8192, 1)
-    assert (decode.input_len, decode.output_len, decode.decode) == (128, 64, (1, 64))
+    assert (decode.input_len, decode.output_len, decode.decode) == (128, 256, (1, 64))
     assert settings("--decode", "2", "--input-len", "9").input_len == 9
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that is owed on two GPUs, in one visit. Run where vLLM is importable: tests/visit.sh MODEL OUT PART...
 #   MODEL: a folder with Qwen3-30B-A3B's config.json. OUT gets JSON, pictures and logs. Parts, with seconds on two H100s:
-#   before (155)  layers (40)  steps (200)  decode (110)  prefill (200)  serve (500)  unequal (260)  tests (400)  sanitize (220)
+#   before (155)  layers (40)  steps (200)  decode (150)  prefill (200)  serve (500)  unequal (260)  tests (400)  sanitize (220)
 # DECODE_MODES and SERVE_MODES name the bench's modes for decode and serve, LOADS the servers' loads, SERVE_ARGS further arguments
 # of theirs, ENGINE (JSON) those of the engines whose steps are timed.
 # VISIT_CPU=1 goes through the same steps with a tiny model on CPU.

@@ -17,7 +17,7 @@ OWN_ARGUMENTS = frozenset({
     "model", "tensor_parallel_size", "data_parallel_size", "enable_expert_parallel", "max_num_batched_tokens",
     "all2all_backend", "additional_config", "worker_extension_cls",
 })
-DECODE_DEFAULTS = {"input_len": 128, "output_len": 64}
+DECODE_DEFAULTS = {"input_len": 128, "output_len": 256}
 
 Positive = Annotated[int, Meta(gt=0)]
 MODE = re.compile(r"(dwdp|ep)(\+\w+=[^+]+)*|tp|single")
@@ -37,7 +37,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     decode: Annotated[
         tuple[Positive, ...],
         Meta(description="measure decode steps instead of prefill, at these batch sizes per GPU, such as 1,4,16,64; "
-                         "then --input-len is 128 and --output-len 64, if not given"),
+                         "then --input-len is 128 and --output-len 256, if not given"),
     ] = ()
     input_len: Annotated[Positive, Meta(description="longest prompt, in tokens")] = 8192
     ratio: Annotated[
