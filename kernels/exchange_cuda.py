@@ -8,7 +8,7 @@ alone and a dispatched one. Rows that a sender has few of travel as stamped word
 import triton
 import triton.language as tl
 
-from vllm_dwdp.kernels.arrivals_cuda import raise_flag, settle, stamped, wait_for_flag, wait_for_words
+from vllm_dwdp.kernels.arrivals_cuda import THREADS, raise_flag, settle, stamped, wait_for_flag, wait_for_words
 
 
 @triton.jit
@@ -80,15 +80,19 @@ def _routed(e, w, is_k, owners, ME: tl.constexpr, IS_OWN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["layer", "num_rows", "rows"])
 def dispatch_rows(hidden, ids, weights, out_hidden, out_ids, out_weights, control, peers, owners, failed, error,
-              layer, num_rows, rows, stride_hidden, E: tl.constexpr, ME: tl.constexpr, N: tl.constexpr,
-              ROWS: tl.constexpr, STAMPED: tl.constexpr, H: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr,
-              BLOCK_K: tl.constexpr, R: tl.constexpr, AT_IDS: tl.constexpr, AT_WEIGHTS: tl.constexpr, AT_HIDDEN: tl.constexpr,
-              AT_STAMPED: tl.constexpr, AT_CHOICES: tl.constexpr, LANES: tl.constexpr, LIMIT_NS: tl.constexpr):
+                  layer, num_rows, rows, stride_hidden, E: tl.constexpr, ME: tl.constexpr, N: tl.constexpr, STAMPED: tl.constexpr,
+                  SEAT_H: tl.constexpr, SEAT_K: tl.constexpr, SEAT_W: tl.constexpr, SEAT_C: tl.constexpr, H: tl.constexpr,
+                  K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, AT_IDS: tl.constexpr,
+                  AT_WEIGHTS: tl.constexpr, AT_HIDDEN: tl.constexpr, AT_STAMPED: tl.constexpr, AT_CHOICES: tl.constexpr,
+                  LANES: tl.constexpr, LIMIT_NS: tl.constexpr):
     program, programs = tl.program_id(0), tl.num_programs(0)
     dtype: tl.constexpr = hidden.dtype.element_ty
     W: tl.constexpr = H * dtype.primitive_bitwidth // 32
     BLOCK_W: tl.constexpr = BLOCK_H * dtype.primitive_bitwidth // 32
-    is_word, is_choice = tl.arange(0, BLOCK_W) < W, (tl.arange(0, BLOCK_K) < K)[:, None] & (tl.arange(0, 2) < 2)[None, :]
+    BLOCK_C: tl.constexpr = max(BLOCK_K, THREADS // 2)  # a word for each thread
+    is_word, place = tl.arange(0, BLOCK_W) < W, tl.arange(0, BLOCK_C)
+    is_place = place < K
+    is_choice = is_place[:, None] & (tl.arange(0, 2) < 2)[None, :]
     epoch, mask = tl.load(control) + layer, tl.load(control + 1)
     owners = owners + mask * E
     mine = tl.minimum(tl.load(control + 2 + ME), num_rows)
@@ -96,7 +100,6 @@ def dispatch_rows(hidden, ids, weights, out_hidden, out_ids, out_weights, contro
         pass
     elif mine <= STAMPED:
         stride = stride_hidden * dtype.primitive_bitwidth // 32
-        place, is_place = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_K) < K
         for row in range(program, mine, programs):
             x = tl.load(hidden.to(tl.pointer_type(tl.int32)) + row * stride + tl.arange(0, BLOCK_W), mask=is_word)
             e = tl.load(ids + row * K + place, mask=is_place).to(tl.int32)
@@ -105,19 +108,19 @@ def dispatch_rows(hidden, ids, weights, out_hidden, out_ids, out_weights, contro
             for peer in tl.static_range(N):
                 if peer != ME:
                     if (mask >> peer) & 1 != 0:
-                        base, to = tl.load(peers + peer), _seat(ME, peer) * STAMPED + row
-                        tl.store(_word(_at(base, AT_STAMPED, tl.int64), to, W, BLOCK_W), stamped(x, epoch), mask=is_word)
-                        tl.store(_choice(_at(base, AT_CHOICES, tl.int64), to, K, BLOCK_K), stamped(choice, epoch), mask=is_choice)
+                        base, seat = tl.load(peers + peer), _seat(ME, peer)
+                        to, chosen = _at(base, AT_STAMPED, tl.int64) + seat * SEAT_W, _at(base, AT_CHOICES, tl.int64) + seat * SEAT_C
+                        tl.store(_word(to, row, W, BLOCK_W), stamped(x, epoch), mask=is_word)
+                        tl.store(_choice(chosen, row, K, BLOCK_C), stamped(choice, epoch), mask=is_choice)
     else:
         for lane in range(program, _lanes(mine, R, LANES), programs):
             for peer in tl.static_range(N):
                 if peer != ME:
                     if (mask >> peer) & 1 != 0:
                         base = tl.load(peers + peer)
-                        first = _seat(ME, peer) * ROWS
-                        to_hidden = _at(base, AT_HIDDEN, dtype) + first * H
-                        to_ids = _at(base, AT_IDS, tl.int32) + first * K
-                        to_weights = _at(base, AT_WEIGHTS, tl.float32) + first * K
+                        to_hidden = _at(base, AT_HIDDEN, dtype) + _seat(ME, peer) * SEAT_H
+                        to_ids = _at(base, AT_IDS, tl.int32) + _seat(ME, peer) * SEAT_K
+                        to_weights = _at(base, AT_WEIGHTS, tl.float32) + _seat(ME, peer) * SEAT_K
                         for row in range(lane * R, mine, LANES * R):
                             is_h, is_k = _inside(row, mine, H, BLOCK_H, R), _inside(row, mine, K, BLOCK_K, R)
                             x = tl.load(_rows(hidden, row, stride_hidden, BLOCK_H, R), mask=is_h)
@@ -144,13 +147,12 @@ def dispatch_rows(hidden, ids, weights, out_hidden, out_ids, out_weights, contro
         if turn > 0:
             if count <= STAMPED:
                 lanes = lanes * 0
+                came = _at(here, AT_STAMPED, tl.int64) + _seat(sender, ME) * SEAT_W
+                chosen = _at(here, AT_CHOICES, tl.int64) + _seat(sender, ME) * SEAT_C
                 for row in range(program, count, programs):
-                    came = _seat(sender, ME) * STAMPED + row
-                    at, chosen = _at(here, AT_STAMPED, tl.int64), _at(here, AT_CHOICES, tl.int64)
-                    x = wait_for_words(_word(at, came, W, BLOCK_W), is_word, epoch, sender, failed, error, LIMIT_NS)
-                    choice = wait_for_words(_choice(chosen, came, K, BLOCK_K), is_choice, epoch, sender, failed, error, LIMIT_NS)
+                    x = wait_for_words(_word(came, row, W, BLOCK_W), is_word, epoch, sender, failed, error, LIMIT_NS)
+                    choice = wait_for_words(_choice(chosen, row, K, BLOCK_C), is_choice, epoch, sender, failed, error, LIMIT_NS)
                     e, w = tl.split(choice)
-                    place, is_place = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_K) < K
                     e, w = _routed(e, w.to(tl.float32, bitcast=True), is_place, owners, ME, False)
                     tl.store(_word(out_hidden.to(tl.pointer_type(tl.int32)), begin + row, W, BLOCK_W), x, mask=is_word)
                     tl.store(out_ids + (begin + row) * K + place, e.to(out_ids.dtype.element_ty), mask=is_place)
@@ -165,10 +167,9 @@ def dispatch_rows(hidden, ids, weights, out_hidden, out_ids, out_weights, contro
                     w = tl.load(_rows(weights, row, K, BLOCK_K, R), mask=is_k, other=0.0).to(tl.float32)
                     x = tl.load(_rows(hidden, row, stride_hidden, BLOCK_H, R), mask=is_h, other=0.0)
                 else:
-                    first = _seat(sender, ME) * ROWS
-                    from_ids = _rows(_at(here, AT_IDS, tl.int32) + first * K, row, K, BLOCK_K, R)
-                    from_weights = _rows(_at(here, AT_WEIGHTS, tl.float32) + first * K, row, K, BLOCK_K, R)
-                    from_hidden = _rows(_at(here, AT_HIDDEN, dtype) + first * H, row, H, BLOCK_H, R)
+                    from_ids = _rows(_at(here, AT_IDS, tl.int32) + _seat(sender, ME) * SEAT_K, row, K, BLOCK_K, R)
+                    from_weights = _rows(_at(here, AT_WEIGHTS, tl.float32) + _seat(sender, ME) * SEAT_K, row, K, BLOCK_K, R)
+                    from_hidden = _rows(_at(here, AT_HIDDEN, dtype) + _seat(sender, ME) * SEAT_H, row, H, BLOCK_H, R)
                     e = tl.load(from_ids, mask=is_k, other=-1, cache_modifier=".cg")
                     w = tl.load(from_weights, mask=is_k, other=0.0, cache_modifier=".cg")
                     x = tl.load(from_hidden, mask=is_h, other=0.0, cache_modifier=".cg")
@@ -184,35 +185,36 @@ def dispatch_rows(hidden, ids, weights, out_hidden, out_ids, out_weights, contro
 
 
 @triton.jit(do_not_specialize=["layer", "num_rows"])
-def combine_sums(partial, out, control, peers, failed, error, layer, num_rows, stride_partial,
-             ME: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, STAMPED: tl.constexpr, H: tl.constexpr,
-             BLOCK_H: tl.constexpr, R: tl.constexpr, AT_SUMS: tl.constexpr, AT_STAMPED: tl.constexpr, LANES: tl.constexpr,
-             LIMIT_NS: tl.constexpr):
+def combine_sums(partial, out, control, peers, failed, error, layer, num_rows, stride_partial, ME: tl.constexpr, N: tl.constexpr,
+                 STAMPED: tl.constexpr, SEAT_H: tl.constexpr, SEAT_W: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
+                 R: tl.constexpr, AT_SUMS: tl.constexpr, AT_STAMPED: tl.constexpr, LANES: tl.constexpr, LIMIT_NS: tl.constexpr):
     program, programs = tl.program_id(0), tl.num_programs(0)
     dtype: tl.constexpr = partial.dtype.element_ty
     W: tl.constexpr = H * dtype.primitive_bitwidth // 32
     BLOCK_W: tl.constexpr = BLOCK_H * dtype.primitive_bitwidth // 32
     is_word = tl.arange(0, BLOCK_W) < W
     epoch, mask = tl.load(control) + layer, tl.load(control + 1)
+    told = tl.where(tl.load(failed) == 0, epoch, 0)  # what is computed from rows that did not come is nobody's sum
     for peer in tl.static_range(N):
         if peer != ME:
             if (mask >> peer) & 1 != 0:
                 begin, theirs = tl.load(control + 2 + N + peer), tl.load(control + 2 + peer)
                 base = tl.load(peers + peer)
                 if theirs <= STAMPED:
-                    stride, stamps = stride_partial * dtype.primitive_bitwidth // 32, _at(base, AT_STAMPED, tl.int64)
+                    stride = stride_partial * dtype.primitive_bitwidth // 32
+                    stamps = _at(base, AT_STAMPED, tl.int64) + _seat(ME, peer) * SEAT_W
                     for row in range(program, theirs, programs):
                         x = tl.load(partial.to(tl.pointer_type(tl.int32)) + (begin + row) * stride + tl.arange(0, BLOCK_W), mask=is_word)
-                        tl.store(_word(stamps, _seat(ME, peer) * STAMPED + row, W, BLOCK_W), stamped(x, epoch), mask=is_word)
+                        tl.store(_word(stamps, row, W, BLOCK_W), stamped(x, told), mask=is_word)
                 else:
-                    to = _at(base, AT_SUMS, dtype) + _seat(ME, peer) * ROWS * H
+                    to = _at(base, AT_SUMS, dtype) + _seat(ME, peer) * SEAT_H
                     for lane in range(program, _lanes(theirs, R, LANES), programs):
                         for row in range(lane * R, theirs, LANES * R):
                             is_h = _inside(row, theirs, H, BLOCK_H, R)
                             x = tl.load(_rows(partial, begin + row, stride_partial, BLOCK_H, R), mask=is_h)
                             tl.store(_rows(to, row, H, BLOCK_H, R), x, mask=is_h)
                         settle()
-                        raise_flag(_flag(base, 1, ME, lane, N, LANES), epoch)
+                        raise_flag(_flag(base, 1, ME, lane, N, LANES), told)
     begin = tl.load(control + 2 + N + ME)
     mine = tl.minimum(tl.load(control + 2 + ME), num_rows)
     base = tl.load(peers + ME)
@@ -226,7 +228,7 @@ def combine_sums(partial, out, control, peers, failed, error, layer, num_rows, s
                         own = partial + (begin + row) * stride_partial + tl.arange(0, BLOCK_H)
                         total += tl.load(own, mask=is_number, other=0.0).to(tl.float32)
                     elif (mask >> rank) & 1 != 0:
-                        at = _word(_at(base, AT_STAMPED, tl.int64), _seat(rank, ME) * STAMPED + row, W, BLOCK_W)
+                        at = _word(_at(base, AT_STAMPED, tl.int64) + _seat(rank, ME) * SEAT_W, row, W, BLOCK_W)
                         total += _numbers(wait_for_words(at, is_word, epoch, rank, failed, error, LIMIT_NS), dtype)
             tl.store(out + row * H + tl.arange(0, BLOCK_H), total.to(dtype), mask=is_number)
     else:
@@ -247,6 +249,6 @@ def combine_sums(partial, out, control, peers, failed, error, layer, num_rows, s
                         total += tl.load(sums, mask=has_h, other=0.0).to(tl.float32)
                     else:
                         came = has_h & (((mask >> rank) & 1) != 0)
-                        sums = _rows(here + _seat(rank, ME) * ROWS * H, row, H, BLOCK_H, R)
+                        sums = _rows(here + _seat(rank, ME) * SEAT_H, row, H, BLOCK_H, R)
                         total += tl.load(sums, mask=came, other=0.0, cache_modifier=".cg").to(tl.float32)
                 tl.store(_rows(out, row, H, BLOCK_H, R), total.to(dtype), mask=is_h)

@@ -84,6 +84,11 @@ class InboxMap:
         return self.stamped_sums + 2 * self.itemsize * (self.size - 1) * self.stamped * self.hidden
 
     @property
+    def row_bytes(self) -> int:
+        """Of the widest row."""
+        return self.hidden * self.itemsize
+
+    @property
     def stamped(self) -> int:
         """The most rows of one sender that travel as stamped words."""
         return min(self.rows, STAMPED)

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 import torch
 import triton
 
-from vllm_dwdp.kernels.arrivals_cuda import WARPS
+from vllm_dwdp.kernels.arrivals_cuda import THREADS, WARPS
 from vllm_dwdp.kernels.exchange_cuda import combine_sums, dispatch_rows
 from vllm_dwdp.kernels.tokens import FEW, LANES, WAIT_S, InboxMap, RoundLayout, TokenExchange, alone, did_not_come
 
 RING = 16  # steps whose control words may be under way at once
+REGISTERS = 128  # of a thread at most, so that two programs find room on every SM: a waiting one keeps out none that has to send
+WIDE = 32768  # numbers of a row, times ranks: of more, compilers take more registers
 TILE = 8192  # numbers that a program moves at once where rows are many: 16 KB in flight on every SM
 
 
@@ -27,11 +29,11 @@ class CudaTokens(TokenExchange):
         self._owners = [torch.tensor(table, dtype=torch.int32, device=device) for table in owners]
         self._control = torch.zeros(2 + 2 * at.size, dtype=torch.int64, device=device)
         self._failed = torch.zeros(1, dtype=torch.int32, device=device)
-        self._staged = torch.zeros(RING, 2 + 2 * at.size, dtype=torch.int64, pin_memory=True)
-        self._error = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        self._staged, self._error = self._pinned((RING, 2 + 2 * at.size), torch.int64), self._pinned((1,), torch.int32)
         self._rows = list(zip(self._staged, self._staged.numpy(), strict=True))  # numpy's views cost the host least
         self._error_word = self._error.numpy()
         self._turn = 0
+        self._most = self._room(device)
         self.begin(alone(rank, at.size, at.rows))  # of forwards outside of steps
 
     def begin(self, layout: RoundLayout) -> None:
@@ -45,36 +47,50 @@ class CudaTokens(TokenExchange):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         at, (num_rows, width), top_k = self._at, hidden.shape, ids.shape[1]
         gathered, new_ids, new_weights = hidden.new_empty(rows, width), ids.new_empty(rows, top_k), weights.new_empty(rows, top_k)
-        assert ids.is_contiguous() and weights.is_contiguous() and hidden.stride(1) == 1
+        assert ids.is_contiguous() and weights.is_contiguous() and _has_words(hidden)
         owners = self._owners[layer]
         dispatch_rows[self._programs(rows),](
             hidden, ids, weights, gathered, new_ids, new_weights, self._control, self._peers, owners, self._failed,
             self._error.data_ptr(), layer, num_rows, rows, hidden.stride(0), E=owners.shape[1], ME=self._rank, N=at.size,
-            ROWS=at.rows, STAMPED=at.stamped, H=width, K=top_k, BLOCK_H=triton.next_power_of_2(width),
-            BLOCK_K=triton.next_power_of_2(top_k), R=self._tile(rows, width), AT_IDS=at.ids, AT_WEIGHTS=at.weights,
+            STAMPED=at.stamped, SEAT_H=at.rows * at.row_bytes // hidden.itemsize, SEAT_K=at.rows * at.top_k,
+            SEAT_W=at.stamped * at.row_bytes // 4, SEAT_C=at.stamped * at.top_k * 2, H=width, K=top_k, BLOCK_H=_block(hidden),
+            BLOCK_K=triton.next_power_of_2(top_k), R=self._tile(rows, hidden), AT_IDS=at.ids, AT_WEIGHTS=at.weights,
             AT_HIDDEN=at.hiddens, AT_STAMPED=at.stamped_hiddens, AT_CHOICES=at.stamped_choices, LANES=LANES,
-            LIMIT_NS=int(WAIT_S * 1e9), num_warps=WARPS,
+            LIMIT_NS=int(WAIT_S * 1e9), num_warps=WARPS, maxnreg=self._registers(hidden),
         )
         return gathered, new_weights, new_ids
 
     def combine(self, layer: int, partial: torch.Tensor, num_rows: int) -> torch.Tensor:
         at, width = self._at, partial.shape[1]
+        assert _has_words(partial)
         out = partial.new_empty(num_rows, width)
         combine_sums[self._programs(partial.shape[0]),](
             partial, out, self._control, self._peers, self._failed, self._error.data_ptr(), layer, num_rows,
-            partial.stride(0), ME=self._rank, N=at.size, ROWS=at.rows, STAMPED=at.stamped, H=width,
-            BLOCK_H=triton.next_power_of_2(width), R=self._tile(partial.shape[0], width), AT_SUMS=at.sums,
-            AT_STAMPED=at.stamped_sums, LANES=LANES, LIMIT_NS=int(WAIT_S * 1e9), num_warps=WARPS,
+            partial.stride(0), ME=self._rank, N=at.size, STAMPED=at.stamped, SEAT_H=at.rows * at.row_bytes // partial.itemsize,
+            SEAT_W=at.stamped * at.row_bytes // 4, H=width, BLOCK_H=_block(partial), R=self._tile(partial.shape[0], partial),
+            AT_SUMS=at.sums, AT_STAMPED=at.stamped_sums, LANES=LANES, LIMIT_NS=int(WAIT_S * 1e9), num_warps=WARPS,
+            maxnreg=self._registers(partial),
         )
         return out
 
     @staticmethod
-    def _programs(num_rows: int) -> int:
-        return max(min(num_rows // 2, LANES), 1)
+    def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
-    def _tile(self, rows: int, width: int) -> int:
+    @staticmethod
+    def _room(device: torch.device) -> int:
+        """How many programs run at once: every one that waits, and those of the rows that peers wait for."""
+        return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+    def _programs(self, num_rows: int) -> int:
+        return max(min(num_rows // 2, LANES, self._most), 1)
+
+    def _registers(self, numbers: torch.Tensor) -> int | None:
+        return REGISTERS if _block(numbers) * self._at.size > WIDE else None
+
+    def _tile(self, rows: int, numbers: torch.Tensor) -> int:
         """Rows that go to a lane at once, which all members must have alike: of few, graphs may have more than agreed."""
-        return 1 if rows <= FEW * self._at.size else max(TILE // triton.next_power_of_2(width), 1)
+        return 1 if rows <= FEW * self._at.size else max(TILE // _block(numbers), 1)
 
     def check(self) -> None:
         if whom := self._error_word[0]:
@@ -82,3 +98,14 @@ class CudaTokens(TokenExchange):
 
     def close(self) -> None:
         torch.cuda.synchronize(self._control.device)
+
+
+def _block(numbers: torch.Tensor) -> int:
+    """The numbers of a row that a program takes: a power of two, and four bytes for each thread at least."""
+    return max(triton.next_power_of_2(numbers.shape[1]), 4 * THREADS.value // numbers.itemsize)
+
+
+def _has_words(numbers: torch.Tensor) -> bool:
+    """Whether every row is whole words of four bytes, one after the other."""
+    sizes = (numbers.shape[1] * numbers.itemsize, numbers.stride(0) * numbers.itemsize, numbers.data_ptr())
+    return numbers.stride(1) == 1 and not any(size % 4 for size in sizes)

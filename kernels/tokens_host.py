@@ -36,7 +36,8 @@ class HostTokens(TokenExchange):
 
     def _area(self, inbox: int, offset: int, sender: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         """[rows, columns] of what `sender` puts into an inbox at `offset`."""
-        start = offset + seat(sender, inbox) * self._at.rows * shape[1] * dtype.itemsize
+        row_bytes = self._at.row_bytes if offset >= self._at.hiddens else 4 * self._at.top_k
+        start = offset + seat(sender, inbox) * self._at.rows * row_bytes
         return self._bytes[inbox][start : start + shape[0] * shape[1] * dtype.itemsize].view(dtype).view(shape)
 
     def begin(self, layout: RoundLayout) -> None:
