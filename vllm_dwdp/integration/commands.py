@@ -5,7 +5,7 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm_dwdp import config, launcher
@@ -41,15 +41,18 @@ def _last_words(error: BaseException, reasons: Reasons) -> str | None:
         return reasons.first(FRONT_S if "died with exit code" in str(error) else 0)
     end, is_front = time.monotonic() + LAST_WORDS_S, "Frontend" in str(error)
     engines = [child for child in multiprocessing.active_children() if child.name.startswith("EngineCore")]
-    if is_front:  # engines go on until they are told, and then only say that they were
-        said = reasons.first(0)
-        for engine in engines:
-            engine.terminate()
+    if not is_front:  # whose engines do not know of it, and only say that they were told to end
+        _join(engines, end)
+    said = reasons.first(0 if is_front else LAST_WORDS_S)
+    for engine in engines:
+        engine.terminate()
+    _join(engines, time.monotonic() + LAST_WORDS_S)
+    return said or f"{type(error).__name__}: {error}"
+
+
+def _join(engines: Sequence[multiprocessing.process.BaseProcess], end: float) -> None:
     for engine in engines:
         engine.join(max(end - time.monotonic(), 0))
-    if not is_front:
-        said = reasons.first(LAST_WORDS_S)
-    return said or f"{type(error).__name__}: {error}"
 
 
 def refuse_in_child(error: DWDPError) -> None:

@@ -29,7 +29,8 @@ WORKER = "vllm_dwdp.integration.worker.DWDPWorker"
 # How often an idle rank looks whether a round asks for it: while rounds do and for some time after, and else.
 HOT_LOOK_S, HOT_S, LOOK_S = 50e-6, 0.05, 2e-3
 ENDED = 128 + signal.SIGTERM  # the status of an engine that a signal has ended
-WORKER_ENDED = ("Executor failed.", "cancelled")  # all that vLLM's executor says when its worker has
+# What vLLM's executor says first, and no more, when its worker has ended; one that fails tells its error itself, and earlier.
+WORKER_ENDED = ("Executor failed.", "cancelled", "WorkerProc initialization failed")
 _WAVES, _LOCKSTEP = "enable_wave_coordination", "coordinated_dp"
 
 
@@ -261,6 +262,6 @@ def run_engine_core(*args: Any, **kwargs: Any) -> None:
 
 
 def _reason(error: Exception, rank: int) -> Exception:
-    if isinstance(error, RuntimeError) and str(error) in WORKER_ENDED:
+    if str(error).startswith(WORKER_ENDED):
         return DWDPError(f"the worker of rank {rank} has ended and said nothing: something killed it, or its host lacks memory; restart")
     return error
