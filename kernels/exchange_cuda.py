@@ -85,6 +85,7 @@ def dispatch_rows(hidden, ids, weights, out_hidden, out_ids, out_weights, contro
                   K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, AT_IDS: tl.constexpr,
                   AT_WEIGHTS: tl.constexpr, AT_HIDDEN: tl.constexpr, AT_STAMPED: tl.constexpr, AT_CHOICES: tl.constexpr,
                   LANES: tl.constexpr, LIMIT_NS: tl.constexpr):
+    """Push own rows, `num_rows` at most, to every member; then gather own ones and theirs into `out_*`, with empty ones up to `rows`."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     dtype: tl.constexpr = hidden.dtype.element_ty
     W: tl.constexpr = H * dtype.primitive_bitwidth // 32
@@ -188,6 +189,7 @@ def dispatch_rows(hidden, ids, weights, out_hidden, out_ids, out_weights, contro
 def combine_sums(partial, out, control, peers, failed, error, layer, num_rows, stride_partial, ME: tl.constexpr, N: tl.constexpr,
                  STAMPED: tl.constexpr, SEAT_H: tl.constexpr, SEAT_W: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
                  R: tl.constexpr, AT_SUMS: tl.constexpr, AT_STAMPED: tl.constexpr, LANES: tl.constexpr, LIMIT_NS: tl.constexpr):
+    """Push back every member's rows of `partial`; then add own ones and those that come, in rank order, into `out`, `num_rows` rows."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     dtype: tl.constexpr = partial.dtype.element_ty
     W: tl.constexpr = H * dtype.primitive_bitwidth // 32
