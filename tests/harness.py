@@ -14,12 +14,12 @@ from typing import Any
 from vllm_dwdp.channel import free_port
 
 GPUS = len(list(Path("/dev").glob("nvidia[0-9]*")))
-CONTEXT = multiprocessing.get_context("forkserver")  # vLLM takes 8 s to import: once for all ranks
-CONTEXT.set_forkserver_preload(
-    ["vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.model_executor.models.qwen3_moe", "vllm.entrypoints.cli.serve",
-     "vllm.entrypoints.openai.api_server",
-     "vllm.v1.worker.gpu_worker" if GPUS else "vllm.v1.worker.cpu_worker"]  # the latter replaces torch's streams and pinned memory
-)
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch"] if os.environ.get("DWDP_NO_ENGINE") else [  # vLLM takes 8 s to import: once for all ranks
+    "vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.model_executor.models.qwen3_moe", "vllm.entrypoints.cli.serve",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.v1.worker.gpu_worker" if GPUS else "vllm.v1.worker.cpu_worker",  # the latter replaces torch's streams and pinned memory
+])
 ENGINE = dict(
     dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8, max_num_batched_tokens=256,
     kv_cache_memory_bytes=64 << 20, distributed_executor_backend="uni", seed=0, disable_log_stats=True,
