@@ -48,28 +48,28 @@ class CudaTokens(TokenExchange):
         at, (num_rows, width), top_k = self._at, hidden.shape, ids.shape[1]
         gathered, new_ids, new_weights = hidden.new_empty(rows, width), ids.new_empty(rows, top_k), weights.new_empty(rows, top_k)
         assert ids.is_contiguous() and weights.is_contiguous() and _has_words(hidden)
-        owners = self._owners[layer]
+        owners, block = self._owners[layer], _block(hidden)
         dispatch_rows[self._programs(rows),](
             hidden, ids, weights, gathered, new_ids, new_weights, self._control, self._peers, owners, self._failed,
             self._error.data_ptr(), layer, num_rows, rows, hidden.stride(0), E=owners.shape[1], ME=self._rank, N=at.size,
             STAMPED=at.stamped, SEAT_H=at.rows * at.row_bytes // hidden.itemsize, SEAT_K=at.rows * at.top_k,
-            SEAT_W=at.stamped * at.row_bytes // 4, SEAT_C=at.stamped * at.top_k * 2, H=width, K=top_k, BLOCK_H=_block(hidden),
-            BLOCK_K=triton.next_power_of_2(top_k), R=self._tile(rows, hidden), AT_IDS=at.ids, AT_WEIGHTS=at.weights,
+            SEAT_W=at.stamped * at.row_bytes // 4, SEAT_C=at.stamped * at.top_k * 2, H=width, K=top_k, BLOCK_H=block,
+            BLOCK_K=triton.next_power_of_2(top_k), R=self._tile(rows, block), AT_IDS=at.ids, AT_WEIGHTS=at.weights,
             AT_HIDDEN=at.hiddens, AT_STAMPED=at.stamped_hiddens, AT_CHOICES=at.stamped_choices, LANES=LANES,
-            LIMIT_NS=int(WAIT_S * 1e9), num_warps=WARPS, maxnreg=self._registers(hidden),
+            LIMIT_NS=int(WAIT_S * 1e9), num_warps=WARPS, maxnreg=self._registers(block),
         )
         return gathered, new_weights, new_ids
 
     def combine(self, layer: int, partial: torch.Tensor, num_rows: int) -> torch.Tensor:
-        at, width = self._at, partial.shape[1]
+        at, width, block = self._at, partial.shape[1], _block(partial)
         assert _has_words(partial)
         out = partial.new_empty(num_rows, width)
         combine_sums[self._programs(partial.shape[0]),](
             partial, out, self._control, self._peers, self._failed, self._error.data_ptr(), layer, num_rows,
             partial.stride(0), ME=self._rank, N=at.size, STAMPED=at.stamped, SEAT_H=at.rows * at.row_bytes // partial.itemsize,
-            SEAT_W=at.stamped * at.row_bytes // 4, H=width, BLOCK_H=_block(partial), R=self._tile(partial.shape[0], partial),
+            SEAT_W=at.stamped * at.row_bytes // 4, H=width, BLOCK_H=block, R=self._tile(partial.shape[0], block),
             AT_SUMS=at.sums, AT_STAMPED=at.stamped_sums, LANES=LANES, LIMIT_NS=int(WAIT_S * 1e9), num_warps=WARPS,
-            maxnreg=self._registers(partial),
+            maxnreg=self._registers(block),
         )
         return out
 
@@ -85,12 +85,12 @@ class CudaTokens(TokenExchange):
     def _programs(self, num_rows: int) -> int:
         return max(min(num_rows // 2, LANES, self._most), 1)
 
-    def _registers(self, numbers: torch.Tensor) -> int | None:
-        return REGISTERS if _block(numbers) * self._at.size > WIDE else None
+    def _registers(self, block: int) -> int | None:
+        return REGISTERS if block * self._at.size > WIDE else None
 
-    def _tile(self, rows: int, numbers: torch.Tensor) -> int:
+    def _tile(self, rows: int, block: int) -> int:
         """Rows that go to a lane at once, which all members must have alike: of few, graphs may have more than agreed."""
-        return 1 if rows <= FEW * self._at.size else max(TILE // _block(numbers), 1)
+        return 1 if rows <= FEW * self._at.size else max(TILE // block, 1)
 
     def check(self) -> None:
         if whom := self._error_word[0]:

@@ -71,22 +71,22 @@ def tell_when_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "last"),
-    [("Frontend process failed during engine core initialization. Failed frontend proc(s): {'ApiServer_0': None}", "RuntimeError: "),
+    ("words", "told"),
+    [("Frontend process failed during engine core initialization. Failed frontend proc(s): {'ApiServer_0': None}", None),
      ("Engine core initialization failed. Failed core proc(s): {'EngineCore_DP1': 1}", "the worker of rank 1 has ended")],
 )
-def test_engines_that_go_on_have_not_the_last_line(monkeypatch: pytest.MonkeyPatch, capsys, words: str, last: str) -> None:
+def test_engines_that_go_on_have_not_the_last_line(monkeypatch: pytest.MonkeyPatch, capsys, words: str, told: str | None) -> None:
     """Engines that know nothing of the failure would say more until vLLM ends them: they are ended before the sentence."""
     monkeypatch.setattr(commands, "LAST_WORDS_S", 3.0)
     commands.lead()
     engine = FORK.Process(target=tell_when_told, name="EngineCore_DP0")
     engine.start()
-    if not last.startswith("RuntimeError"):
-        fork(lambda: launcher.tell(DWDPError(last)))
+    if told:
+        fork(lambda: launcher.tell(DWDPError(told)))
     time.sleep(0.3)
     sys.excepthook(RuntimeError, RuntimeError(words), None)
     assert engine.exitcode == 3
-    assert capsys.readouterr().err.splitlines()[-1] == f"vllm-dwdp: error: {last}{words if last.startswith('RuntimeError') else ''}"
+    assert capsys.readouterr().err.splitlines()[-1] == f"vllm-dwdp: error: {told or f'RuntimeError: {words}'}"
 
 
 @pytest.mark.parametrize(

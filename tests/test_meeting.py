@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -55,12 +56,13 @@ def run(size: int, steps: int, harm: signal.Signals | None, seed: int) -> tuple[
     """The rounds, as each rank saw them, and how late the survivors were; rank 0 comes to harm at a random moment, after some rounds."""
     fd, rounds, late = create(size), defaultdict(dict), {}
     pipes = [FORK.Pipe(duplex=False) for _ in range(size)]
-    ranks = [FORK.Process(target=wander, args=(fd, r, size, seed + r, steps, pipes[r][1])) for r in range(size)]
+    endless = {0: sys.maxsize} if harm else {}  # whom harm must find under way, however late it comes
+    ranks = [FORK.Process(target=wander, args=(fd, r, size, seed + r, endless.get(r, steps), pipes[r][1])) for r in range(size)]
     for rank, (_, end) in zip(ranks, pipes, strict=True):
         rank.start()
         end.close()
     os.close(fd)
-    before = SOME + random.Random(seed).randrange(150)  # harm, which some 300 have without it
+    before = SOME + random.Random(seed).randrange(80)  # harm: the survivors' steps make some 300
     survivors = list(range(1 if harm else 0, size))
     waiting = {pipes[r][0] for r in range(size)}
     end = time.monotonic() + 30
@@ -80,6 +82,7 @@ def run(size: int, steps: int, harm: signal.Signals | None, seed: int) -> tuple[
                     late[rank] = said
                 else:
                     rounds[made.number][rank] = (made, said)
+        assert harm is None, "no harm has come"
     finally:
         for rank in ranks:
             rank.kill()

@@ -155,7 +155,8 @@ def check_rounds(
 ) -> None:
     """`stamped` stands for STAMPED.
 
-    With `room` every forward has `num_rows` rows, and room for so many of all ranks, as in a graph; else as the round, or some more."""
+    With `room` every forward has `num_rows` rows, and room for so many of all ranks, as in a graph; else as the round, or some more.
+    """
     tokens.STAMPED = stamped
     at = InboxMap(size=size, rows=num_rows, hidden=width, top_k=top_k, itemsize=dtype.itemsize)
     ranks = Ranks(rank, size, kind, pipes, at=at, per_rank=per_rank, num_layers=num_layers)

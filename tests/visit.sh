@@ -6,12 +6,11 @@
 # of theirs, ENGINE (JSON) those of the engines whose steps are timed.
 # VISIT_CPU=1 goes through the same steps with a tiny model on CPU.
 set -u
-model=$1 out=$2; shift 2
+model=$1 out=$2 failed=0; shift 2
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$out"
 export PYTHONPATH="${PYTHONPATH:-}:$here"
 bench="python3 -P -m vllm_dwdp.entrypoints.cli bench --model $model --load-format dummy"
-failed=0
 serving="python3 -P -m vllm_dwdp.entrypoints.cli bench --serve --model $model"
 layers='{"num_hidden_layers": 12}'
 engine='{"kv_cache_memory_bytes": 3221225472}'

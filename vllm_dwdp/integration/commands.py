@@ -39,18 +39,19 @@ def _last_words(error: BaseException, reasons: Reasons) -> str | None:
     """Why a child of this process has failed; None where none has said."""
     if "engine core" not in str(error).lower():  # which vLLM says of a child that it does not name a reason of
         return reasons.first(FRONT_S if "died with exit code" in str(error) else 0)
-    end, is_front = time.monotonic() + LAST_WORDS_S, "Frontend" in str(error)
+    is_front = "Frontend" in str(error)
     engines = [child for child in multiprocessing.active_children() if child.name.startswith("EngineCore")]
     if not is_front:  # whose engines do not know of it, and only say that they were told to end
-        _join(engines, end)
+        _join(engines)
     said = reasons.first(0 if is_front else LAST_WORDS_S)
     for engine in engines:
         engine.terminate()
-    _join(engines, time.monotonic() + LAST_WORDS_S)
+    _join(engines)
     return said or f"{type(error).__name__}: {error}"
 
 
-def _join(engines: Sequence[multiprocessing.process.BaseProcess], end: float) -> None:
+def _join(engines: Sequence[multiprocessing.process.BaseProcess]) -> None:
+    end = time.monotonic() + LAST_WORDS_S
     for engine in engines:
         engine.join(max(end - time.monotonic(), 0))
 
