@@ -13,6 +13,7 @@ VLLM := 0.32.0
 WITH := 0.33.0
 ONLY ?=
 REQUESTS ?= 20000
+QUICK := and not slow
 TORCH := torch==2.13.0+cpu
 TRITON := .venv/triton-3.6.0
 
@@ -26,16 +27,17 @@ demo: setup ## serve a tiny model on two ranks and compare every answer with sto
 
 check: setup ## lint, check types and run the tests that start no engine, within 90 s
 	@$(BIN)/ruff check .
-	@$(MAKE) --no-print-directory types
-	@DWDP_NO_ENGINE=1 $(BIN)/pytest -q -n 2 --dist worksteal -m "not engine and not gpu and not slow" $(ARGS)
+	@$(MAKE) --no-print-directory types & types=$$!; \
+	DWDP_NO_ENGINE=1 $(BIN)/pytest -q -n 2 --dist worksteal -m "not engine and not gpu $(QUICK)" $(ARGS) && wait $$types
 
 types: setup ## check types, as check does
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)  # the package as it is installed
 	@cp -rs $(CURDIR)/vllm_dwdp $(TYPES) && cp -rs $(CURDIR)/kernels $(CURDIR)/entrypoints $(TYPES)/vllm_dwdp
 	@cd $(TYPES) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p vllm_dwdp
 
-test: check $(TRITON) ## check, then run the tests that start engines; ARGS="-k placement" goes to pytest
-	@$(BIN)/pytest -m "(engine or slow) and not gpu" $(ARGS)
+test: QUICK =
+test: $(TRITON) check ## check, slow tests too, then run the tests that start engines; ARGS="-k placement" goes to pytest
+	@$(BIN)/pytest -m "engine and not gpu" $(ARGS)
 
 models: setup ## compare every family of tests/families.py with stock vLLM and write docs/models.md; ARGS="--only 'qwen*'" refreshes rows
 	@$(BIN)/python tests/models.py $(ARGS)

@@ -391,12 +391,13 @@ def test_side_by_side_loads_all_modes_at_once_if_told_what_the_kv_cache_takes(pr
     assert [row["num_readings"] for row in result["rows"]] == [6, 6, 6]
 
 
-@pytest.mark.parametrize("model, reason", [("die", "exit code 7"), ("hang", "rank 0, run: not finished after 4 s")])
+@pytest.mark.parametrize("model, reason", [("die", "exit code 7"), ("hang", "rank 0, run: not finished after 1 s")])
 def test_a_rank_that_dies_or_hangs_is_named(pretenders, model, reason):
     asked = settings("--model", model)
-    engines = Engines(name="x", visible_devices=[None, None], logs=pretenders, timeout_s=4)
+    engines = Engines(name="x", visible_devices=[None, None], logs=pretenders, timeout_s=20)
     try:
         engines.ask("load", "load", *load_arguments(asked, "dwdp", 256, 1))
+        engines.timeout_s = 1
         with pytest.raises(EngineFailure, match=reason):
             engines.ask("run", "run", {"num_prompts": 1, "output_len": 1})
     finally:

@@ -77,7 +77,7 @@ def tell_when_told() -> None:
 )
 def test_engines_that_go_on_have_not_the_last_line(monkeypatch: pytest.MonkeyPatch, capsys, words: str, told: str | None) -> None:
     """Engines that know nothing of the failure would say more until vLLM ends them: they are ended before the sentence."""
-    monkeypatch.setattr(commands, "LAST_WORDS_S", 3.0)
+    monkeypatch.setattr(commands, "LAST_WORDS_S", 1.0)
     commands.lead()
     engine = FORK.Process(target=tell_when_told, name="EngineCore_DP0")
     engine.start()

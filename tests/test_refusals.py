@@ -198,16 +198,24 @@ def test_a_connector_that_numbers_ports_by_rank(configure, monkeypatch, connecto
     checks.refuse_unsupported(made, msgspec.structs.replace(options, rank=0, rendezvous="127.0.0.1:1"))
 
 
+@pytest.fixture(scope="module")
+def looked_at(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder in which vLLM remembers what it found out about a model, in a process that finds torchvision there, too."""
+    folder: Path = tmp_path_factory.mktemp("looked-at")
+    (folder / "torchvision.py").write_text(TORCHVISION)
+    return str(folder)
+
+
+@pytest.mark.engine
 @pytest.mark.parametrize(
     "engine_args",
     [{"mm_encoder_only": True}, {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_producer"}}],
     ids=["asked for", "producer"],
 )
-def test_instances_that_only_encode(configure, models, engine_args: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_instances_that_only_encode(configure, models, engine_args: dict, looked_at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Are refused as such, not after loading for the experts that they have not built; a model that does both passes."""
-    (tmp_path / "torchvision.py").write_text(TORCHVISION)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # for the process in which vLLM looks at a model
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))  # which it does not where it has
+    monkeypatch.setenv("PYTHONPATH", looked_at)
+    monkeypatch.setenv("VLLM_CACHE_ROOT", looked_at)
     seeing = dict(model=models(FAMILIES["qwen3_vl_moe"]), **ENGINES["qwen3_vl_moe"])
     configure(**seeing)
     with pytest.raises(DWDPError) as raised:
