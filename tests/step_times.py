@@ -33,7 +33,7 @@ from vllm_dwdp.entrypoints.server import kill_session
 LAYERS, REPEATS = 24, 12
 TOKENS = "256,512,1024,2048,4096,8192"
 LOAD_S, ASK_S, END_S = 200, 60, 10
-EXCHANGES = re.compile(r"^_(dispatch|combine)\b|nccl", re.IGNORECASE)
+EXCHANGES = re.compile(r"^(dispatch_rows|combine_sums)\b|nccl", re.IGNORECASE)
 
 
 def serve(keywords: dict[str, Any], devices: str | None, pipe: Connection) -> None:

@@ -174,21 +174,18 @@ def test_what_cannot_run_is_refused_in_one_line(models, capsys, given, named) ->
 
 def test_the_front_has_a_line_a_mode(tmp_path: Path) -> None:
     """Tokens/s per user are 1000 / TPOT; a load without further tokens has none."""
+    beside = names(tuple(map(Load.of, ("64:8:2:9@0", "64:1:2:9@1"))))[0]
     measured = [
         front.Measured(mode=mode, load=load, repeat=repeat, dwdp={}, **figures(repeat) | {"median_tpot_ms": tpot_ms})
         for mode in ("dwdp", "ep") for repeat in (1, 3)
-        for load, tpot_ms in (("64:8:2:9", 20.0), ("64:8:inf:9", 50.0), ("64:1:2:9", 0.0))
+        for load, tpot_ms in (("64:8:2:9", 20.0), ("64:8:inf:9", 50.0), ("64:1:2:9", 0.0), (beside, 10.0))
     ]
-    rows = front.summarize(["dwdp", "ep"], ["64:8:2:9", "64:8:inf:9", "64:1:2:9"], measured, 2)
-    assert [row.tokens_per_s_per_user for row in rows] == [50, 50, 20, 20, None, None]
+    rows = front.summarize(["dwdp", "ep"], ["64:8:2:9", "64:8:inf:9", "64:1:2:9", beside], measured, 2)
+    assert [row.tokens_per_s_per_user for row in rows] == [50, 50, 20, 20, None, None, 100, 100]
+    assert front.points(rows) == rows[:4], "ranks with loads of their own make no point"
     assert {(row.tokens_per_s_per_gpu, row.requests_per_s) for row in rows} == {(200, 2)}
     front.picture(rows, "title", tmp_path / "front.png")
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_point_has_the_rate_of_its_own_load() -> None:
-    mix = tuple(map(Load.of, ("8192:8:inf:64@0", "512:256:2:16@1")))
-    assert [front.label(name) for name in names(mix)] == ["all at once", "2/s"]
 
 
 def test_a_load_reads_as_it_is_written() -> None:

@@ -78,14 +78,19 @@ def label(load: str) -> str:
     return "all at once" if rate == "inf" else f"{rate}/s"
 
 
+def points(rows: Sequence[Row]) -> list[Row]:
+    """Rows with a place on the front: of loads that generate, and that all ranks shared."""
+    return [row for row in rows if row.tokens_per_s_per_user is not None and "@" not in row.load]
+
+
 def picture(rows: Sequence[Row], title: str, path: Path) -> None:
-    """The front: a panel for each length of prompts and outputs, a line a mode, a point a rate.
+    """The front: a panel for each length of prompts and outputs, a line a mode, a point a rate. At least one row is one of `points`.
 
     Raises ImportError without matplotlib.
     """
     from matplotlib.figure import Figure
 
-    shown = [row for row in rows if row.tokens_per_s_per_user is not None]
+    shown = points(rows)
     modes = list(dict.fromkeys(row.mode for row in shown))
     lengths = list(dict.fromkeys(":".join(row.load.split(":")[:2]) for row in shown))
     figure = Figure(figsize=(5.5 * len(lengths), 4.5), layout="constrained")

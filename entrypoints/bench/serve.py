@@ -193,7 +193,7 @@ class Serving(Comparison):
         for mode, reason in self.failures.items():
             print(f"{short(mode)} failed: {reason}")
         written = [self.out / "serving.json"]
-        if any(row.tokens_per_s_per_user for row in rows):
+        if front.points(rows):
             try:
                 front.picture(rows, title, self.out / "serving.png")
                 written.append(self.out / "serving.png")
