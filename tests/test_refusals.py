@@ -206,7 +206,7 @@ def looked_at(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.mark.engine
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "engine_args",
     [{"mm_encoder_only": True}, {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_producer"}}],
