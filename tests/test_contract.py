@@ -89,7 +89,7 @@ ATTRIBUTES = {
     MOE + "modular_kernel:FusedMoEKernel": "prepare_finalize fused_experts",
     MOE + "runner.moe_runner:MoERunner": "_forward_entry shared_experts",
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader": "local_expert_ids",
-    "vllm.v1.core.sched.output:SchedulerOutput": "total_num_scheduled_tokens scheduled_encoder_inputs",
+    "vllm.v1.core.sched.output:SchedulerOutput": "total_num_scheduled_tokens scheduled_encoder_inputs has_sync_kv_loads",
     "vllm.model_executor.models.gpt_oss:GptOssModel": "config",
     MOE + "config:FusedMoEQuantConfig": " ".join(proof._STATIC),
     QUANTIZATION + "mxfp4:GptOssMxfp4MoEMethod": "experts_cls",

@@ -176,6 +176,15 @@ def test_a_large_step_that_is_not_ready_asks_nobody() -> None:
     assert fakes.said() == [("check",), ("large", pytest.approx(11.0, abs=0.5))]
 
 
+def test_a_small_step_that_is_not_ready_goes_alone() -> None:
+    """No peer's device waits in a round for a prompt's images to be encoded, or for KV to be loaded."""
+    made = make(fakes := Fakes(joined=OURS))
+    made.begin_step(SMALL, is_ready=False)
+    assert fakes.said()[:2] == [("check",), ("large", pytest.approx(0.0, abs=0.5))] and made.padded == 4
+    made.end_step()
+    assert ("record", "event 2") in fakes.said(), "peers know when its device has ended it"
+
+
 def test_a_small_step_goes_with_a_large_one_and_not_with_two_in_a_row() -> None:
     """Whichever of the two comes first."""
     fakes = Fakes(joined=(whole := Round(9, (0, 1), (SMALL, MEDIUM))))
@@ -325,9 +334,9 @@ def test_vllm_runs_the_graph_that_a_round_has_agreed_on_or_none(
         runner = types.SimpleNamespace(dispatch_cg_and_sync_dp=choose)
         patch.setitem(sys.modules, CHOOSE_GRAPH.module, runner)
         patch.setattr(dispatching, "has_graphs", lambda _: True)
-        made = make(Fakes(joined=tokens and Round(9, (0, 1), (SMALL, tokens))), sizes)
-        fit_to_round(None, made)
-        for _ in range(2):
+        for _ in range(2):  # an engine, and one after it in the same process
+            made = make(Fakes(joined=tokens and Round(9, (0, 1), (SMALL, tokens))), sizes)
+            fit_to_round(None, made)
             made.begin_step(SMALL)
             runner.dispatch_cg_and_sync_dp(None, 2, SMALL, None, need_eager=False)
             made.end_step()

@@ -12,6 +12,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from vllm_dwdp import config
+from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import launch, watchdog, worker
 from vllm_dwdp.kernels.tokens import did_not_come
 
@@ -67,6 +68,20 @@ def test_a_worker_that_has_left_does_not_help_by_itself() -> None:
     made.dwdp_leave()
     made.dwdp_help_until(lambda: False)
     assert left == [True]
+
+
+def test_why_an_idle_worker_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It helps between the engine's calls, where nobody asks it for an answer."""
+    def help(*_: Any) -> None:
+        raise did_not_come(1)
+
+    told: list[BaseException] = []
+    monkeypatch.setattr(worker.launcher, "tell", told.append)
+    made = object.__new__(worker.DWDPWorker)
+    made.dwdp, made._is_idle = types.SimpleNamespace(dispatch=types.SimpleNamespace(help=help)), True
+    with pytest.raises(DWDPError):
+        made.dwdp_help_until(lambda: False)
+    assert [str(error) for error in told] == [str(did_not_come(1))]
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -1,7 +1,9 @@
 """Invariant: every wait of the rendezvous ends - in agreement, or within its timeout naming rank and reason."""
 
 import contextlib
+import itertools
 import os
+import resource
 import socket
 import time
 from collections.abc import Callable
@@ -12,11 +14,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from vllm_dwdp import descriptors, rendezvous
 from vllm_dwdp.channel import Channel, Listener, name, parse
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.exchange import PeerClient, PeerServer
 from vllm_dwdp.kernels.host import HostDevice
 from vllm_dwdp.rendezvous import Group, Hello, PeerStopped, agree, agree_where_common
+from vllm_dwdp.store import StoreServer
 
 from harness import await_that, free_port
 
@@ -182,6 +186,32 @@ def test_handles() -> None:
     await_that(lambda: len(os.listdir("/proc/self/fd")) <= before, "the serving thread to close its descriptors", 5)
 
 
+def test_a_receiver_that_may_open_no_more_says_so() -> None:
+    """At once: the kernel drops the descriptors that it has no room for, and the peer has sent all."""
+    address, limits = f"\0test-{os.getpid()}-few", resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def hand_over(channel: Channel) -> None:
+        channel.recv()
+        channel.send(b"+")
+        socket.send_fds(channel.socket, [b"+"], [sent.fileno()] * 20)
+        channel.recv()
+
+    listener = Listener(address, b"key", hand_over)
+    client = PeerClient(Peer(), 1, address, b"key")
+    with open(os.devnull) as sent:
+        opened = set(map(int, os.listdir("/proc/self/fd")))
+        few = next(limit for limit in itertools.count(10) if limit - sum(fd < limit for fd in opened) == 10)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (few, limits[1]))
+            said = f"{few} open files are too few .* raise ulimit -n"
+            with pytest.raises(DWDPError, match=said), descriptors.named(), client.fetch(3, 20):
+                pass
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        client.close()
+    listener.close()
+
+
 @pytest.mark.parametrize("kind", ["handles", "contents"])
 def test_why_a_peer_cannot_hand_over(kind: str) -> None:
     """An error in the thread that serves is the peer's own reason, in one line."""
@@ -284,6 +314,24 @@ def test_peers_have_read_everything_when_the_store_closes() -> None:
         return answer
 
     assert together(work) == [[values] * 3] * 3
+
+
+def test_a_rank_that_is_stopped_while_it_settles_still_hears(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 waits for it a while and serves on; what was said is dropped once it has read it."""
+    monkeypatch.setattr(rendezvous, "_FAREWELL_S", 0.2)
+    servers: list[StoreServer] = []
+
+    def work(group: Group) -> None:
+        servers.extend([group._server] if group._server else [])
+        if group.rank == 1:
+            has = group._client.has
+            monkeypatch.setattr(group._client, "has", lambda key: (time.sleep(0.5), has(key))[1])
+        group.settle()
+        if group._server:
+            assert group._server._values, "rank 1 has not read it yet"
+            await_that(lambda: not servers[0]._values, "rank 1 to have read it", 5)
+
+    assert together(work, size=2, timeout_s=5) == [None] * 2
 
 
 def test_what_is_common_must_be_alike() -> None:

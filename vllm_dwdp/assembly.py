@@ -96,9 +96,10 @@ class StreamedModel:
     def start(self) -> None:
         """Fill the first slots. To be called once the layers are bound."""
         self.prefetcher.start()
-        streamed = sum(nbytes for layer in self.weights for *_, nbytes in layer.copies)
+        own = range(self.prefetcher.schedule.num_layers)  # a draft's layers follow
+        streamed = sum(nbytes for at in own for *_, nbytes in self.weights[at].copies)
         logger.info(budget.announce(
-            [layer.size for layer in self.layers], rank=self.rank, streamed_bytes=streamed,
+            [self.layers[at].size for at in own], rank=self.rank, streamed_bytes=streamed,
             direct_max_tokens=self.prefetcher.direct_max_tokens, held_bytes=sum(self.memory_bytes().values()),
         ))
 

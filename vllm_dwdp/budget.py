@@ -61,10 +61,11 @@ def cache_bytes(
     remote = max(layer.remote_bytes for layer in layers)
     room -= options.slots * remote + inbox_bytes
     within = f"beside the shard within {setting}"
+    inbox, smaller = (f" and an inbox of {inbox_bytes / GIB:.2f} GiB", "--dwdp-dispatch off, ") if inbox_bytes else ("", "")
     if room < 0:
         raise DWDPError(
-            f"{options.slots} slots of {remote / GIB:.2f} GiB do not fit {within}: {-room / GIB:.2f} GiB are "
-            f"missing; use more ranks, --dwdp-slots 2 or {remedy}"
+            f"{options.slots} slots of {remote / GIB:.2f} GiB{inbox} do not fit {within}: {-room / GIB:.2f} GiB are "
+            f"missing; use more ranks, --dwdp-slots 2, {smaller}or {remedy}"
         )
     if options.cache_gib == "auto":
         floor = int(options.cache_floor_gib * GIB) - (limit.kv_cache_memory_bytes or 0)
@@ -74,7 +75,7 @@ def cache_bytes(
     wanted = min(wanted, remote * len(layers))
     if wanted > room:
         raise DWDPError(
-            f"--dwdp-cache-gib {options.cache_gib} and {options.slots} slots do not fit {within}: the largest cache "
+            f"--dwdp-cache-gib {options.cache_gib} and {options.slots} slots{inbox} do not fit {within}: the largest cache "
             f"that does is --dwdp-cache-gib {room // (GIB // 100) / 100:.2f}"
         )
     return wanted

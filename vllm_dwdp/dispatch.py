@@ -123,12 +123,14 @@ class Dispatch:
     def begin_step(self, num_tokens: int, is_ready: bool = True) -> bool:
         """Meet the peers, if the step is worth it. Returns whether its layers dispatch: with peers, or alone in a graph.
 
-        A large step that is not ready, as it has inputs to encode first, is offered to nobody.
+        A step that is not ready, as it has inputs to encode or KV to load first, is nobody's to wait for: it goes alone.
         """
         self.tokens.check()
         self._in_step, self._is_marked = True, True
-        if num_tokens > self.limits.max_tokens:
-            made = self._offer(num_tokens) if is_ready else self._announce(num_tokens)
+        if not is_ready:
+            made = self._announce(num_tokens)
+        elif num_tokens > self.limits.max_tokens:
+            made = self._offer(num_tokens)
         else:
             made = self._meet(num_tokens) if self.meets else None
         if made is not None:

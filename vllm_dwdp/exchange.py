@@ -6,7 +6,9 @@ handles are FABRIC bytes, through the store itself.
 
 import array
 import contextlib
+import errno
 import itertools
+import os
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -160,10 +162,12 @@ class PeerClient:
             with self._naming(f"layer {layer}"):
                 self._ask(layer)
                 while len(fds) < count:
-                    data, more, _, _ = socket.recv_fds(self._channel.socket, 1, _FDS_PER_MESSAGE)
+                    data, more, flags, _ = socket.recv_fds(self._channel.socket, 1, _FDS_PER_MESSAGE)
                     if not data:
                         raise ConnectionResetError
                     fds += array.array("i", more)
+                    if flags & socket.MSG_CTRUNC:  # this process may have no more: the kernel has dropped the others
+                        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             yield fds
         finally:
             _close_all(fds)
@@ -184,7 +188,9 @@ class PeerClient:
             yield
         except TimeoutError:
             raise DWDPError(f"rank {self._peer} did not hand over {what} within {self._group.timeout_s:.0f} s") from None
-        except OSError:
+        except OSError as error:
+            if error.errno == errno.EMFILE:  # descriptors.named says so
+                raise
             self._group.raise_reported()
             raise DWDPError(f"rank {self._peer} ended while it handed over {what}: see its log") from None
 

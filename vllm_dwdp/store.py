@@ -20,11 +20,15 @@ class StoreServer:
         self._values: dict[str, bytes] = {}
         self._joined: dict[int, str] = {}  # rank: since when
         self._connected: set[int] = set()
+        self._is_retired = False
         self._lock = threading.Lock()
         self._listener = Listener(address, secret, self._serve)
 
     def retire(self, timeout_s: float) -> None:
-        """Wait until every rank has taken leave, then drop all values and answer nothing but that the group runs."""
+        """Wait until every rank has taken leave, then answer nothing but that the group runs.
+
+        A rank that is late, as it was stopped meanwhile, still reads what was said; then all of it is dropped.
+        """
         deadline = time.monotonic() + timeout_s
         while self._connected and time.monotonic() < deadline:
             time.sleep(_POLL_S)
@@ -32,7 +36,8 @@ class StoreServer:
             f"the DWDP group runs since {_now()}, and a rank that comes again cannot join it: stop and restart all "
             f"ranks of the group"
         )
-        self._values.clear()
+        self._is_retired = True
+        self._forget()
 
     def close(self) -> None:
         self._listener.close()
@@ -56,6 +61,11 @@ class StoreServer:
             self._values.setdefault(STOPPED.format(rank), f"rank {rank} ended without a word: see its log".encode())
         finally:
             self._connected.discard(rank)
+            self._forget()
+
+    def _forget(self) -> None:
+        if self._is_retired and not self._connected:
+            self._values.clear()
 
     def _answer(self, action: str, key: str, value: bytes = b"") -> bytes:
         if action == "set":

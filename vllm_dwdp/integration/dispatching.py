@@ -30,6 +30,7 @@ HOST_PATIENCE_S, HOST_LARGE_S = 0.5, math.inf
 ALONE_GRAPH_TOKENS = 512
 MOST_PADDING = 1.5  # of a batch whose own graph does not dispatch, in one that does
 INBOX_BYTES = 2**30  # what an inbox may have for steps in which all ranks take part
+_fitted: Dispatch | None = None  # of the engine in this process
 
 
 def limits(
@@ -39,6 +40,7 @@ def limits(
 
     `decode_tokens` are the most that one request decodes in a step.
     """
+    layers = [layer for layer in layers if not layer.is_draft]
     reason = why_not(vllm_config, options, device, layers)
     costs = None if current_platform.is_cpu() else costs_of(layers, current_platform.get_device_name())
     largest, size = vllm_config.scheduler_config.max_num_batched_tokens, layers[0].placement.size
@@ -180,14 +182,20 @@ class CheckedOutput(AsyncModelRunnerOutput):
 
 
 def fit_to_round(vllm_config: VllmConfig, dispatch: Dispatch) -> None:
-    """Let vLLM choose the graph of the rows that a round has agreed on, where that is more than the batch has, or none."""
+    """Let vLLM choose the graph of the rows that a round has agreed on, where that is more than the batch has, or none.
+
+    Hooks stay for the life of the process, in which one engine may follow another: the last one's rounds count.
+    """
+    global _fitted
+    _fitted = dispatch
     if not has_graphs(vllm_config):
         return
 
     def wrapper(original: Callable) -> Callable:
         @functools.wraps(original)
         def choose(manager: Any, num_reqs: int, num_tokens: int, *args: Any, need_eager: bool = False, **kwargs: Any) -> Any:
-            rows, eager = max(num_tokens, dispatch.padded), need_eager or dispatch.is_beyond_graphs
+            assert _fitted is not None
+            rows, eager = max(num_tokens, _fitted.padded), need_eager or _fitted.is_beyond_graphs
             return original(manager, num_reqs, rows, *args, need_eager=eager, **kwargs)
 
         return choose

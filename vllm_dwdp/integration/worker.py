@@ -127,9 +127,8 @@ class DWDPWorker(PlatformWorker):
         if not num_tokens:
             return super().execute_model(scheduler_output)
         self._is_idle = False
-        dispatched = dispatch is not None and dispatch.begin_step(
-            num_tokens, is_ready=not scheduler_output.scheduled_encoder_inputs
-        )
+        is_ready = not (scheduler_output.scheduled_encoder_inputs or scheduler_output.has_sync_kv_loads)
+        dispatched = dispatch is not None and dispatch.begin_step(num_tokens, is_ready=is_ready)
         # Where a request decodes several tokens, vLLM may pad a batch to a graph larger than the next captured size.
         exact = self.vllm_config.speculative_config is None
         self.dwdp.prefetcher.begin_step(num_tokens, exact=exact, dispatched=dispatched)
@@ -154,12 +153,14 @@ class DWDPWorker(PlatformWorker):
         self._is_idle = True
         return self._help(0.0, lambda: False)
 
+    @_telling
     def dwdp_leave(self) -> None:
         """A call that is no step comes: peers do not count on this rank until its engine has a step, or asks it to help."""
         self._is_idle = False
         if self.dwdp.dispatch is not None:
             self.dwdp.dispatch.leave()
 
+    @_telling
     def dwdp_help_until(self, wake: Callable[[], bool]) -> None:
         """While the engine has no request, take part in the peers' rounds, until `wake()`."""
         while self._is_idle and not wake():
