@@ -89,8 +89,8 @@ def _add_cli_args(original: Callable) -> Callable:
         group = parser.add_argument_group("DWDP", "Distributed Weight Data Parallelism (vllm-dwdp).")
         group.add_argument(
             "--parallel", choices=["dwdp"], default=argparse.SUPPRESS,
-            help="Stream MoE experts from peer ranks' memory instead of sending tokens to experts; the ranks of "
-            "--data-parallel-size then never wait for each other.",
+            help="Stream MoE experts from peer ranks' memory in large steps, and send the tokens of small ones to their "
+            "experts' owners among the ranks that are at hand; ranks of --data-parallel-size otherwise run independently.",
         )
         for field in msgspec.structs.fields(config.Options):
             group.add_argument(config.as_flag(field.name), **_argument(field))

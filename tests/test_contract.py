@@ -28,6 +28,7 @@ CALLED = {
     WORKER + "profile": "is_start profile_prefix",
     CONFIG + "ParallelConfig.reconfigure_for_independent_dp_rank": "self",
     CONFIG + "ModelConfig.get_num_experts": "self",
+    CONFIG + "ModelConfig.get_num_experts_per_tok": "self",
     CONFIG + "CompilationConfig.post_init_cudagraph_sizes": "self",
     MOE + "routed_experts:RoutedExperts.__init__": "layer_name params_dtype moe_config expert_map_manager",
     MOE + "routed_experts:RoutedExperts.forward_modular": "x topk_ids",

@@ -106,7 +106,7 @@ def test_an_inbox_has_a_bound(monkeypatch, size: int, hidden: int, most: int) ->
     placement = Placement(num_experts=256, size=size)
     layer = SimpleNamespace(
         module=SimpleNamespace(quant_method=SimpleNamespace(is_monolithic=False)), placement=placement, hidden_size=hidden, top_k=8,
-        itemsize=2, size=LayerSize(placement=placement, expert_bytes=[2 * 2 * hidden * 2048, 2 * hidden * 2048]),
+        itemsize=2, is_draft=False, size=LayerSize(placement=placement, expert_bytes=[2 * 2 * hidden * 2048, 2 * hidden * 2048]),
     )
     config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=8192), speculative_config=None)
     limits = dispatching.limits(config, Options(size=size), SimpleNamespace(handle_kind="fd"), [layer] * 58, 1)
@@ -143,7 +143,7 @@ def test_rates_of() -> None:
     ],
 )
 def test_limits(monkeypatch, hidden: int, batched: int, given: int | None, most: int | None, said: str) -> None:
-    """An engine on two H100s takes its limit and its patience from the model, and says why the limit is what it is."""
+    """An engine on two H100s takes its limit and its patience from the model, no draft, and says why the limit is what it is."""
     lines = []
     logger = SimpleNamespace(info=lambda text, *args: lines.append(text % args))
     platform = SimpleNamespace(is_cpu=lambda: False, get_device_name=lambda: "NVIDIA H100 80GB HBM3")
@@ -154,11 +154,12 @@ def test_limits(monkeypatch, hidden: int, batched: int, given: int | None, most:
     module = SimpleNamespace(quant_method=SimpleNamespace(is_monolithic=False))
     layer = SimpleNamespace(
         module=module, size=LayerSize(placement=placement, expert_bytes=expert_bytes), placement=placement,
-        hidden_size=hidden, top_k=8, itemsize=2,
+        hidden_size=hidden, top_k=8, itemsize=2, is_draft=False,
     )
+    draft = SimpleNamespace(**vars(layer) | {"is_draft": True, "module": SimpleNamespace(quant_method=SimpleNamespace(is_monolithic=True))})
     config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=batched), speculative_config=None)
     options = Options(size=2, dispatch_max_tokens=given)
-    limits = dispatching.limits(config, options, SimpleNamespace(handle_kind="fd"), [layer] * 48, 1)
+    limits = dispatching.limits(config, options, SimpleNamespace(handle_kind="fd"), [*[layer] * 48, draft], 1)
     assert len(lines) == 1 and said in lines[0]
     assert (limits and limits.max_tokens) == most
     if limits:

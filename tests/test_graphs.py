@@ -21,7 +21,8 @@ def make_config(mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE, eager: b
     )
     compilation.post_init_cudagraph_sizes()
     model = SimpleNamespace(
-        enforce_eager=eager, hf_text_config=SimpleNamespace(**text), get_num_experts=lambda: text.get("num_experts", 0)
+        enforce_eager=eager, get_num_experts=lambda: text.get("num_experts", 0),
+        get_num_experts_per_tok=lambda: text.get("num_experts_per_tok", 0),
     )
     return SimpleNamespace(compilation_config=compilation, model_config=model, speculative_config=speculative)
 
@@ -30,7 +31,7 @@ def make_config(mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE, eager: b
     ("options", "text", "eager", "graphs"),
     [
         ({}, {"num_experts": 128, "num_experts_per_tok": 8}, 21, 24),
-        ({}, {"num_experts": 128, "moe_topk": 4}, 43, 43),
+        ({}, {"num_experts": 128, "num_experts_per_tok": 4}, 43, 43),
         ({}, {"num_experts": 128}, 21, 24),
         ({}, {"num_experts_per_tok": 8}, 1, 1),
         ({"direct_max_tokens": 0}, {"num_experts": 128, "num_experts_per_tok": 8}, 0, 0),
@@ -39,7 +40,7 @@ def make_config(mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE, eager: b
     ids=str,
 )
 def test_direct_max_tokens(options: dict, text: dict, eager: int, graphs: int) -> None:
-    """The user's number wins, 0 included; else the model's experts and top-k decide, whatever its config calls them.
+    """The user's number wins, 0 included; else the model's experts and top-k decide, as vLLM reads them.
 
     With graphs the number is one that vLLM captures anyway, so batches are padded as without DWDP.
     """

@@ -366,7 +366,7 @@ def test_writes_after_binding(write: Callable) -> None:
     """Nothing that vLLM loads or replaces weights with reaches a layer whose rows are its peers' as well."""
     module = bound_to_refuse()
     shown = module.w13_weight
-    with pytest.raises(DWDPError, match="cannot be loaded or replaced while the group serves; restart it"):
+    with pytest.raises(DWDPError, match="cannot be saved, moved, loaded or rewritten while the group serves; restart it"):
         write(module)
     assert module.w13_weight is shown and not shown.any()
 

@@ -112,7 +112,7 @@ def test_the_log_says_that_dwdp_is_on(server: Server) -> None:
             r"streams ([\d.]+) MiB a step above 0 tokens, holds")
     found = re.findall(line, log)
     assert sorted(rank for rank, *_ in found) == ["0", "1"] and log.count("DWDP on") == 2
-    assert "direct_max_tokens=" not in log.replace("dwdp-direct_max_tokens", "")
+    assert "direct_max_tokens=" not in log
     steps, fetched = server.steps(0), server.metric("vllm:dwdp_prefetch_bytes_total", engine="0")
     server.complete("Once upon a time", 20, rank=0)
     taken = server.steps(0) - steps
@@ -126,7 +126,6 @@ def test_an_idle_rank_takes_no_steps(server: Server) -> None:
     server.complete("Once upon a time", 40, rank=0)
     after = [server.steps(rank) for rank in (0, 1)]
     assert after[1] == before[1] and after[0] - before[0] in (40, 41)
-    assert "execute_dummy_batch" not in server.log.read_text()
 
 
 def test_a_rank_frozen_in_mid_request_delays_no_other(server: Server) -> None:

@@ -39,7 +39,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = None
     direct_max_tokens: Annotated[
         Annotated[int, Meta(ge=0)] | None,
-        Meta(description="batches up to this many tokens read peers' memory in place",
+        Meta(description="steps up to this many tokens that are not dispatched read peers' memory in place",
              extra={"unset": "derived at start-up"}),
     ] = None
     dispatch: Annotated[
@@ -49,7 +49,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = "auto"
     dispatch_max_tokens: Annotated[
         Annotated[int, Meta(ge=1)] | None,
-        Meta(description="steps up to this many tokens are dispatched, even where idle ranks could help with larger ones",
+        Meta(description="steps up to this many tokens are dispatched; if set, larger ones never are, even with all ranks",
              extra={"unset": "derived at start-up"}),
     ] = None
     graph_max_tokens: Annotated[

@@ -30,8 +30,10 @@ MOST_PACE = 4.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Which steps meet, and for how long they wait for it. `graph_sizes` are the rows that vLLM captures, ascending; for more than
-    `most_rows` it has no buffers. No step of more than `alone_graph_tokens` goes alone in one.
+    """Which steps meet, and for how long they wait for it.
+
+    `graph_sizes` are the rows of the graphs that dispatch, ascending. `most_rows` are the most that vLLM's expert buffers hold: a
+    larger round is computed in halves. A step without peers that has more than `alone_graph_tokens` runs without a graph.
 
     `helped_max_tokens`, no less than `max_tokens`, are of steps in which all other ranks take part; `helped_s` and `alone_s` are
     how long such a step, and one that goes without peers, are expected to take on the device; `spare_s` is how long a large step

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from vllm_dwdp import meeting
+from vllm_dwdp.entrypoints.bench.origin import on_cpu
 from vllm_dwdp.entrypoints.plan import model as plan
 from vllm_dwdp.entrypoints.plan.source import read_config
 from vllm_dwdp.errors import DWDPError
@@ -72,7 +73,7 @@ def gather(model: str | None, size: int | None, gpus: Sequence[Gpu] = (), links:
     described, fault, gap = describe(model) if model else (None, "", "")
     memory = psutil.virtual_memory()
     return Facts(
-        size=size or max(len(gpus), 2), is_cpu=is_cpu(), torch_cuda=torch_cuda(), lost_hooks=tuple(lost_hooks()),
+        size=size or max(len(gpus), 2), is_cpu=on_cpu(), torch_cuda=torch_cuda(), lost_hooks=tuple(lost_hooks()),
         versions={name: importlib.metadata.version(name) for name in ("vllm", "torch", "vllm-dwdp")},
         environment={name: os.environ[name] for name in VARIABLES if name in os.environ},
         plugins=tuple(e.name for e in importlib.metadata.entry_points(group="vllm.general_plugins")),
@@ -80,11 +81,6 @@ def gather(model: str | None, size: int | None, gpus: Sequence[Gpu] = (), links:
         descriptors=resource.getrlimit(resource.RLIMIT_NOFILE), shm=shared_memory(), convoy_fault=convoy_fault(),
         ram=(memory.total, memory.available), model=described, model_fault=fault, model_gap=gap,
     )
-
-
-def is_cpu() -> bool:
-    """Whether vLLM is its CPU build, which uses no GPU."""
-    return "cpu" in importlib.metadata.version("vllm")
 
 
 def torch_cuda() -> str:

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from vllm_dwdp import config
+from vllm_dwdp.entrypoints.bench.origin import on_cpu
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,7 +34,7 @@ def run(settings: Settings) -> int:
 
         found: list[facts.Gpu] = []
         links: list[facts.Link] = []
-        if not facts.is_cpu():
+        if not on_cpu():
             from vllm_dwdp.entrypoints.doctor import gpus
 
             found, links = gpus.look()

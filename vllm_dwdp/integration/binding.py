@@ -12,7 +12,7 @@ from vllm_dwdp.assembly import StreamedModel
 from vllm_dwdp.dispatch import Dispatch
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.experts import ExpertLayer
-from vllm_dwdp.integration import proof
+from vllm_dwdp.integration import checks, proof
 from vllm_dwdp.prefetch import Prefetcher
 from vllm_dwdp.ranges import named
 from vllm_dwdp.schedule import DIRECT, STREAMED
@@ -77,10 +77,7 @@ class _Bound(dict):
 
 
 def _refuse(*args: Any, **kwargs: Any) -> None:
-    raise DWDPError(
-        "DWDP ranks map each other's experts and stream them through slots: weights cannot be loaded or replaced while "
-        "the group serves; restart it instead"
-    )
+    raise DWDPError(checks.REWRITING)
 
 
 def _refuse_loading(layer: Any) -> None:

@@ -25,7 +25,7 @@ WORKERS = (
 )
 EXECUTORS = (None, "mp", "uni")
 REWRITING = (
-    "DWDP ranks map each other's experts and stream them through slots: they cannot be saved, moved or rewritten "
+    "DWDP ranks map each other's experts and stream them through slots: they cannot be saved, moved, loaded or rewritten "
     "while the group serves; restart it instead"
 )
 
@@ -77,8 +77,8 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
         (parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1,
          "context parallelism: a DWDP rank computes its own tokens alone; drop it"),
         (parallel.enable_expert_parallel,
-         "--enable-expert-parallel: it sends tokens to experts, DWDP brings experts to tokens; choose one"),
-        (parallel.enable_eplb, "--enable-eplb: nothing needs balancing, every rank computes all experts; drop it"),
+         "--enable-expert-parallel: DWDP takes its place; choose one"),
+        (parallel.enable_eplb, "--enable-eplb: it moves experts between ranks, which peers have mapped; drop it"),
         (parallel.enable_elastic_ep, "--enable-elastic-ep: peers map each other's memory for good; drop it"),
         (parallel.use_ubatching,
          "--enable-dbo or --ubatch-size: a step in parts runs each layer several times, with nothing to overlap; drop it"),

@@ -95,8 +95,8 @@ def graph_bounds(most: int, helped: int, largest: int, size: int, limit: int) ->
 
 
 def dispatched_sizes(sizes: Sequence[int], bounds: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """The rows of graphs that dispatch, ascending: no batch of at most the last of them runs in a graph of more, and none of at
-    most the last within FEW or one of `bounds` in one beyond that.
+    """The captured sizes whose graphs dispatch, ascending, so chosen that vLLM pads no batch across a bound (FEW, and `bounds`): one
+    of at most the last size within a bound gets a graph within it.
 
     Where every request decodes as many tokens (one of `lengths`), vLLM's graphs have a multiple of those, up to the largest size.
     """

@@ -21,17 +21,15 @@ from vllm_dwdp.schedule import default_direct_max_tokens
 logger = init_logger("vllm.dwdp.graphs")
 
 MAX_TOKENS = 8192  # of more the device has enough to do, whatever the host takes
-_TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "top_k")
+USUAL_TOP_K = 8  # where a model's config calls it what vLLM does not know
 
 
 def direct_max_tokens(vllm_config: VllmConfig, options: Options) -> int:
     """The user's number, or the break-even of this model, raised to the next size that vLLM captures."""
     if options.direct_max_tokens is not None:
         return options.direct_max_tokens
-    text = vllm_config.model_config.hf_text_config
-    nested = getattr(text, "ffn_config", text)  # dbrx keeps its experts there
-    top_k = next((value for name in _TOP_K_NAMES if isinstance(value := getattr(nested, name, None), int)), 8)
-    num_experts = vllm_config.model_config.get_num_experts()
+    model = vllm_config.model_config
+    num_experts, top_k = model.get_num_experts(), model.get_num_experts_per_tok() or USUAL_TOP_K
     tokens = default_direct_max_tokens(num_experts, top_k) if num_experts > 0 else 1
     if has_graphs(vllm_config):
         tokens = min((s for s in vllm_config.compilation_config.cudagraph_capture_sizes if s >= tokens), default=tokens)

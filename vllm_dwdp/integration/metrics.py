@@ -68,7 +68,7 @@ class Metrics:
                 "participants": self._counter("participants", "Ranks that took part in those rounds, summed."),
                 "helper_rounds": self._counter("helper_rounds", "Those rounds to which it brought no tokens."),
                 "alone": self._counter("alone", "Small steps that no peer was there to meet."),
-                "waited_s": self._counter("meeting_seconds", "Time small steps spent meeting peers."),
+                "waited_s": self._counter("meeting_seconds", "Time steps spent meeting peers."),
             }
             self._timeouts = [
                 self._counter("timeouts", "Peers that were waited for in vain.", peer=str(peer))
