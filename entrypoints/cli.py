@@ -44,8 +44,12 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--serve", action="store_true", help="compare servers: --loads or --sweep, --serve-args")
     fields = {field.name: field for kind in (ServeSettings, Settings) for field in msgspec.structs.fields(kind)}
+    served = {field.name: config.describe(field)[1] for field in msgspec.structs.fields(ServeSettings)}
     for name, field in fields.items():
-        command.add_argument(f"--{name.replace('_', '-')}", **argument(field))
+        told, default = argument(field), config.describe(field)[1]
+        if served.get(name, default) != default:
+            told["help"] += f"; with --serve: {served[name]}"
+        command.add_argument(f"--{name.replace('_', '-')}", **told)
     command.set_defaults(run=bench)
     command = commands.add_parser(
         "plan", help="forecast DWDP's memory and speed from a model's config", argument_default=argparse.SUPPRESS,

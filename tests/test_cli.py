@@ -107,6 +107,14 @@ def test_help_tells_defaults_and_choices(serve_parser, capsys) -> None:
     assert "--dwdp-dispatch {auto,off}" in shown and "(default: 2)" in shown
 
 
+def test_help_of_bench_tells_both_defaults(capsys) -> None:
+    """Where servers have another than engines."""
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "(default: dwdp,ep,tp,single); with --serve: dwdp,ep,tp" in shown and "(default: 3); with --serve: 1" in shown
+
+
 @pytest.mark.parametrize(
     "additional_config", [None, {}, {"mine": 1}, [1], 7, object(), "dwdp", frozenset({"dwdp"})], ids=lambda value: type(value).__name__
 )

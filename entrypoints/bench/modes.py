@@ -70,7 +70,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     timeout: Annotated[
         float, Meta(gt=0, le=1e6, description="seconds that a mode may take to load, warm up or run once")
     ] = 900.0
-    out: Annotated[str, Meta(description="folder for bench.json, bench.png and logs/")] = "./dwdp-bench"
+    out: Annotated[str, Meta(description="folder for bench.json or serving.json, a picture and logs/")] = "./dwdp-bench"
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> "Settings":

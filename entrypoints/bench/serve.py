@@ -47,7 +47,7 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
     ] = False
     repeats: Annotated[Positive, Meta(description="measurements of each load")] = 1
     timeout: Annotated[float, Meta(gt=0, description="seconds that a server may take to start, or one load")] = 900.0
-    out: Annotated[str, Meta(description="folder for serving.json, serving.png and logs/")] = "./dwdp-bench"
+    out: Annotated[str, Meta(description="folder for bench.json or serving.json, a picture and logs/")] = "./dwdp-bench"
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> "ServeSettings":
