@@ -160,12 +160,31 @@ def test_no_embedding_of_a_round_that_a_member_did_not_come_to(monkeypatch: pyte
     made.dwdp = types.SimpleNamespace(dispatch=dispatch, prefetcher=types.SimpleNamespace(begin_step=nothing, end_step=nothing))
     made.vllm_config = types.SimpleNamespace(speculative_config=None)
     monkeypatch.setattr(worker.PlatformWorker, "execute_model", lambda *_: Pooled())
-    step = types.SimpleNamespace(total_num_scheduled_tokens=5, scheduled_encoder_inputs={})
+    step = types.SimpleNamespace(total_num_scheduled_tokens=5, scheduled_encoder_inputs={}, has_sync_kv_loads=False)
     output = made.execute_model(step)
     with pytest.raises(worker.DWDPError, match="rank 1 did not come"):
         output.get_output()
     monkeypatch.setattr(worker.PlatformWorker, "execute_model", lambda *_: None)
     assert made.execute_model(step) is None, "tokens are sampled later"
+
+
+@pytest.mark.parametrize(
+    ("first", "is_ready"),
+    [({}, True), ({"scheduled_encoder_inputs": {"a": [0]}}, False), ({"has_sync_kv_loads": True}, False)], ids=str,
+)
+def test_a_step_is_ready_that_has_nothing_to_encode_or_load_first(
+    monkeypatch: pytest.MonkeyPatch, first: dict, is_ready: bool
+) -> None:
+    asked = []
+    dispatch = types.SimpleNamespace(begin_step=lambda tokens, is_ready: asked.append((tokens, is_ready)), end_step=lambda: None)
+    prefetcher = types.SimpleNamespace(begin_step=lambda *_, **__: None, end_step=lambda *_: None)
+    made = object.__new__(worker.DWDPWorker)
+    made.dwdp = types.SimpleNamespace(dispatch=dispatch, prefetcher=prefetcher)
+    made.vllm_config = types.SimpleNamespace(speculative_config=None)
+    monkeypatch.setattr(worker.PlatformWorker, "execute_model", lambda *_: None)
+    step = {"total_num_scheduled_tokens": 5, "scheduled_encoder_inputs": {}, "has_sync_kv_loads": False}
+    made.execute_model(types.SimpleNamespace(**step | first))
+    assert asked == [(5, is_ready)]
 
 
 def test_warm_up_meets_nobody_and_steps_then_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,10 +141,17 @@ class Rank:
         return end_s is not None and end_s <= self.world.clock.monotonic()
 
     def run(self, steps: Sequence[int]) -> None:
+        was_busy = False
         for tokens in steps:
             if not tokens:
+                if was_busy:
+                    while not self.is_done(self._own[-1:]) and not self.world.is_over:
+                        self.world.clock.sleep(TICK_S)
+                    self.world.clock.sleep(HOST_S)  # it takes the output before it is idle
+                    was_busy = False
                 self._dispatch.help(HELP_S, lambda: self.world.is_over)
                 continue
+            was_busy = True
             self.first = self.first or [self.world.clock.monotonic()]
             while not self.is_done(self._own[-2:-1] or [0]) and not self.world.is_over:
                 self.world.clock.sleep(TICK_S)
@@ -271,6 +278,17 @@ def test_a_large_step_that_went_alone_keeps_no_later_one_from_help(world, size: 
     most = made.limits.helped_max_tokens
     kinds, *_ = made.run([[most] * 20, [16] * 3 + [0] * 1000, *[[0] * 1000] * (size - 2)], [0.0] * size)
     assert "l" in kinds and kinds.endswith("L" * 15), kinds
+
+
+@pytest.mark.parametrize("apart_s", [0.0, 0.001, 0.003, 0.02])
+@pytest.mark.parametrize("tokens", [4096, LARGE])
+def test_prompts_that_come_at_once_help_each_other(world, tokens: int, apart_s: float) -> None:
+    """One after the other: who has helped gets help, though the other rank is idle only once its host has seen its own end."""
+    made = world(2)
+    helped_s = made.round_s(Round(1, (0, 1), (tokens, 0)))
+    assert made.run([[0] * 5 + [tokens] + [0] * 30] * 2, [0.0, apart_s]) == ["L", "L"]
+    request_s, end = made.ranks[1].first
+    assert end() - request_s < 2 * helped_s + 6 * HOST_S
 
 
 def test_a_rank_that_helped_is_kept_no_longer_than_two_large_steps(world) -> None:

@@ -179,7 +179,7 @@ class Dispatch:
         now_s, takes_s = time.monotonic(), self._alone_s(num_tokens)
         before_s = self._announced.takes if self._is_at_large_step() else 0.0  # the host is one step ahead at most
         ends_in = max(before_s, self._helped_until_s - now_s) + takes_s
-        spare_s = self.limits.spare_s(offered) if offered and not self._was_large else 0.0
+        spare_s = self.limits.spare_s(offered) if offered else 0.0
         large = functools.partial(self._meeting.large, ends_in, offered, spare_s, self._is_at_work)
         while self.meets and (made := large(not self._was_large)) is not None:
             if made.tokens[self._meeting.rank]:
