@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -10,9 +12,11 @@ from unittest import mock
 import pytest
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from safetensors.torch import save_file
 from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExperts
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 from vllm.model_executor.layers.fused_moe.oracle import nvfp4
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_w4a4_nvfp4 as ct_nvfp4,
 )
@@ -22,8 +26,10 @@ from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 from vllm.model_executor.models import gpt_oss
 from vllm.model_executor.utils import replace_parameter
 
+from vllm_dwdp import checkpoint
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.exchange import _join
+from vllm_dwdp.integration import hooks, loading
 from vllm_dwdp.integration.binding import _rebuild_kernel, _refuse_loading, refuse_loading
 from vllm_dwdp.integration.loading import (
     _agree_on_scales,
@@ -369,6 +375,45 @@ def test_writes_after_binding(write: Callable) -> None:
     with pytest.raises(DWDPError, match="cannot be saved, moved, loaded or rewritten while the group serves; restart it"):
         write(module)
     assert module.w13_weight is shown and not shown.any()
+
+
+def test_a_shard_is_built_however_arguments_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name or by place, as vLLM's models do."""
+    built = []
+
+    def build(self: Any, moe_config: Any, expert_map_manager: Any) -> None:
+        built.append((moe_config.num_local_experts, expert_map_manager))
+
+    monkeypatch.setattr(RoutedExperts, "__init__", build)
+    monkeypatch.setattr(loading, "_own_experts_only", lambda manager, owned: owned)
+    for refusal in ("_refuse_unstreamable", "_agree_on_scales"):
+        monkeypatch.setattr(loading, refusal, lambda *_: None)
+    layer, made = object.__new__(RoutedExperts), SimpleNamespace(num_experts=6)
+    with sharded(1, 2, None, before_reading=lambda _: None, gather=lambda *_: []):
+        RoutedExperts.__init__(layer, made, "all")
+        RoutedExperts.__init__(layer, expert_map_manager="all", moe_config=made)
+    assert built == [(3, range(3, 6))] * 2
+
+
+def test_a_hook_that_another_plugin_has_replaced_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(choose=lambda rows: rows)
+    monkeypatch.setitem(sys.modules, "replaced", module)
+    hook = hooks.Hook("replaced", "choose", ("rows",))
+    hook.install(lambda original: lambda rows: original(rows))
+    hook.verify()
+    module.choose = lambda rows: rows
+    with pytest.raises(DWDPError, match="hook choose did not take: another plugin has replaced it"):
+        hook.verify()
+
+
+def test_checkpoints_that_differ_in_content_alone_are_told_apart(tmp_path: Path) -> None:
+    """Down to the tensor, as two fine-tunes of one model do."""
+    for number, last in enumerate((0.0, 1.0)):
+        (folder := tmp_path / str(number)).mkdir()
+        save_file({"experts.0": torch.zeros(8), "experts.1": torch.full((8,), last)}, folder / "model.safetensors")
+    first, second = (checkpoint.describe(tmp_path / name)["model.safetensors"] for name in "01")
+    assert first["experts.0"] == second["experts.0"] and first["experts.1"] != second["experts.1"]
+    assert checkpoint.summary(first) != checkpoint.summary(second)
 
 
 def test_experts_of_a_second_kind_are_read(monkeypatch) -> None:

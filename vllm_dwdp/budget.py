@@ -61,11 +61,11 @@ def cache_bytes(
     remote = max(layer.remote_bytes for layer in layers)
     room -= options.slots * remote + inbox_bytes
     within = f"beside the shard within {setting}"
-    inbox, smaller = (f" and an inbox of {inbox_bytes / GIB:.2f} GiB", "--dwdp-dispatch off, ") if inbox_bytes else ("", "")
+    inbox, smaller = (f" and an inbox of {inbox_bytes / GIB:.2f} GiB", ", --dwdp-dispatch off,") if inbox_bytes else ("", "")
     if room < 0:
         raise DWDPError(
             f"{options.slots} slots of {remote / GIB:.2f} GiB{inbox} do not fit {within}: {-room / GIB:.2f} GiB are "
-            f"missing; use more ranks, --dwdp-slots 2, {smaller}or {remedy}"
+            f"missing; use more ranks, --dwdp-slots 2{smaller} or {remedy}"
         )
     if options.cache_gib == "auto":
         floor = int(options.cache_floor_gib * GIB) - (limit.kv_cache_memory_bytes or 0)
