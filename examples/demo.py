@@ -32,6 +32,7 @@ ENGINE = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "max_num_
 ENV = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_HOST_IP": "127.0.0.1",
                     "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 MAX_TOKENS = 32
+MADE = "The model is made"  # what the process says that makes it and then has stock vLLM answer
 CLEAR = "\r\033[K" if sys.stdout.isatty() else ""
 # (kind, prompt, rank to pin it to or None for the load balancer)
 REQUESTS = (
@@ -46,19 +47,18 @@ REQUESTS = (
 
 def main() -> int:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    making = [sys.executable, ROOT / "examples" / "tiny_models.py", "qwen3_moe", MODEL]
-    with ended(start("Making the model", making, ENV)) as session:
-        wait_for_end("Making the model", session)
     options = list(PARALLEL)
     for option, value in ENGINE.items():
         options += [f"--{option.replace('_', '-')}"] + ([] if value is True else [str(value)])
     # Without plugins this is vLLM as it comes: one rank, every expert in its own memory.
     stock, title = "Answers of stock vLLM on one rank", "Two ranks load meanwhile"
     without_plugins = ENV | {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    server = Server(MODEL, options, FOLDER / "server.log", environment=ENV, folder=FOLDER)
-    print(f"$ vllm {shlex.join(server.command[len(VLLM):])}")
-    with ended(server), ended(start(stock, [sys.executable, __file__, "--reference"], without_plugins)) as reference:
-        wait_for_end(stock, reference)
+    with ended(start(stock, [sys.executable, __file__, "--reference"], without_plugins)) as reference, contextlib.ExitStack() as stack:
+        wait_for(MADE, reference, lambda: MADE in reference.log.read_text())
+        server = Server(MODEL, options, FOLDER / "server.log", environment=ENV, folder=FOLDER)
+        print(f"$ vllm {shlex.join(server.command[len(VLLM):])}")
+        stack.enter_context(ended(server))
+        wait_for(stock, reference, lambda: reference.process.poll() == 0)
         expected = {(kind, prompt): text for kind, prompt, text in json.loads(ANSWERS.read_text())}
         say(title, server.wait_until_ready(START_TIMEOUT_S, progress(title, server.log)))
         print("\n".join(f"  {line}" for line in sorted(re.findall("DWDP on: .*", server.log.read_text()))))
@@ -164,9 +164,8 @@ def start(title: str, command: list, environment: dict[str, str]) -> Session:
     return Session(command, FOLDER / f"{title.split()[0].lower()}.log", environment=environment, folder=FOLDER)
 
 
-def wait_for_end(title: str, session: Session) -> None:
-    show = progress(title, session.log)
-    say(title, session.wait_until(lambda: session.process.poll() == 0, title, START_TIMEOUT_S, show))
+def wait_for(title: str, session: Session, is_there: Callable[[], bool]) -> None:
+    say(title, session.wait_until(is_there, title, START_TIMEOUT_S, progress(title, session.log)))
 
 
 def progress(title: str, log: Path) -> Callable[[float], None]:
@@ -190,7 +189,11 @@ def last_message(log: Path) -> str:
 
 
 def write_reference() -> None:
-    """Writes what one rank of vLLM answers to each request, asked one at a time, to ANSWERS."""
+    """Makes the model, then writes what one rank of vLLM answers to each request, asked one at a time, to ANSWERS."""
+    from tiny_models import make_model
+
+    make_model("qwen3_moe", MODEL)
+    print(MADE, flush=True)
     from vllm import LLM, SamplingParams
 
     llm = LLM(str(MODEL), **ENGINE)
