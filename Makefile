@@ -28,7 +28,8 @@ demo: setup ## serve a tiny model on two ranks and compare every answer with sto
 check: setup ## lint, check types and run the tests that start no engine, within 90 s
 	@$(BIN)/ruff check .
 	@$(MAKE) --no-print-directory types & types=$$!; \
-	DWDP_NO_ENGINE=1 $(BIN)/pytest -q -n 2 --dist worksteal -m "not engine and not gpu $(QUICK)" $(ARGS) && wait $$types
+	DWDP_NO_ENGINE=1 $(BIN)/pytest -q -n 2 --dist worksteal -m "not engine and not gpu $(QUICK)" $(ARGS); tested=$$?; \
+	wait $$types && exit $$tested
 
 types: setup ## check types, as check does
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)  # the package as it is installed
