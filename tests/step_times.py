@@ -1,9 +1,11 @@
-"""Time single steps of a prompt in each mode of the bench: peers idle, and peers with a prompt alike; ms, medians.
+"""Time single steps of a prompt in each mode of the bench; ms, medians. Peers are idle, have a prompt alike, or are in a large step.
 
-    python tests/step_times.py MODEL OUT_FOLDER [MODES] [TOKENS,...] [ENGINE_ARGUMENTS as JSON]
+    python tests/step_times.py MODEL OUT_FOLDER [MODES] [TOKENS,...] [ENGINE_ARGUMENTS as JSON] [LAYERS]
 
 MODEL is a folder with a config.json; weights are dummies. Engines as vLLM starts them, all modes loaded, one after the other
-asked. An idle peer of stock ranks has a prompt of one token. OUT_FOLDER gets steps.json and, by mode, a trace of one step of
+asked. An idle peer of expert parallelism has a prompt of one token. With a peer in a large step it is the time of rank 0's prompt
+alone, which comes LARGE_HEAD_S after the peer's of the largest size; one engine of several GPUs gets its peers' prompts, too.
+OUT_FOLDER gets steps.json and, by mode, a trace of one step of
 each size on rank 0, from which is told how long its kernels took, exchanges with peers, waits included, apart, how long
 copies did, and the span from the first kernel to the last.
 """
@@ -30,38 +32,47 @@ from vllm_dwdp.entrypoints.bench.origin import cuda_devices, origin
 from vllm_dwdp.entrypoints.bench.rank import Rank
 from vllm_dwdp.entrypoints.server import kill_session
 
-LAYERS, REPEATS = 24, 12
+REPEATS, LARGE_HEAD_S = 12, 0.01
 TOKENS = "256,512,1024,2048,4096,8192"
 LOAD_S, ASK_S, END_S = 200, 60, 10
 EXCHANGES = re.compile(r"^(dispatch_rows|combine_sums)\b|nccl", re.IGNORECASE)
 
 
+Prompts = list[tuple[float, int]]  # seconds from now until each comes, and its tokens
+
+
 def serve(keywords: dict[str, Any], devices: str | None, pipe: Connection) -> None:
-    """A rank. Asked for a prompt's length, 0 for none, it answers with the seconds until the first token."""
+    """A rank. Asked for prompts, it answers with the seconds from each one's time until its first token."""
     os.setsid()
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     rank = Rank()
     rank.load(**keywords)
     pipe.send("ready")
-    from vllm import SamplingParams
-
-    engine, number, rng = rank.llm.llm_engine, 0, random.Random(0)
-    sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
+    engine, rng = rank.llm.llm_engine, random.Random(0)
     with contextlib.suppress(EOFError, OSError):
         while (asked := pipe.recv()) is not None:
             if isinstance(asked, str):
                 getattr(rank.llm, asked)()
                 pipe.send(None)
-                continue
-            began = time.monotonic()
-            if asked:
-                prompt = {"prompt_token_ids": rng.choices(range(10, 250), k=asked)}
-                engine.add_request(str(number := number + 1), prompt, sampling)
-            while engine.has_unfinished_requests():
-                engine.step()
-            pipe.send(time.monotonic() - began)
+            else:
+                pipe.send(answer(engine, asked, rng))
     kill_session(os.getsid(0))
+
+
+def answer(engine: Any, asked: Prompts, rng: random.Random) -> list[float]:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
+    began, due, took = time.monotonic(), sorted(asked), {}
+    while len(took) < len(asked):
+        while due and time.monotonic() - began >= due[0][0]:
+            prompt = {"prompt_token_ids": rng.choices(range(10, 250), k=due.pop(0)[1])}
+            engine.add_request(str(len(asked) - len(due)), prompt, sampling)
+        if engine.has_unfinished_requests():
+            for output in engine.step():
+                took[int(output.request_id)] = time.monotonic() - began
+    return [took[number + 1] - wait_s for number, (wait_s, _) in enumerate(sorted(asked))]
 
 
 class Mode:
@@ -69,7 +80,7 @@ class Mode:
 
     def __init__(self, settings: Settings, name: str, devices: list[str] | None, traces: Path):
         self.name, self.traces, self.pipes, self.processes = name, traces, [], []
-        self.idle = 0 if name.startswith("dwdp") else 1  # ranks in lockstep: without a coordinator nobody wakes one for a step
+        self.ranks = settings.num_gpus(name)
         context = multiprocessing.get_context("spawn")
         seen = visible_devices(name, devices, settings.size)
         for rank, keywords in enumerate(load_arguments(settings, name, settings.input_len, free_port())):
@@ -88,6 +99,17 @@ class Mode:
             pipe.send(request)
         return self.answers(timeout_s)
 
+    def prompts(self, peers: str, tokens: int, large: int) -> list[Prompts]:
+        """For each engine. Ranks of expert parallelism step together, and without a coordinator nobody wakes an idle one."""
+        nothing: Prompts = [(0, 1)] if self.name.startswith("ep") else []
+        of_rank_0, of_others = {
+            "idle": ([(0, tokens)], nothing),
+            "alike": ([(0, tokens)], [(0, tokens)]),
+            "large": ([*nothing, (LARGE_HEAD_S, tokens)], [(0, large)]),
+        }[peers]
+        given = [of_rank_0, *[of_others] * (self.ranks - 1)]
+        return given if len(given) == len(self.pipes) else [list(itertools.chain(*given))]
+
     def answers(self, timeout_s: float) -> list[Any]:
         for rank, pipe in enumerate(self.pipes):
             assert pipe.poll(timeout_s), f"{self.name}: rank {rank} did not answer within {timeout_s} s"
@@ -96,7 +118,7 @@ class Mode:
     def profile(self, tokens: int) -> dict[str, float]:
         """ms of rank 0's device for one step of a prompt while its peers are idle."""
         self.ask("start_profile")
-        self.ask(tokens, *[self.idle] * (len(self.pipes) - 1))
+        self.ask(*self.prompts("idle", tokens, 0))
         self.ask("stop_profile")
         found = sorted(self.traces.glob("0/**/*.json.gz"))  # of several workers of a rank, the first's
         events = json.loads(gzip.decompress(found[0].read_bytes()))["traceEvents"] if found else []
@@ -124,12 +146,12 @@ class Mode:
             process.kill()
 
 
-def main(model: str, out: Path, modes: str = "dwdp,ep", tokens: str = TOKENS, given: str = "{}") -> None:
+def main(model: str, out: Path, modes: str = "dwdp,ep", tokens: str = TOKENS, given: str = "{}", layers: str = "12") -> None:
     out.mkdir(parents=True, exist_ok=True)
     devices, sizes = cuda_devices(2), [int(count) for count in tokens.split(",")]
     settings = Settings.of({
         "model": model, "modes": tuple(modes.split(",")), "load_format": "dummy", "side_by_side": True, "input_len": max(sizes),
-        "hf_overrides": {"num_hidden_layers": LAYERS} if devices else {},
+        "hf_overrides": {"num_hidden_layers": int(layers)} if devices else {},
         "engine_args": {"kv_cache_memory_bytes": (2 << 30) if devices else (64 << 20)} | ({} if devices else {"dtype": "float32"})
         | json.loads(given),
     })
@@ -148,11 +170,11 @@ def main(model: str, out: Path, modes: str = "dwdp,ep", tokens: str = TOKENS, gi
             times: dict[tuple[str, str], list[float]] = {}
             for turn in range(REPEATS + 2):
                 for mode in started:
-                    others = len(mode.pipes) - 1
-                    for peers, asked in (("idle", (count, *[mode.idle] * others)), ("alike", (count,) * (1 + others))):
-                        took = max(mode.ask(*asked))
+                    for peers in ("idle", "alike", "large")[: 3 if mode.ranks > 1 else 1]:
+                        took = mode.ask(*mode.prompts(peers, count, max(sizes)))
+                        seconds = took[0][-1] if peers == "large" else max(itertools.chain(*took))
                         if turn > 1:
-                            times.setdefault((mode.name, peers), []).append(1e3 * took)
+                            times.setdefault((mode.name, peers), []).append(1e3 * seconds)
             for (name, peers), found in times.items():
                 rows.append({"tokens": count, "mode": name, "peers": peers, "ms": statistics.median(found), "all_ms": found})
                 print(f"{count:>6} {name:>6}, peers {peers:<5} {rows[-1]['ms']:8.2f} ms", flush=True)

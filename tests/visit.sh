@@ -3,7 +3,8 @@
 #   MODEL: a folder with Qwen3-30B-A3B's config.json. OUT gets JSON, pictures and logs. Parts, with seconds on two H100s:
 #   before (155)  layers (40)  steps (200)  decode (150)  prefill (200)  serve (500)  unequal (260)  tests (400)  sanitize (220)
 # DECODE_MODES and SERVE_MODES name the bench's modes for decode and serve, LOADS the servers' loads, SERVE_ARGS further arguments
-# of theirs, ENGINE (JSON) those of the engines whose steps are timed.
+# of theirs, STEP_MODES the modes whose steps are timed, ENGINE (JSON) arguments of their engines, LAYERS the layers of all models
+# but servers'.
 # VISIT_CPU=1 goes through the same steps with a tiny model on CPU.
 set -u
 model=$1 out=$2 failed=0; shift 2
@@ -12,7 +13,7 @@ mkdir -p "$out"
 export PYTHONPATH="${PYTHONPATH:-}:$here"
 bench="python3 -P -m vllm_dwdp.entrypoints.cli bench --model $model --load-format dummy"
 serving="python3 -P -m vllm_dwdp.entrypoints.cli bench --serve --model $model"
-layers='{"num_hidden_layers": 12}'
+depth=${LAYERS:-12} layers="{\"num_hidden_layers\": ${LAYERS:-12}}"
 engine='{"kv_cache_memory_bytes": 3221225472}'
 serve='--load-format dummy --gpu-memory-utilization 0.45 --kv-cache-memory-bytes 8589934592 --hf-overrides {\"num_hidden_layers\":24}'
 lengths=256,512,1024,2048,4096,8192
@@ -30,8 +31,8 @@ for part; do
   case $part in
     layers)  # microseconds a layer, dispatched and local
       timeout 100 python3 -P "$here/layer_times.py" 2 "$out/layers.json" ;;
-    steps)  # milliseconds of a prompt's only step, peers idle and alike, and what of it the device is busy
-      timeout 300 python3 -P "$here/step_times.py" "$model" "$out/steps" dwdp,$rival $lengths "${ENGINE:-{\}}" ;;
+    steps)  # milliseconds of a prompt's only step, peers idle, alike and in a large step, and what of it the device is busy
+      timeout 420 python3 -P "$here/step_times.py" "$model" "$out/steps" "${STEP_MODES:-dwdp,$rival}" $lengths "${ENGINE:-{\}}" $depth ;;
     decode)  # milliseconds a step by requests per GPU
       timeout 330 $bench --modes "${DECODE_MODES:-dwdp,$rival,dwdp+dispatch=off}" --decode $batches --hf-overrides "$layers" \
         --engine-args "$engine" --side-by-side --rounds 2 --repeats 2 --max-num-batched-tokens 16384 --out "$out/decode" ;;
