@@ -1,8 +1,8 @@
 """Invariant: ranks agree on every round, owe nothing when they launch, and wait only for who will come: over all interleavings.
 
 The world below is what really happened; it knows nothing of the record. Every rank does, in every order, whatever an engine may
-do: join, wait, lose patience, launch a large step and see it end, help, leave, die. After each operation the record's answer is
-held against the world. Runs have no length: round numbers count from the last round, so the states are finitely many.
+do: join, wait, lose patience, launch a large step and see it end, help, get a request, leave, die. After each operation the record's
+answer is held against the world. Runs have no length: round numbers count from the last round, so the states are finitely many.
 """
 
 import inspect
@@ -65,7 +65,7 @@ def actions(world: World, sizes: tuple[int, ...]) -> Iterator[tuple]:
             yield from ((rank, "join", tokens, *guess) for tokens in sizes for guess in guesses)
             yield from ((rank, "large", tokens, *guess) for tokens in sizes for guess in guesses)
             yield rank, "large", 0, False, False
-            yield from ((rank, what, 0) for what in ("idle", "leave"))
+            yield from ((rank, what, 0) for what in ("idle", "leave", "expect"))
         if world.loaded[rank] or does == "help":
             yield rank, "large_done", 0
         if world.deaths:
@@ -78,7 +78,7 @@ def act(rules: types.ModuleType, world: World, action: tuple) -> World:
     if what == "die":
         return world._replace(does=put(world.does, rank, "dead"), owes=put(world.owes, rank, None), deaths=world.deaths - 1)
     again, alive = isinstance(world.does[rank], tuple), lambda r: world.does[r] != "dead"
-    before, given = world.record, {"give_up": (), "large_done": ()}
+    before, given = world.record, {"give_up": (), "large_done": (), "expect": ()}
     for step in ("join", "large"):
         given[step] = tokens, alive, lambda r: soon, along
     give = given.get(what, (alive,))
@@ -264,6 +264,9 @@ LEAVES = "record = _depart(_enter(record, rank, State.IDLE), alive)"
         ("idle", OWED, ""),
         ("join", LOADED, "    if False:"),
         ("idle", LOADED, "    if False:"),
+        ("expect", OWED, ""),
+        ("expect", "_enter(record, rank, State.BUSY)", "record"),
+        ("expect", "record if record.states[rank] is State.LARGE else ", ""),
         ("leave", OWED, ""),
         ("leave", LOADED, "    if False:"),
         ("leave", "_depart(_enter(record, rank, State.AWAY), alive)", "_enter(record, rank, State.AWAY)"),

@@ -96,6 +96,9 @@ class Fakes:
     def leave(self) -> Round | None:
         return self._next("leave")
 
+    def expect(self) -> Round | None:
+        return self._next("expect")
+
     def help(self, timeout_s: float, wake: Callable[[], bool]) -> Round | None:
         return self._next("help", timeout_s)
 
@@ -230,10 +233,11 @@ def test_a_small_step_first_launches_what_it_owes_then_joins_again() -> None:
     assert fakes.said()[1] == ("join", MOST, MOST / 1000), "the largest of the small"
 
 
-def test_a_rank_that_leaves_first_launches_what_it_owes() -> None:
+@pytest.mark.parametrize("what", ["leave", "expect"])
+def test_a_rank_that_goes_first_launches_what_it_owes(what: str) -> None:
     fakes = Fakes(HELP)
-    make(fakes).leave()
-    assert fakes.said() == [("leave",), *HELPED[0], ("leave",), *HELPED[1], ("leave",)]
+    getattr(make(fakes), what)()
+    assert fakes.said() == [(what,), *HELPED[0], (what,), *HELPED[1], (what,)]
 
 
 def test_an_engine_that_warms_up_meets_nobody() -> None:

@@ -35,7 +35,8 @@ class OtherExecutor:
 def engine(executor: Any, **attributes: Any) -> launch.IndependentEngineCore:
     made = object.__new__(launch.IndependentEngineCore)
     scheduler = types.SimpleNamespace(has_requests=lambda: False)
-    vars(made).update(model_executor=executor, scheduler=scheduler, output_queue=queue.Queue(), post_step=lambda _: None, **attributes)
+    given = dict(engines_running=False, batch_queue=None, _meets=True, _is_expected=False) | attributes
+    vars(made).update(model_executor=executor, scheduler=scheduler, output_queue=queue.Queue(), post_step=lambda _: None, **given)
     return made
 
 
@@ -51,13 +52,34 @@ def test_requests_that_no_step_can_take_keep_no_peer_waiting(executed: bool) -> 
 def test_peers_do_not_count_on_a_rank_during_other_calls(monkeypatch: pytest.MonkeyPatch, executor: type) -> None:
     asked = executor()
     monkeypatch.setattr(core.EngineCoreProc, "_handle_client_request", lambda self, *_: asked.calls.append("done"))
-    made = engine(asked, engines_running=False, batch_queue=None)
+    made = engine(asked)
     made._handle_client_request(EngineCoreRequestType.UTILITY, (0, 0, "profile", ()))
-    made._handle_client_request(EngineCoreRequestType.ADD, (None, 0))
-    assert asked.calls == ["dwdp_leave", "done", "dwdp_help", "done"], "and then helps again"
+    assert asked.calls == ["dwdp_leave", "done", "dwdp_help"], "and then helps again"
     made.scheduler.has_requests = lambda: True
     made._handle_client_request(EngineCoreRequestType.UTILITY, (0, 0, "profile", ()))
-    assert asked.calls[4:] == ["dwdp_leave", "done"], "its next step says that it comes"
+    assert asked.calls[3:] == ["dwdp_leave", "done"], "its next step says that it comes"
+
+
+@pytest.mark.parametrize("executor", [Executor, OtherExecutor])
+def test_peers_hear_of_an_idle_rank_s_first_request(monkeypatch: pytest.MonkeyPatch, executor: type) -> None:
+    """Before its step is scheduled; and that the rank helps again, if none could be."""
+    asked, later = executor(), executor()
+    monkeypatch.setattr(core.EngineCoreProc, "_handle_client_request", lambda self, *_: self.model_executor.calls.append("added"))
+    made = engine(asked, step_fn=lambda: ({}, False))
+    made._handle_client_request(EngineCoreRequestType.ADD, (None, 0))
+    made.scheduler.has_requests = lambda: True
+    made._handle_client_request(EngineCoreRequestType.ADD, (None, 0))
+    assert asked.calls == ["dwdp_expect", "added", "added"]
+    made.step_fn = lambda: ({}, True)
+    made._process_engine_step()
+    assert asked.calls[3:] == []
+    made = engine(later, step_fn=lambda: ({}, False))
+    made._handle_client_request(EngineCoreRequestType.ADD, (None, 0))
+    made._process_engine_step()
+    assert later.calls == ["dwdp_expect", "added", "dwdp_help"]
+    made = engine(nothing := executor(), _meets=False)
+    made._handle_client_request(EngineCoreRequestType.ADD, (None, 0))
+    assert nothing.calls == ["added"], "no step dispatches"
 
 
 def test_a_worker_that_has_left_does_not_help_by_itself() -> None:
@@ -213,8 +235,8 @@ def test_vllm_s_watchdog_does_not_watch_a_wait(monkeypatch: pytest.MonkeyPatch) 
     dog.get_watch_dog = lambda: types.SimpleNamespace(disable=disable)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, watchdog._NAME, dog)
     monkeypatch.setattr(watchdog, "is_there", watchdog.is_there.__wrapped__)
-    made = engine(executor := Executor(), input_queue=queue.Queue(), _idle_state_callbacks=[], _active_s=0.0, engines_running=False,
-                  batch_queue=None, shutdown_state=core.EngineShutdownState.RUNNING)
+    made = engine(executor := Executor(), input_queue=queue.Queue(), _idle_state_callbacks=[], _active_s=0.0,
+                  shutdown_state=core.EngineShutdownState.RUNNING)
     monkeypatch.setattr(executor, "collective_rpc", lambda _: [None])
     made._help_until_work()
-    assert watched == ["paused", "goes on"]
+    assert watched == ["paused", "goes on"] and not made._meets

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -24,7 +25,8 @@ def wander(fd: int, rank: int, size: int, seed: int, steps: int, out) -> None:
     """Random steps of every kind. Says of each launch what it was, and the longest operation beyond its patience."""
     meeting, rng, late = Meeting(fd, rank, size), random.Random(seed), 0.0
     for _ in range(steps):
-        what, patience, tokens = rng.choice(["join"] * 4 + ["large", "help", "leave"]), rng.choice([0.001, 0.005, 0.02]), rng.randint(1, 99)
+        what = rng.choice(["join"] * 4 + ["large", "help", "leave", "expect"])
+        patience, tokens = rng.choice([0.001, 0.005, 0.02]), rng.randint(1, 99)
         while True:
             began = time.monotonic()
             if what == "join":
@@ -32,8 +34,8 @@ def wander(fd: int, rank: int, size: int, seed: int, steps: int, out) -> None:
             elif what == "large":
                 offered = rng.choice([0, tokens])
                 made = meeting.large(rng.choice([0.0, 0.01, math.inf]), offered, patience, goes_along=rng.random() < 0.5)
-            elif what == "leave":
-                made, patience = meeting.leave(), 0
+            elif what in ("leave", "expect"):
+                made, patience = getattr(meeting, what)(), 0
             else:
                 made, patience = meeting.help(0.002), 0.002
             late = max(late, time.monotonic() - began - patience)
@@ -272,11 +274,29 @@ def test_stopped_with_the_lock(pair, monkeypatch) -> None:
         os.pwrite(b._fd, b"x", 0)
 
 
-def test_who_leaves_first_launches_what_it_owes(pair) -> None:
+@pytest.mark.parametrize("then", ["leave", "expect"])
+def test_who_goes_first_launches_what_it_owes(pair, then) -> None:
     a, b = pair
     b.idle()
     made = a.join(7, 0)
-    assert b.leave() == made and b.leave() is None
+    assert getattr(b, then)() == made and getattr(b, then)() is None
+
+
+@pytest.mark.parametrize("num_tokens", [7, 0], ids=["small", "large"])
+def test_whose_request_has_come_is_waited_for(pair, num_tokens) -> None:
+    """It was idle, and a step that came then would have gone with its help, and its own after that."""
+    a, b = pair
+    b.idle()
+    b.expect()
+    with ThreadPoolExecutor(1) as pool:
+        step = pool.submit(a.join, 7, 5) if num_tokens else pool.submit(a.large, math.inf, 99, 5)
+        time.sleep(0.1)
+        assert not step.done()
+        if num_tokens:
+            made = b.join(9, 5)
+            assert made == step.result() and made.tokens == (7, 9)
+        else:
+            assert b.large(math.inf, 99, 5) is None and step.result() is None, "each at once, by itself"
 
 
 def test_a_lock_that_changes_hands_is_waited_for(pair, monkeypatch) -> None:

@@ -20,7 +20,7 @@ class State(enum.IntEnum):
     """What a rank's peers may expect of it."""
 
     AWAY = 0  # has not come yet, has left, or was waited for in vain: not waited for until it comes
-    BUSY = 1  # its host has launched a step and comes again soon
+    BUSY = 1  # its host has launched a step and comes again soon, or has a request and comes with its step soon
     WAITING = 2  # waits in the convoy with a step of its own
     LARGE = 3  # its device works on a large step, or on one that went alone and takes long
     IDLE = 4  # has no request: helps
@@ -135,6 +135,13 @@ def idle(record: Record, rank: int, alive: Alive) -> Outcome:
         return record, WAIT
     record = _depart(_enter(record, rank, State.IDLE), alive)
     return _launch(record, rank) if record.due[rank] else (record, WAIT)
+
+
+def expect(record: Record, rank: int) -> Outcome:
+    """A request has come, and its step comes soon: whoever comes meanwhile waits for it, and takes it along."""
+    if record.due[rank]:
+        return _launch(record, rank)
+    return (record if record.states[rank] is State.LARGE else _enter(record, rank, State.BUSY)), GO
 
 
 def leave(record: Record, rank: int, alive: Alive) -> Outcome:

@@ -212,10 +212,13 @@ class Dispatch:
             self._launch(made)
         return made is not None
 
+    def expect(self) -> None:
+        """A request has come, and its step comes soon: peers that come with a step wait for it."""
+        self._launch_owed(self._meeting.expect)
+
     def leave(self) -> None:
         """Before this rank does something else than steps: peers do not count on it until it comes again."""
-        while (owed := self._meeting.leave()) is not None:
-            self._launch(owed)
+        self._launch_owed(self._meeting.leave)
 
     def rehearse(self, forward: Callable[[int], Any]) -> None:
         """Run the largest steps that dispatch, alone and without a graph: no request waits for their kernels to be compiled.
@@ -245,6 +248,10 @@ class Dispatch:
     def check(self) -> None:
         """Raises DWDPError naming a member of a round that did not come."""
         self.tokens.check()
+
+    def _launch_owed(self, ask: Callable[[], Round | None]) -> None:
+        while (owed := ask()) is not None:
+            self._launch(owed)
 
     def _launch(self, owed: Round) -> None:
         """Help the members of a round."""

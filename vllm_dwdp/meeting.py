@@ -30,6 +30,7 @@ logger = logging.getLogger("vllm.dwdp.meeting")
 LOCK_TIMEOUT_S = 1.0
 WORK_S = 60.0  # how long a step waits for its own device, before it goes alone or counts its patience
 _LOOK_S, _REST_S, _CHECK_S = 20e-6, 2e-3, 2e-3  # between looks: at least, at most; between checks that peers live
+_HOT_S = 1.0  # for which an idle rank looks as often as it can, as vLLM's workers do for their next call
 _SPIN_S = 200e-6  # a holder's change takes less, unless it has lost its core; so does a peer's next step, as a rule
 _SEAL = 0x0010  # F_SEAL_FUTURE_WRITE: every later write to the file fails
 # offsets: changes so far; how often the lock was taken, times ranks, plus its last holder; ranks; two records; then by rank
@@ -156,17 +157,24 @@ class Meeting:
     def help(self, timeout_s: float, wake: Callable[[], bool] = lambda: False) -> Round | None:
         """Idle: the next round that asks for this rank; None after `timeout_s` or once `wake()` is true.
 
-        Looks every 20 us (and the system's timer slack) after a round, then at a hundredth of the quiet time, at most 2 ms.
+        For a second after the last step or round it looks every 20 us (and the system's timer slack), then ever less, at last
+        every 2 ms.
         """
         end = time.monotonic() + timeout_s
-        if self._states()[self.rank] != State.IDLE and (made := self.idle()):
-            return made
+        if self._states()[self.rank] != State.IDLE:
+            self._last = time.monotonic()
+            if made := self.idle():
+                return made
         while not self._owes():
             now = time.monotonic()
             if now >= end or wake():
                 return None
-            time.sleep(min(max(_LOOK_S, (now - self._last) / 100), _REST_S, end - now))
+            time.sleep(min(max(_LOOK_S, (now - self._last - _HOT_S) / 100), _REST_S, end - now))
         return self.idle()
+
+    def expect(self) -> Round | None:
+        """A step of this rank's comes soon, for which peers that come wait: None; a Round is owed: launch that and call again."""
+        return self._count(self._change(lambda record: convoy.expect(record, self.rank)))
 
     def leave(self) -> Round | None:
         """Before this rank does something else than steps: None; a Round is owed: launch that and call again."""

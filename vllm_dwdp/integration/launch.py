@@ -145,6 +145,7 @@ class IndependentEngineCore(core.EngineCoreProc):
         rank = make_independent(vllm_config)
         super().__init__(*args, vllm_config=vllm_config, engine_index=rank if engine_index is None else engine_index, **kwargs)
         self._active_s = 0.0  # when this engine last had work or helped
+        self._meets = self._is_expected = False  # steps may dispatch; peers were told of one
 
     def process_output_sockets(self, output_paths: list[str], *args: Any, **kwargs: Any) -> None:
         if any(path.startswith("tcp:") for path in output_paths):  # a front end on another node cannot see this process
@@ -161,15 +162,21 @@ class IndependentEngineCore(core.EngineCoreProc):
     def _process_engine_step(self) -> bool:
         """Requests that no step can take yet, as while a grammar is compiled or KV arrives, keep no peer waiting."""
         executed = super()._process_engine_step()
-        if not executed and isinstance(self.model_executor, UniProcExecutor):
+        if not executed and (self._is_expected or isinstance(self.model_executor, UniProcExecutor)):
             self.model_executor.collective_rpc("dwdp_help")
+        self._is_expected = False
         return executed
 
     def _handle_client_request(self, request_type: EngineCoreRequestType, request: Any) -> None:
-        """Calls that are no requests may take long: peers do not count on this rank meanwhile."""
+        """Of an idle rank's first request peers hear before its step is scheduled: of two that come at once neither has to wait
+        for the other's step. Calls that are no requests may take long: peers do not count on this rank meanwhile.
+        """
         is_call = request_type == EngineCoreRequestType.UTILITY
         if is_call:
             self.model_executor.collective_rpc("dwdp_leave")
+        elif request_type == EngineCoreRequestType.ADD and self._meets and not self.has_work():
+            self.model_executor.collective_rpc("dwdp_expect", non_block=True)
+            self._is_expected = True
         super()._handle_client_request(request_type, request)
         if is_call and not self.has_work():
             self.model_executor.collective_rpc("dwdp_help")
@@ -177,12 +184,14 @@ class IndependentEngineCore(core.EngineCoreProc):
     def _help_until_work(self) -> None:
         """Without a request, help the peers' rounds until one comes. A worker in another process does by itself."""
         if not isinstance(self.model_executor, UniProcExecutor):
-            self.model_executor.collective_rpc("dwdp_help")
+            (helped,) = self.model_executor.collective_rpc("dwdp_help")
+            self._meets = helped is not None
             return
         self.process_input_queue_block = False
         with watchdog.paused():
             while not self.has_work() and self.is_running() and self.input_queue.empty() and not self._idle_state_callbacks:
                 (helped,) = self.model_executor.collective_rpc("dwdp_help")
+                self._meets = helped is not None
                 if helped is None:
                     self.process_input_queue_block = True
                     return

@@ -154,6 +154,13 @@ class DWDPWorker(PlatformWorker):
         return self._help(0.0, lambda: False)
 
     @_telling
+    def dwdp_expect(self) -> None:
+        """The idle engine has a request: its step comes soon."""
+        self._is_idle = False
+        if self.dwdp.dispatch is not None:
+            self.dwdp.dispatch.expect()
+
+    @_telling
     def dwdp_leave(self) -> None:
         """A call that is no step comes: peers do not count on this rank until its engine has a step, or asks it to help."""
         self._is_idle = False
