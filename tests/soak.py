@@ -1,9 +1,12 @@
 """Soak: many requests to servers that are killed and started again; memory, descriptors and threads stay, answers too.
 
     python tests/soak.py --requests 20000 [--lives 5]    # make soak REQUESTS=20000
+    python tests/soak.py --minutes 9 [--lives 3]         # tests/visit.sh MODEL OUT soak
 
 Each life of the server ends in another way. Figures are taken at rest, after half of a life's requests and at its end;
-the exit status is 0 if nothing has grown, every answer was the first one's, and nothing is left.
+the exit status is 0 if nothing has grown, every answer was the first one's, and nothing is left. With minutes each life has its
+share of them, its start included. On two GPUs engines are as vLLM starts them, but in float32: how a request is batched
+then changes no answer.
 """
 
 import argparse
@@ -14,22 +17,32 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 
+from vllm_dwdp.entrypoints.bench.origin import output_of, query_gpus
 from vllm_dwdp.entrypoints.server import Server
 
 import conftest  # noqa: F401  (vLLM's environment)
 from faults import END_S, START_S, TWO, await_end, find
-from harness import await_that
+from harness import GPUS, WORKERS, await_that
+from quantized import SHAPE
 from tiny_models import make_model
 
 ENDS = (("engine 1", signal.SIGKILL), ("launcher", signal.SIGKILL), ("launcher", signal.SIGTERM), ("worker 1", signal.SIGKILL))
-CLIENTS = 6
+CLIENTS, BATCH = 6, 120  # of requests, after which a clock is looked at
 REST_S = 3.0  # for connections to close and queues to empty
 MEMORY_GROWTH, MORE_FILES, MORE_THREADS = 0.02, 4, 4  # that pass as none, for a whole server
+LEFT_MIB = 64  # on all GPUs once all servers have ended
+ON_GPUS = [
+    "--dtype", "float32", "--kv-cache-memory-bytes", str(1 << 30), "--gpu-memory-utilization", "0.3", "--no-enable-prefix-caching",
+    *WORKERS, "--data-parallel-size", "2", "--parallel", "dwdp",
+]
+# conftest has Triton compute float32 in full. Inductor would time its kernels, so that two lives might choose and round otherwise.
+ENVIRONMENT = {"TORCHINDUCTOR_DETERMINISTIC": "1"} if GPUS else {}
 
 
 def questions() -> list[tuple[str, int]]:
@@ -48,15 +61,37 @@ def ask(server: Server, number: int) -> str:
 
 
 def figures(server: Server) -> dict[str, int]:
-    """Of all processes of a server at rest: private bytes, which shared pages are not counted into, files, threads."""
+    """Of all processes of a server at rest: private bytes of the host, which shared pages are not counted into, files, threads.
+
+    Where there are GPUs also MiB of theirs, by process, which is 0 where nvidia-smi knows processes by other numbers, and in all.
+    """
     time.sleep(REST_S)
-    total = dict(memory=0, files=0, threads=0)
-    for process in server.members():
+    total, members = dict(host_bytes=0, files=0, threads=0), server.members()
+    for process in members:
         with process.oneshot():
-            total["memory"] += process.memory_full_info().uss
+            total["host_bytes"] += process.memory_full_info().uss
             total["files"] += process.num_fds()
             total["threads"] += process.num_threads()
-    return total
+    return total | ({"server_gpu_mib": gpu_mib({process.pid for process in members}), "all_gpu_mib": gpu_mib()} if GPUS else {})
+
+
+def gpu_mib(pids: set[int] | None = None) -> int:
+    """In use on all GPUs by these processes, or by whomever."""
+    if pids is None:
+        return sum(int(used) for used in query_gpus("memory.used"))
+    lines = output_of(["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]).splitlines()
+    apps = [[field.strip() for field in line.split(",")] for line in lines]
+    return sum(int(used) for pid, used in apps if pid.isdigit() and int(pid) in pids and used.isdigit())
+
+
+def half_life(first: int, requests: int, due_s: float | None) -> Iterator[range]:
+    """Numbers of the requests of half of a life, from `first` on: so many, or in batches until the monotonic clock shows `due_s`."""
+    if due_s is None:
+        yield range(first, first + requests)
+        return
+    yield range(first, first := first + BATCH)
+    while time.monotonic() < due_s:
+        yield range(first, first := first + BATCH)
 
 
 def live(server: Server, numbers: range, answers: dict[int, str]) -> list[str]:
@@ -70,29 +105,40 @@ def live(server: Server, numbers: range, answers: dict[int, str]) -> list[str]:
 
 
 def grown(half: dict[str, int], end: dict[str, int]) -> list[str]:
-    limits = dict(memory=MEMORY_GROWTH * half["memory"], files=MORE_FILES, threads=MORE_THREADS)
+    limits = {name: MEMORY_GROWTH * size for name, size in half.items()} | dict(files=MORE_FILES, threads=MORE_THREADS)
     return [f"{name}: {half[name]} to {end[name]}" for name, limit in limits.items() if end[name] > half[name] + limit]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--requests", type=int, default=20_000, help="in all lives")
+    parser.add_argument("--minutes", type=float, help="of all lives, instead of a number of requests")
     parser.add_argument("--lives", type=int, default=5)
-    given = parser.parse_args()
+    parser.add_argument("--logs", type=Path, help="folder for the servers' logs")
+    given, began_s = parser.parse_args(), time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="soak"))
-    model, shared, answers, faults = str(make_model("qwen3_moe", folder / "model")), set(os.listdir("/dev/shm")), {}, []
-    each = given.requests // given.lives
+    (logs := given.logs or folder).mkdir(parents=True, exist_ok=True)
+    model = str(make_model("qwen3_moe", folder / "model", **(SHAPE | dict(dtype="float32") if GPUS else {})))
+    shared, answers, faults, number = set(os.listdir("/dev/shm")), {}, [], 0
+    each, used_mib = given.requests // given.lives, gpu_mib() if GPUS else 0
     for life in range(given.lives):
-        numbers, start_s = range(life * each, (life + 1) * each), time.monotonic()
-        with Server(model, TWO, folder / f"{life}.log", environment=os.environ, folder=folder) as server:
+        first, start_s = number, time.monotonic()
+        with Server(
+            model, ON_GPUS if GPUS else TWO, logs / f"{life}.log", environment=os.environ | ENVIRONMENT, folder=folder
+        ) as server:
             server.wait_until_ready(START_S)
-            faults += live(server, numbers[: each // 2], answers)
-            half = figures(server)
-            faults += live(server, numbers[each // 2 :], answers)
-            end = figures(server)
+            end_s = began_s + (life + 1) * given.minutes * 60 / given.lives if given.minutes else None
+            half_s = (time.monotonic() + end_s) / 2 if end_s else None
+            found = []
+            for requests, due_s in ((each // 2, half_s), (each - each // 2, end_s)):
+                for numbers in half_life(number, requests, due_s):
+                    faults += live(server, numbers, answers)
+                    number = numbers.stop
+                found.append(figures(server))
+            half, end = found
             faults += (more := grown(half, end))
             whom, how = ENDS[life % len(ENDS)]
-            print(f"life {life}: {each} requests in {time.monotonic() - start_s:.0f} s; {half} at half, {end} at the end"
+            print(f"life {life}: {number - first} requests in {time.monotonic() - start_s:.0f} s; {half} at half, {end} at the end"
                   f"{', GROWN' if more else ''}; {how.name} for the {whom}", flush=True)
             with ThreadPoolExecutor(CLIENTS) as pool:  # some are under way
                 asked = [pool.submit(ask, server, number) for number in range(CLIENTS)]
@@ -104,7 +150,9 @@ def main() -> int:
             print(f"    {failed} of {CLIENTS} requests under way failed", flush=True)
     await_that(lambda: not [p for p in psutil.process_iter() if p.ppid() == os.getpid() and p.status() != "zombie"], "the end")
     faults += [f"left in /dev/shm: {name}" for name in set(os.listdir("/dev/shm")) - shared]
-    print("\n".join(faults) or f"{given.requests} requests in {given.lives} lives: all answers equal, nothing grew, nothing left")
+    if GPUS and (left := gpu_mib() - used_mib) > LEFT_MIB:
+        faults.append(f"left on GPUs: {left} MiB")
+    print("\n".join(faults) or f"{number} requests in {given.lives} lives: all answers equal, nothing grew, nothing left")
     return bool(faults)
 
 

@@ -10,59 +10,46 @@ each size on rank 0, from which is told how long its kernels took, exchanges wit
 copies did, and the span from the first kernel to the last.
 """
 
-import contextlib
 import gzip
 import itertools
 import json
-import multiprocessing
-import os
 import random
 import re
 import shlex
 import statistics
 import sys
 import time
-from multiprocessing.connection import Connection
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vllm_dwdp.channel import free_port
-from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, visible_devices
+from ranks_of_modes import LOAD_S, Mode
+
+from vllm_dwdp.entrypoints.bench.modes import Settings
 from vllm_dwdp.entrypoints.bench.origin import cuda_devices, origin
 from vllm_dwdp.entrypoints.bench.rank import Rank
-from vllm_dwdp.entrypoints.server import kill_session
 
 REPEATS, LARGE_HEAD_S = 12, 0.01
+EP_REST_S = 0.25  # its ranks go on with empty steps, up to 32: a prompt that comes in the last of them may never get its peers
 TOKENS = "256,512,1024,2048,4096,8192"
-LOAD_S, ASK_S, END_S = 200, 60, 10
 EXCHANGES = re.compile(r"^(dispatch_rows|combine_sums)\b|nccl", re.IGNORECASE)
-
 
 Prompts = list[tuple[float, int]]  # seconds from now until each comes, and its tokens
 
 
-def serve(keywords: dict[str, Any], devices: str | None, pipe: Connection) -> None:
-    """A rank. Asked for prompts, it answers with the seconds from each one's time until its first token."""
-    os.setsid()
-    if devices is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices
-    rank = Rank()
-    rank.load(**keywords)
-    pipe.send("ready")
-    engine, rng = rank.llm.llm_engine, random.Random(0)
-    with contextlib.suppress(EOFError, OSError):
-        while (asked := pipe.recv()) is not None:
-            if isinstance(asked, str):
-                getattr(rank.llm, asked)()
-                pipe.send(None)
-            else:
-                pipe.send(answer(engine, asked, rng))
-    kill_session(os.getsid(0))
+def answerer(rank: Rank) -> Callable[[Prompts | str], list[float] | None]:
+    return partial(answer, rank.llm, random.Random(0))
 
 
-def answer(engine: Any, asked: Prompts, rng: random.Random) -> list[float]:
+def answer(llm: Any, rng: random.Random, asked: Prompts | str) -> list[float] | None:
+    """To prompts, the seconds from each one's time until its first token; a name is the LLM's method to call."""
     from vllm import SamplingParams
 
+    if isinstance(asked, str):
+        getattr(llm, asked)()
+        return None
+    engine = llm.llm_engine
     sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
     began, due, took = time.monotonic(), sorted(asked), {}
     while len(took) < len(asked):
@@ -75,29 +62,14 @@ def answer(engine: Any, asked: Prompts, rng: random.Random) -> list[float]:
     return [took[number + 1] - wait_s for number, (wait_s, _) in enumerate(sorted(asked))]
 
 
-class Mode:
-    """All ranks of one mode."""
+class Timed(Mode):
+    """All ranks of one mode, whose steps may be traced into a folder."""
 
     def __init__(self, settings: Settings, name: str, devices: list[str] | None, traces: Path):
-        self.name, self.traces, self.pipes, self.processes = name, traces, [], []
-        self.ranks = settings.num_gpus(name)
-        context = multiprocessing.get_context("spawn")
-        seen = visible_devices(name, devices, settings.size)
-        for rank, keywords in enumerate(load_arguments(settings, name, settings.input_len, free_port())):
-            keywords["engine"]["profiler_config"] = {
-                "profiler": "torch", "torch_profiler_dir": str(traces / str(rank)), "torch_profiler_with_stack": False
-            }
-            pipe, child = context.Pipe()
-            self.processes.append(context.Process(target=serve, args=(keywords, seen[rank], child)))
-            self.processes[-1].start()
-            child.close()
-            self.pipes.append(pipe)
-
-    def ask(self, *asked: Any, timeout_s: float = ASK_S) -> list[Any]:
-        """What each rank answers: to the request of its place, or all to the one."""
-        for pipe, request in zip(self.pipes, asked * (len(self.pipes) if len(asked) == 1 else 1), strict=True):
-            pipe.send(request)
-        return self.answers(timeout_s)
+        self.traces, self.ranks = traces, settings.num_gpus(name)
+        super().__init__(settings, name, devices, answerer, lambda rank: {"profiler_config": {
+            "profiler": "torch", "torch_profiler_dir": str(traces / str(rank)), "torch_profiler_with_stack": False
+        }})
 
     def prompts(self, peers: str, tokens: int, large: int) -> list[Prompts]:
         """For each engine. Ranks of expert parallelism step together, and without a coordinator nobody wakes an idle one."""
@@ -109,11 +81,6 @@ class Mode:
         }[peers]
         given = [of_rank_0, *[of_others] * (self.ranks - 1)]
         return given if len(given) == len(self.pipes) else [list(itertools.chain(*given))]
-
-    def answers(self, timeout_s: float) -> list[Any]:
-        for rank, pipe in enumerate(self.pipes):
-            assert pipe.poll(timeout_s), f"{self.name}: rank {rank} did not answer within {timeout_s} s"
-        return [pipe.recv() for pipe in self.pipes]
 
     def profile(self, tokens: int) -> dict[str, float]:
         """ms of rank 0's device for one step of a prompt while its peers are idle."""
@@ -136,15 +103,6 @@ class Mode:
             "span_ms": (ends - min(each["ts"] for each in kernels)) / 1e3,
         }
 
-    def end(self) -> None:
-        for pipe in self.pipes:
-            with contextlib.suppress(OSError):
-                pipe.send(None)
-        for process in self.processes:
-            process.join(END_S)
-            kill_session(process.pid)
-            process.kill()
-
 
 def main(model: str, out: Path, modes: str = "dwdp,ep", tokens: str = TOKENS, given: str = "{}", layers: str = "12") -> None:
     out.mkdir(parents=True, exist_ok=True)
@@ -163,7 +121,7 @@ def main(model: str, out: Path, modes: str = "dwdp,ep", tokens: str = TOKENS, gi
 
     try:
         for name in settings.modes:
-            started.append(Mode(settings, name, devices, out / f"traces-{name}"))
+            started.append(Timed(settings, name, devices, out / f"traces-{name}"))
         for mode in started:
             mode.answers(LOAD_S)
         for count in sizes:
@@ -171,6 +129,7 @@ def main(model: str, out: Path, modes: str = "dwdp,ep", tokens: str = TOKENS, gi
             for turn in range(REPEATS + 2):
                 for mode in started:
                     for peers in ("idle", "alike", "large")[: 3 if mode.ranks > 1 else 1]:
+                        time.sleep(EP_REST_S if mode.name.startswith("ep") else 0)
                         took = mode.ask(*mode.prompts(peers, count, max(sizes)))
                         seconds = took[0][-1] if peers == "large" else max(itertools.chain(*took))
                         if turn > 1:

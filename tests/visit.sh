@@ -2,6 +2,7 @@
 # All that is owed on two GPUs, in one visit. Run where vLLM is importable: tests/visit.sh MODEL OUT PART...
 #   MODEL: a folder with Qwen3-30B-A3B's config.json. OUT gets JSON, pictures and logs. Parts, with seconds on two H100s:
 #   before (155)  layers (40)  steps (200)  decode (150)  prefill (200)  serve (500)  unequal (260)  tests (400)  sanitize (220)
+#   logits (150)  soak (560)
 # DECODE_MODES and SERVE_MODES name the bench's modes for decode and serve, LOADS the servers' loads, SERVE_ARGS further arguments
 # of theirs, STEP_MODES the modes whose steps are timed, ENGINE (JSON) arguments of their engines, LAYERS the layers of all models
 # but servers'.
@@ -17,7 +18,7 @@ depth=${LAYERS:-12} layers="{\"num_hidden_layers\": ${LAYERS:-12}}"
 engine='{"kv_cache_memory_bytes": 3221225472}'
 serve='--load-format dummy --gpu-memory-utilization 0.45 --kv-cache-memory-bytes 8589934592 --hf-overrides {\"num_hidden_layers\":24}'
 lengths=256,512,1024,2048,4096,8192
-rival=ep batches=1,4,16,32,64,128 steps=16384,8192 prompts=16
+rival=ep batches=1,4,16,32,64,128 steps=16384,8192 prompts=16 minutes=9
 saturated=2048:256:inf:256,8192:64:inf:128,8192:1:inf:160 chats=512:256:8:80,512:256:2:20
 prompts_alone=512:1:2:8,1024:1:2:8,2048:1:2:8,4096:1:2:8,8192:1:2:8,16384:1:1:6  # TTFT at a quiet server
 loads=${LOADS:-$saturated,$prompts_alone,2048:256:24:200,2048:256:16:160,2048:256:8:80,8192:64:12:100,8192:64:8:80,8192:64:4:40,$chats}
@@ -25,7 +26,7 @@ unequal=8192:1:inf:64@0+512:256:2:16@1,8192:64:2:16@0+512:256:4:32@1
 if [ -n "${VISIT_CPU:-}" ]; then
   layers='{}' engine='{"kv_cache_memory_bytes": 67108864, "max_num_seqs": 8}'
   serve='--load-format dummy --kv-cache-memory-bytes 67108864 --dtype float32 --enforce-eager --max-model-len 200'
-  lengths=32,64 rival=tp batches=1,2 steps=256 prompts=3 loads=20:8:inf:6 unequal=100:1:inf:4@0+20:8:4:4@1
+  lengths=32,64 rival=tp batches=1,2 steps=256 prompts=3 minutes=6 loads=20:8:inf:6 unequal=100:1:inf:4@0+20:8:4:4@1
 fi
 for part; do
   case $part in
@@ -50,6 +51,12 @@ for part; do
       ended=$?; tail -15 "$out/tests.log"; (exit $ended) ;;
     before)  # prefill beside other installs of this package, in the folders of $BEFORE
       timeout 200 python3 -P "$here/compare_versions.py" "$model" "$out/before.json" $BEFORE "${PYTHONPATH%%:*}" ;;
+    logits)  # log-probabilities in bf16: how far each mode is from one engine
+      timeout 420 python3 -P "$here/logits.py" "$out/logits.json" > "$out/logits.log" 2>&1
+      ended=$?; grep ": mean \|in the mean\|^near" "$out/logits.log"; [ $ended = 0 ] || tail -15 "$out/logits.log"; (exit $ended) ;;
+    soak)  # servers under requests, each killed in another way
+      timeout 620 python3 -P "$here/soak.py" --minutes $minutes --lives 3 --logs "$out/soak" > "$out/soak.log" 2>&1
+      ended=$?; tail -15 "$out/soak.log"; (exit $ended) ;;
     sanitize)
       timeout 280 compute-sanitizer --tool memcheck --target-processes all --report-api-errors no --error-exitcode 3 \
         python3 -P -m pytest -q -m gpu "$here/test_transport.py" "$here/test_tokens.py" -k "views or sums" > "$out/sanitize.log" 2>&1
