@@ -2,11 +2,12 @@
 
     python tests/logits.py OUT.json    # tests/visit.sh MODEL OUT logits
 
-All modes are loaded, one after the other asked, twice; their ranks get the same prompts at the same time. Each answers with the
-log-probability of every token of the vocabulary after every token of the prompts, which is compared with the single engine's
-first answer: of single that says how far it is from itself. Where a router's choice is close, rounding decides which
-expert computes, and all else is small beside that: so it takes thousands of positions to tell modes apart, and each counts by
-its mean. On CPU, where expert parallelism cannot be had, DWDP is held to CPU_BOUND. The exit status says whether all were near.
+All modes are loaded, one after the other asked, twice; their ranks get the same prompts at the same time, and take one a step in
+graphs of the same sizes, so that all compute the same rows together. Each answers with the log-probability of every token of the
+vocabulary after every token of the prompts, which is compared with the single engine's first answer: of single that says how far
+it is from itself. Where a router's choice is close, rounding decides which expert computes, and all else is small beside that: so
+it takes thousands of positions to tell modes apart, and each counts by its mean. On CPU, where expert parallelism cannot be had,
+DWDP is held to CPU_BOUND. The exit status says whether all were near.
 """
 
 import json
@@ -30,9 +31,11 @@ import conftest  # noqa: F401  (vLLM's environment)
 from harness import make_prompts
 from quantized import SHAPE
 
-VOCAB, STEP_TOKENS, SHORTEST, LONGEST = 512, 512, 5, 400
+VOCAB, STEP_TOKENS, SHORTEST, LONGEST = 512, 1024, 5, 400
 NUM_PROMPTS = {"cuda": 48, "cpu": 8}  # 9,700 positions, by which a mean is known within 2 or 3 %, and 1,600
 ANSWER_S = 200
+GRAPHS = [1, 2, 4, *range(8, 512 + 1, 8)]
+DISPATCHED = f"dwdp+dispatch_max_tokens={LONGEST}"  # of a model so small no step gains
 NEAR = 1.1  # times expert parallelism's mean difference
 # The greatest logits are 16 to 32, where neighbouring bf16 numbers are 2**-3 apart: one such step for each of the 4 layers. Of
 # transformers' model two orders in which a layer adds its experts' outputs differ by 0.22 to 0.29 in the mean.
@@ -92,9 +95,10 @@ def main(out: Path) -> int:
         try:
             settings = Settings.of({
                 "model": str(make_model("qwen3_moe", Path(folder) / "model", **SHAPE)), "load_format": "auto", "side_by_side": True,
-                "modes": ("single", *(["ep"] if devices else []), "dwdp", "dwdp+dispatch=off"), "input_len": STEP_TOKENS,
+                "modes": ("single", *(["ep"] if devices else []), DISPATCHED, "dwdp+dispatch=off"), "input_len": STEP_TOKENS,
                 "gpu_memory_utilization": 0.6, "eager": not devices, "engine_args": {
                     "kv_cache_memory_bytes": (1 << 30) if devices else (64 << 20), "dtype": "bfloat16", "max_logprobs": -1,
+                    "max_num_seqs": 1, "cudagraph_capture_sizes": GRAPHS,
                 },
             })
             for name in settings.modes:
@@ -105,7 +109,7 @@ def main(out: Path) -> int:
             for mode in started:
                 answers = [answer for _ in range(1 if mode.name == "single" else 2) for answer in mode.ask(prompts, timeout_s=ANSWER_S)]
                 rows.append(row := compare(mode.name, answers, first))
-                print(f"{mode.name:>17}: mean {row['mean']:.4f}, p99 {row['p99']:.4f}, max {row['max']:.3f}, other arg max "
+                print(f"{mode.name:>{len(DISPATCHED)}}: mean {row['mean']:.4f}, p99 {row['p99']:.4f}, max {row['max']:.3f}, other arg max "
                       f"{row['other_argmax']:.2%} of {len(first)} positions x {len(answers)}; steps {row['steps']}", flush=True)
         finally:
             for mode in started:

@@ -31,7 +31,7 @@ from vllm_dwdp.entrypoints.bench.origin import cuda_devices, origin
 from vllm_dwdp.entrypoints.bench.rank import Rank
 
 REPEATS, LARGE_HEAD_S = 12, 0.01
-EP_REST_S = 0.25  # its ranks go on with empty steps, up to 32: a prompt that comes in the last of them may never get its peers
+EP_REST_S = 0.25  # its ranks go on with up to 32 empty steps, beside which nothing is timed; a prompt in the last may wait for ever
 TOKENS = "256,512,1024,2048,4096,8192"
 EXCHANGES = re.compile(r"^(dispatch_rows|combine_sums)\b|nccl", re.IGNORECASE)
 
@@ -129,8 +129,8 @@ def main(model: str, out: Path, modes: str = "dwdp,ep", tokens: str = TOKENS, gi
             for turn in range(REPEATS + 2):
                 for mode in started:
                     for peers in ("idle", "alike", "large")[: 3 if mode.ranks > 1 else 1]:
-                        time.sleep(EP_REST_S if mode.name.startswith("ep") else 0)
                         took = mode.ask(*mode.prompts(peers, count, max(sizes)))
+                        time.sleep(EP_REST_S if mode.name.startswith("ep") else 0)
                         seconds = took[0][-1] if peers == "large" else max(itertools.chain(*took))
                         if turn > 1:
                             times.setdefault((mode.name, peers), []).append(1e3 * seconds)

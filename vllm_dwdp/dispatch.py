@@ -136,7 +136,7 @@ class Dispatch:
         else:
             made = self._meet(num_tokens) if self.meets else None
         if made is not None:
-            self._begin(self._layout_of(made))
+            self._begin(RoundLayout(**made._asdict()))
         elif self.limits.padded((num_tokens,)):
             self._is_streamed = num_tokens > self.limits.alone_graph_tokens
             if not self._is_streamed:
@@ -256,7 +256,7 @@ class Dispatch:
     def _launch(self, owed: Round) -> None:
         """Help the members of a round."""
         in_step, self._in_step = self._in_step, True
-        with self._laid_out(self._layout_of(owed)):
+        with self._laid_out(RoundLayout(**owed._asdict())):
             self.help_out()
         self._stream.compute_record(self._last)
         self._in_step = in_step
@@ -276,9 +276,6 @@ class Dispatch:
             self._was_large = max(layout.tokens) > self.limits.max_tokens
             if self._was_large:
                 self._helped_until_s = time.monotonic() + self.limits.helped_s(sum(layout.tokens))
-
-    def _layout_of(self, made: Round) -> RoundLayout:
-        return RoundLayout(number=made.number, members=made.members, tokens=made.tokens)
 
     def _alone(self, num_tokens: int) -> RoundLayout:
         return alone(self._meeting.rank, self._meeting.size, num_tokens)

@@ -71,10 +71,7 @@ class Meeting:
         Peers are waited for while this rank's device `is_at_work`, which costs nothing, and for `patience_s` after that; the end
         of a large step for `end_s`, if that is more, and only where it is expected by then. `goes_along`: convoy.join's.
         """
-        end_s = max(end_s, patience_s)
-
-        def ends_soon(rank: int) -> bool:
-            return self._ends_by(self._began + end_s, rank)
+        ends_soon = self._within(end_s := max(end_s, patience_s))
 
         def join(record: Record) -> convoy.Outcome:
             return convoy.join(record, self.rank, num_tokens, self.is_alive, ends_soon, goes_along)
@@ -97,9 +94,7 @@ class Meeting:
         """
         self._end_s = time.monotonic() + takes_s
         self._tell_end(self._end_s)  # before peers see that the step is large
-
-        def ends_soon(rank: int) -> bool:
-            return self._ends_by(self._began + patience_s, rank)
+        ends_soon = self._within(patience_s)
 
         def offer(record: Record, offered: int = num_tokens) -> convoy.Outcome:
             return convoy.large(record, self.rank, offered, self.is_alive, ends_soon, goes_along)
@@ -152,19 +147,17 @@ class Meeting:
 
     def idle(self) -> Round | None:
         """No request: ready to help. Only for a rank that goes on to call `help`."""
+        self._last = time.monotonic()
         return self._count(self._change(lambda record: convoy.idle(record, self.rank, self.is_alive)))
 
     def help(self, timeout_s: float, wake: Callable[[], bool] = lambda: False) -> Round | None:
         """Idle: the next round that asks for this rank; None after `timeout_s` or once `wake()` is true.
 
-        For a second after the last step or round it looks every 20 us (and the system's timer slack), then ever less, at last
-        every 2 ms.
+        Looks every 20 us (and the system's timer slack) for _HOT_S after a step or round, then ever less, at last every 2 ms.
         """
         end = time.monotonic() + timeout_s
-        if self._states()[self.rank] != State.IDLE:
-            self._last = time.monotonic()
-            if made := self.idle():
-                return made
+        if self._states()[self.rank] != State.IDLE and (made := self.idle()):
+            return made
         while not self._owes():
             now = time.monotonic()
             if now >= end or wake():
@@ -190,8 +183,7 @@ class Meeting:
         after, answer = convoy.give_up(record, self.rank)
         if answer is convoy.GO:
             for rank, (was, now) in enumerate(zip(record.states, after.states, strict=True)):
-                is_overdue = was is State.LARGE and ends_soon(rank)
-                if is_overdue:
+                if is_overdue := was is State.LARGE and ends_soon(rank):
                     self._overdue[rank] = self._words[self._end_of(rank)]
                 self.stats.timeouts[rank] += blame and (is_overdue or (was is State.BUSY and now is State.AWAY))
         return after, answer
@@ -280,6 +272,9 @@ class Meeting:
         """Whether a rank's large steps are expected to have ended by then, and have not been waited for in vain."""
         end = self._words[self._end_of(rank)]
         return end != self._overdue.get(rank) and end <= end_s * 1e6
+
+    def _within(self, wait_s: float) -> Callable[[int], bool]:
+        return lambda rank: self._ends_by(self._began + wait_s, rank)
 
     def _end_of(self, rank: int) -> int:
         return (_RECORDS + 2 * self._format.nbytes) // 8 + rank
