@@ -137,6 +137,7 @@ def main(model: str, out: Path, modes: str = "dwdp,ep", tokens: str = TOKENS, gi
             for (name, peers), found in times.items():
                 rows.append({"tokens": count, "mode": name, "peers": peers, "ms": statistics.median(found), "all_ms": found})
                 print(f"{count:>6} {name:>6}, peers {peers:<5} {rows[-1]['ms']:8.2f} ms", flush=True)
+            write()
         for count, mode in itertools.product(sizes, started):
             write()
             rows.append({"tokens": count, "mode": mode.name, "peers": "idle", **(seen := mode.profile(count))})
