@@ -23,9 +23,9 @@ class Executor(UniProcExecutor):
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def collective_rpc(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:  # type: ignore[override]
+    def collective_rpc(self, method: str, *args: Any, non_block: bool = False, **kwargs: Any) -> Any:  # type: ignore[override]
         self.calls.append(method)
-        return [False]
+        return types.SimpleNamespace(result=lambda: self.calls.append("heard")) if non_block else [False]
 
 
 class OtherExecutor:
@@ -35,7 +35,7 @@ class OtherExecutor:
 def engine(executor: Any, **attributes: Any) -> launch.IndependentEngineCore:
     made = object.__new__(launch.IndependentEngineCore)
     scheduler = types.SimpleNamespace(has_requests=lambda: False)
-    given = dict(engines_running=False, batch_queue=None, _meets=True, _is_expected=False) | attributes
+    given = dict(engines_running=False, batch_queue=None, _meets=True, _expected=None) | attributes
     vars(made).update(model_executor=executor, scheduler=scheduler, output_queue=queue.Queue(), post_step=lambda _: None, **given)
     return made
 
@@ -62,24 +62,36 @@ def test_peers_do_not_count_on_a_rank_during_other_calls(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("executor", [Executor, OtherExecutor])
 def test_peers_hear_of_an_idle_rank_s_first_request(monkeypatch: pytest.MonkeyPatch, executor: type) -> None:
-    """Before its step is scheduled; and that the rank helps again, if none could be."""
-    asked, later = executor(), executor()
-    monkeypatch.setattr(core.EngineCoreProc, "_handle_client_request", lambda self, *_: self.model_executor.calls.append("added"))
-    made = engine(asked, step_fn=lambda: ({}, False))
-    made._handle_client_request(EngineCoreRequestType.ADD, (None, 0))
-    made.scheduler.has_requests = lambda: True
-    made._handle_client_request(EngineCoreRequestType.ADD, (None, 0))
-    assert asked.calls == ["dwdp_expect", "added", "added"]
-    made.step_fn = lambda: ({}, True)
-    made._process_engine_step()
-    assert asked.calls[3:] == []
-    made = engine(later, step_fn=lambda: ({}, False))
-    made._handle_client_request(EngineCoreRequestType.ADD, (None, 0))
-    made._process_engine_step()
-    assert later.calls == ["dwdp_expect", "added", "dwdp_help"]
-    made = engine(nothing := executor(), _meets=False)
-    made._handle_client_request(EngineCoreRequestType.ADD, (None, 0))
-    assert nothing.calls == ["added"], "no step dispatches"
+    """Before its step is scheduled; and that the rank helps again, if none could be. Not of one that waits while the engine is paused."""
+    def add(self: Any, *_: Any) -> None:
+        self.model_executor.calls.append("added")
+        self.scheduler.has_requests = lambda: not is_paused
+
+    def ended(meets: bool = True, executed: bool = True) -> list[str]:
+        made = engine(asked := executor(), step_fn=lambda: ({}, executed), _meets=meets)
+        for _ in range(2):
+            made._handle_client_request(EngineCoreRequestType.ADD, (None, 0))
+        made._process_engine_step()
+        return asked.calls
+
+    is_paused = False
+    monkeypatch.setattr(core.EngineCoreProc, "_handle_client_request", add)
+    assert ended() == ["added", "dwdp_expect", "added", "heard"]
+    assert ended(executed=False) == ["added", "dwdp_expect", "added", "heard", "dwdp_help"]
+    assert ended(meets=False) == ["added", "added"], "no step dispatches"
+    is_paused = True
+    assert ended() == ["added", "added"]
+
+
+def test_what_fails_as_peers_are_told_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the request is aborted before its step: nobody else asks."""
+    def fail() -> None:
+        raise did_not_come(1)
+
+    for run in (lambda made: made._process_engine_step(), lambda made: made._process_input_queue()):
+        made = engine(Executor(), step_fn=lambda: ({}, True), _expected=types.SimpleNamespace(result=fail))
+        with pytest.raises(DWDPError):
+            run(made)
 
 
 def test_a_worker_that_has_left_does_not_help_by_itself() -> None:

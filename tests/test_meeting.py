@@ -299,6 +299,21 @@ def test_whose_request_has_come_is_waited_for(pair, num_tokens) -> None:
             assert b.large(math.inf, 99, 5) is None and step.result() is None, "each at once, by itself"
 
 
+def test_an_idle_rank_rests(pair, monkeypatch) -> None:
+    """After a quiet second, on a page that is sealed, too, where it can say no more that it is idle."""
+    a, _ = pair
+    for is_sealed in (False, True):
+        if is_sealed:
+            page.seal(a._fd)
+            assert a.leave() is None and a._final is not None
+        naps = []
+        a._last = time.monotonic() - 60
+        monkeypatch.setattr(page.time, "sleep", lambda s, naps=naps, nap=time.sleep: (naps.append(s), nap(s)))
+        assert a.help(0.05) is None
+        monkeypatch.undo()
+        assert page._REST_S in naps if is_sealed else max(naps) == page._WARM_S, naps
+
+
 def test_a_lock_that_changes_hands_is_waited_for(pair, monkeypatch) -> None:
     """Nobody has stopped: the page is not sealed, however often others were faster."""
     a, b = pair

@@ -30,7 +30,7 @@ logger = logging.getLogger("vllm.dwdp.meeting")
 LOCK_TIMEOUT_S = 1.0
 WORK_S = 60.0  # how long a step waits for its own device, before it goes alone or counts its patience
 _LOOK_S, _REST_S, _CHECK_S = 20e-6, 2e-3, 2e-3  # between looks: at least, at most; between checks that peers live
-_HOT_S = 1.0  # for which an idle rank looks as often as it can, as vLLM's workers do for their next call
+_HOT_S, _WARM_S = 1.0, 1e-4  # for how long after work an idle rank looks often, as vLLM's workers do for a call, and how often
 _SPIN_S = 200e-6  # a holder's change takes less, unless it has lost its core; so does a peer's next step, as a rule
 _SEAL = 0x0010  # F_SEAL_FUTURE_WRITE: every later write to the file fails
 # offsets: changes so far; how often the lock was taken, times ranks, plus its last holder; ranks; two records; then by rank
@@ -71,15 +71,13 @@ class Meeting:
         Peers are waited for while this rank's device `is_at_work`, which costs nothing, and for `patience_s` after that; the end
         of a large step for `end_s`, if that is more, and only where it is expected by then. `goes_along`: convoy.join's.
         """
-        ends_soon = self._within(end_s := max(end_s, patience_s))
-
-        def join(record: Record) -> convoy.Outcome:
-            return convoy.join(record, self.rank, num_tokens, self.is_alive, ends_soon, goes_along)
+        soon = self._within(end_s := max(end_s, patience_s))
+        rule = functools.partial(convoy.join, rank=self.rank, tokens=num_tokens, alive=self.is_alive, ends_soon=soon, goes_along=goes_along)
 
         def give_up(record: Record) -> convoy.Outcome:
-            return self._give_up(record, ends_soon, blame=patience_s > 0)
+            return self._give_up(record, soon, blame=patience_s > 0)
 
-        answer = self._wait(join, give_up, lambda: patience_s if State.BUSY in self._states() else end_s, is_at_work)
+        answer = self._wait(rule, give_up, lambda: patience_s if State.BUSY in self._states() else end_s, is_at_work)
         self.stats.alone += answer is convoy.GO
         return self._count(answer)
 
@@ -147,13 +145,14 @@ class Meeting:
 
     def idle(self) -> Round | None:
         """No request: ready to help. Only for a rank that goes on to call `help`."""
-        self._last = time.monotonic()
+        if self._final is None:  # else it would be idle for the first time each time
+            self._last = time.monotonic()
         return self._count(self._change(lambda record: convoy.idle(record, self.rank, self.is_alive)))
 
     def help(self, timeout_s: float, wake: Callable[[], bool] = lambda: False) -> Round | None:
         """Idle: the next round that asks for this rank; None after `timeout_s` or once `wake()` is true.
 
-        Looks every 20 us (and the system's timer slack) for _HOT_S after a step or round, then ever less, at last every 2 ms.
+        Looks at each hundredth of the quiet time, at least every 20 us (and the system's timer slack), at most _WARM_S or _REST_S.
         """
         end = time.monotonic() + timeout_s
         if self._states()[self.rank] != State.IDLE and (made := self.idle()):
@@ -162,7 +161,8 @@ class Meeting:
             now = time.monotonic()
             if now >= end or wake():
                 return None
-            time.sleep(min(max(_LOOK_S, (now - self._last - _HOT_S) / 100), _REST_S, end - now))
+            most_s = _WARM_S if now - self._last < _HOT_S else _REST_S
+            time.sleep(min(max(_LOOK_S, (now - self._last) / 100), most_s, end - now))
         return self.idle()
 
     def expect(self) -> Round | None:

@@ -145,7 +145,8 @@ class IndependentEngineCore(core.EngineCoreProc):
         rank = make_independent(vllm_config)
         super().__init__(*args, vllm_config=vllm_config, engine_index=rank if engine_index is None else engine_index, **kwargs)
         self._active_s = 0.0  # when this engine last had work or helped
-        self._meets = self._is_expected = False  # steps may dispatch; peers were told of one
+        self._meets = False  # steps may dispatch
+        self._expected: Any = None  # the future of telling peers of a step to come
 
     def process_output_sockets(self, output_paths: list[str], *args: Any, **kwargs: Any) -> None:
         if any(path.startswith("tcp:") for path in output_paths):  # a front end on another node cannot see this process
@@ -156,30 +157,39 @@ class IndependentEngineCore(core.EngineCoreProc):
         if self.has_work():
             self._active_s = time.monotonic()
         else:
+            self._was_expected()
             self._help_until_work()
         super()._process_input_queue()
 
     def _process_engine_step(self) -> bool:
         """Requests that no step can take yet, as while a grammar is compiled or KV arrives, keep no peer waiting."""
         executed = super()._process_engine_step()
-        if not executed and (self._is_expected or isinstance(self.model_executor, UniProcExecutor)):
+        was_expected = self._was_expected()
+        if not executed and (was_expected or isinstance(self.model_executor, UniProcExecutor)):
             self.model_executor.collective_rpc("dwdp_help")
-        self._is_expected = False
         return executed
 
+    def _was_expected(self) -> bool:
+        """Whether peers have been told of the step that was to come. Raises what went wrong as they were."""
+        expected, self._expected = self._expected, None
+        if expected is not None:
+            expected.result()
+        return expected is not None
+
     def _handle_client_request(self, request_type: EngineCoreRequestType, request: Any) -> None:
-        """Of an idle rank's first request peers hear before its step is scheduled: of two that come at once neither has to wait
-        for the other's step. Calls that are no requests may take long: peers do not count on this rank meanwhile.
+        """Calls that are no requests may take long: peers do not count on this rank meanwhile.
+
+        Of an idle rank's first request peers hear before its step is scheduled: of two that come at once neither waits for the
+        other's step. Not while the scheduler is paused: then it is no work yet.
         """
-        is_call = request_type == EngineCoreRequestType.UTILITY
+        is_call, was_idle = request_type == EngineCoreRequestType.UTILITY, not self.has_work()
         if is_call:
             self.model_executor.collective_rpc("dwdp_leave")
-        elif request_type == EngineCoreRequestType.ADD and self._meets and not self.has_work():
-            self.model_executor.collective_rpc("dwdp_expect", non_block=True)
-            self._is_expected = True
         super()._handle_client_request(request_type, request)
         if is_call and not self.has_work():
             self.model_executor.collective_rpc("dwdp_help")
+        elif not is_call and self._meets and was_idle and self.has_work():
+            self._expected = self.model_executor.collective_rpc("dwdp_expect", non_block=True)
 
     def _help_until_work(self) -> None:
         """Without a request, help the peers' rounds until one comes. A worker in another process does by itself."""
