@@ -556,21 +556,21 @@ def test_prompts_with_which_an_idle_rank_helps_are_answered_as_by_stock_vllm(mod
     assert met["rounds"] == helped["helper_rounds"] == steps
 
 
-def count_mixed(llm: Any) -> list[Round]:
+def count_mixed(llm: Any) -> list[RoundLayout]:
     """Note the rounds from now on in which this rank's step and a large one of a peer are together."""
     dispatch, found = streamed_model(llm).dispatch, []
-    layout_of = dispatch._layout_of
+    begin = dispatch._begin
 
-    def noting(made: Round) -> RoundLayout:
-        if all(made.tokens) and max(made.tokens) > dispatch.limits.max_tokens:
-            found.append(made)
-        return layout_of(made)
+    def noting(layout: RoundLayout) -> None:
+        if all(layout.tokens) and max(layout.tokens) > dispatch.limits.max_tokens:
+            found.append(layout)
+        begin(layout)
 
-    dispatch._layout_of, dispatch.mixed = noting, found
+    dispatch._begin, dispatch.mixed = noting, found
     return found
 
 
-def mixed(llm: Any) -> list[Round]:
+def mixed(llm: Any) -> list[RoundLayout]:
     return streamed_model(llm).dispatch.mixed
 
 
