@@ -7,10 +7,14 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from vllm_dwdp import descriptors, meeting
 from vllm_dwdp.budget import GIB
@@ -250,3 +254,38 @@ def test_gpus_are_looked_at() -> None:
     assert found and all(not gpu.fault and gpu.handles and gpu.free_bytes for gpu in found)
     assert {(link.reader, link.owner) for link in links} == {(i, j) for i in range(len(found)) for j in range(len(found)) if i != j}
     assert all(link.fault or link.gb_per_s > 1 for link in links)
+
+
+def command(folder: Path, environment: dict[str, str], files: int | None = None, config: dict = QWEN3) -> set[str]:
+    """The checks that `vllm-dwdp doctor`, a command of its own, says fail."""
+    (folder / "config.json").write_text(json.dumps(config))
+    before = f"ulimit -n {files} && " if files else ""
+    ran = subprocess.run(
+        ["bash", "-c", f'{before}exec "$@"', "doctor", sys.executable, "-m", "vllm_dwdp.entrypoints.cli", "doctor", str(folder), "--json"],
+        env=os.environ | environment, capture_output=True, text=True, timeout=120,
+    )
+    printed = json.loads(ran.stdout)
+    failed = {each["name"] for each in printed["checks"] if each["verdict"] == "fail"}
+    assert ran.returncode == bool(failed) and printed["ok"] == (not failed), ran.stderr[-2000:]
+    return failed
+
+
+@pytest.mark.gpu
+def test_two_gpus_and_faults_made_there(tmp_path: Path, figures: dict) -> None:
+    """What NVLink copies, and each fault that can be made on a host that is well."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    from vllm_dwdp.entrypoints.doctor import gpus as looks
+
+    gpus = looks.look()
+    figures |= {f"{link.reader}_from_{link.owner}_gb_per_s": link.gb_per_s for link in gpus[1]}
+    assert said(checks.examine(facts.gather(None, 2, *gpus))).keys() <= {"shared_memory"}, "a container's may be small"
+    assert all(link.kind != "NVLink" or link.gb_per_s > 100 for link in gpus[1])
+    assert command(tmp_path, {}) == set()
+    assert command(tmp_path, {"CUDA_VISIBLE_DEVICES": "0"}) == {"visible"}
+    assert command(tmp_path, {"VLLM_PLUGINS": "other"}) == {"plugin"}
+    assert command(tmp_path, {}, files=128) == {"descriptors"}
+    assert command(tmp_path, {}, config={"model_type": "llama", "hidden_size": 64}) == {"moe"}
+    free, _ = torch.cuda.mem_get_info(1)
+    held = torch.empty(free - 20 * GIB, dtype=torch.uint8, device="cuda:1")  # noqa: F841
+    assert command(tmp_path, {}) == {"memory"}
