@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ranks_of_modes import LOAD_S, Mode
 
 from vllm_dwdp.entrypoints.bench.modes import Settings, is_dwdp
 from vllm_dwdp.entrypoints.bench.origin import cuda_devices, origin
@@ -30,6 +29,7 @@ from vllm_dwdp.entrypoints.bench.rank import Rank
 import conftest  # noqa: F401  (vLLM's environment)
 from harness import make_prompts
 from quantized import SHAPE
+from ranks_of_modes import LOAD_S, Mode
 
 VOCAB, STEP_TOKENS, SHORTEST, LONGEST = 512, 1024, 5, 400
 NUM_PROMPTS = {"cuda": 48, "cpu": 8}  # 9,700 positions, by which a mean is known within 2 or 3 %, and 1,600

@@ -24,11 +24,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ranks_of_modes import LOAD_S, Mode
-
 from vllm_dwdp.entrypoints.bench.modes import Settings
 from vllm_dwdp.entrypoints.bench.origin import cuda_devices, origin
 from vllm_dwdp.entrypoints.bench.rank import Rank
+
+from ranks_of_modes import LOAD_S, Mode
 
 REPEATS, LARGE_HEAD_S = 12, 0.01
 EP_REST_S = 0.25  # its ranks go on with up to 32 empty steps, beside which nothing is timed; a prompt in the last may wait for ever

@@ -19,6 +19,7 @@ from vllm_dwdp.errors import DWDPError
 from conftest import ROOT
 from families import FAMILIES
 from plan_models import FP8_BLOCKS, GLM, GPT_OSS, HYBRIDS, MIXTRAL, MXFP4, NVFP4, OLMOE, QWEN3, R1, V2_LITE, held_by_dwdp
+from true_shapes import SHAPES, write
 
 
 def total_bytes(config: Mapping[str, Any]) -> int:
@@ -168,6 +169,12 @@ def test_what_plan_does_not_know_is_refused_in_one_line(config, named, tmp_path,
     assert cli.main(["plan", str(tmp_path), "--gpu", "h100"]) == 2
     printed = capsys.readouterr()
     assert named in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_a_config_that_vllm_loads_has_the_bytes_of_the_cut_one(tmp_path) -> None:
+    for folder in write(tmp_path):
+        cut, whole = model.parse("m", SHAPES[folder.name]), model.load(str(folder), {})
+        assert (cut.expert_bytes, cut.num_moe_layers) == (whole.expert_bytes, whole.num_moe_layers), folder.name
 
 
 def test_no_field_is_read_whose_type_is_not_checked() -> None:

@@ -2,10 +2,10 @@
 # All that is owed on two GPUs, in one visit. Run where vLLM is importable: tests/visit.sh MODEL OUT PART...
 #   MODEL: a folder with Qwen3-30B-A3B's config.json. OUT gets JSON, pictures and logs. Parts, with seconds on two H100s:
 #   before (155)  layers (40)  steps (200)  decode (150)  prefill (200)  serve (500)  unequal (260)  tests (400)  sanitize (220)
-#   logits (150)  soak (560)
+#   logits (110)  soak (560)  formats (350 a model)  sweep (500)  backends (300)
 # DECODE_MODES and SERVE_MODES name the bench's modes for decode and serve, LOADS the servers' loads, SERVE_ARGS further arguments
 # of theirs, STEP_MODES the modes whose steps are timed, ENGINE (JSON) arguments of their engines, LAYERS the layers of all models
-# but servers'.
+# but servers', FORMATS the models of tests/true_shapes.py that formats goes through, BACKENDS vLLM's all2all backends.
 # VISIT_CPU=1 goes through the same steps with a tiny model on CPU.
 set -u
 model=$1 out=$2 failed=0; shift 2
@@ -57,6 +57,24 @@ for part; do
     soak)  # servers under requests, each killed in another way
       timeout 620 python3 -P "$here/soak.py" --minutes $minutes --lives 3 --logs "$out/soak" > "$out/soak.log" 2>&1
       ended=$?; tail -15 "$out/soak.log"; (exit $ended) ;;
+    formats)  # prefill and decode of true shapes by format; the largest only where FORMATS names it: it needs two H200
+      formats_failed=0
+      python3 -P "$here/true_shapes.py" "$out/shapes" > /dev/null || formats_failed=1
+      for name in ${FORMATS:-qwen3-30b-a3b-fp8 qwen3-30b-a3b-int4 gpt-oss-120b deepseek-v2-lite}; do
+        shape="python3 -P -m vllm_dwdp.entrypoints.cli bench --model $out/shapes/$name --load-format dummy --side-by-side --rounds 2 --repeats 2"
+        timeout 280 $shape --modes dwdp,$rival,tp,single --hf-overrides "$layers" --engine-args "$engine" --num-prompts $prompts \
+          --max-num-batched-tokens ${steps%%,*} --out "$out/$name-prefill" || formats_failed=1
+        timeout 280 $shape --modes dwdp,$rival,tp,single --hf-overrides "$layers" --engine-args "$engine" --decode 1,16,64 \
+          --max-num-batched-tokens 16384 --out "$out/$name-decode" || formats_failed=1
+      done
+      (exit $formats_failed) ;;
+    sweep)  # saturation found, then a quarter, half and three quarters of it
+      timeout 560 $serving --modes dwdp,$rival --side-by-side --sweep "${SWEEP:-2048:256:400}" --serve-args "$serve" --timeout 240 \
+        --out "$out/sweep" ;;
+    backends)  # expert parallelism's ways to exchange tokens, at prefill
+      timeout 400 $bench --modes "dwdp$(printf ',ep+all2all_backend=%s' ${BACKENDS:-allgather_reducescatter flashinfer_nvlink_one_sided})" \
+        --hf-overrides "$layers" --engine-args "$engine" --side-by-side --max-num-batched-tokens ${steps%%,*} --num-prompts $prompts \
+        --rounds 2 --repeats 2 --out "$out/backends" ;;
     sanitize)
       timeout 280 compute-sanitizer --tool memcheck --target-processes all --report-api-errors no --error-exitcode 3 \
         python3 -P -m pytest -q -m gpu "$here/test_transport.py" "$here/test_tokens.py" -k "views or sums" > "$out/sanitize.log" 2>&1
