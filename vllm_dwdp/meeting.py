@@ -30,7 +30,7 @@ logger = logging.getLogger("vllm.dwdp.meeting")
 LOCK_TIMEOUT_S = 1.0
 WORK_S = 60.0  # how long a step waits for its own device, before it goes alone or counts its patience
 _LOOK_S, _REST_S, _CHECK_S = 20e-6, 2e-3, 2e-3  # between looks: at least, at most; between checks that peers live
-_HOT_S, _WARM_S = 1.0, 1e-4  # for how long after work an idle rank looks often, as vLLM's workers do for a call, and how often
+_HOT_S, _WARM_S = 1.0, 1e-4  # for so long after work an idle rank looks at least so often
 _SPIN_S = 200e-6  # a holder's change takes less, unless it has lost its core; so does a peer's next step, as a rule
 _SEAL = 0x0010  # F_SEAL_FUTURE_WRITE: every later write to the file fails
 # offsets: changes so far; how often the lock was taken, times ranks, plus its last holder; ranks; two records; then by rank
@@ -150,10 +150,7 @@ class Meeting:
         return self._count(self._change(lambda record: convoy.idle(record, self.rank, self.is_alive)))
 
     def help(self, timeout_s: float, wake: Callable[[], bool] = lambda: False) -> Round | None:
-        """Idle: the next round that asks for this rank; None after `timeout_s` or once `wake()` is true.
-
-        Looks at each hundredth of the quiet time, at least every 20 us (and the system's timer slack), at most _WARM_S or _REST_S.
-        """
+        """Idle: the next round that asks for this rank; None after `timeout_s` or once `wake()` is true."""
         end = time.monotonic() + timeout_s
         if self._states()[self.rank] != State.IDLE and (made := self.idle()):
             return made
@@ -161,8 +158,7 @@ class Meeting:
             now = time.monotonic()
             if now >= end or wake():
                 return None
-            most_s = _WARM_S if now - self._last < _HOT_S else _REST_S
-            time.sleep(min(max(_LOOK_S, (now - self._last) / 100), most_s, end - now))
+            time.sleep(min(look_s(now - self._last), end - now))
         return self.idle()
 
     def expect(self) -> Round | None:
@@ -240,11 +236,10 @@ class Meeting:
         return True
 
     def _lock(self, byte: int) -> bool:
-        try:
+        with contextlib.suppress(BlockingIOError):
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, byte))
-        except BlockingIOError:
-            return False
-        return True
+            return True
+        return False
 
     def is_alive(self, rank: int) -> bool:
         """Whether the process that has the place runs."""
@@ -255,9 +250,8 @@ class Meeting:
 
     def _owes(self) -> bool:
         """Seen without the lock: a record that is being replaced may mislead one look, not the next."""
-        record = self._final
-        if record is not None:
-            return record.due[self.rank] is not None
+        if self._final is not None:
+            return self._final.due[self.rank] is not None
         return self._words[self._offset(self._words[0]) // 8 + 1 + 2 * self.size + self.rank] != 0
 
     def _states(self) -> list[int]:
@@ -281,6 +275,11 @@ class Meeting:
 
     def _offset(self, word: int) -> int:
         return _RECORDS + word % 2 * self._format.nbytes
+
+
+def look_s(quiet_s: float) -> float:
+    """Seconds until an idle rank looks for rounds again: often for a second after work, as vLLM's workers look for calls."""
+    return min(max(_LOOK_S, quiet_s / 100), _WARM_S if quiet_s < _HOT_S else _REST_S)
 
 
 def create(size: int) -> int:

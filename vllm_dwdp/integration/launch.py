@@ -22,12 +22,11 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm_dwdp import config, launcher
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import checks, graphs, hooks, joining, remote, watchdog
+from vllm_dwdp.meeting import look_s
 from vllm_dwdp.rendezvous import REPORT_S
 
 logger = init_logger("vllm.dwdp.launch")
 WORKER = "vllm_dwdp.integration.worker.DWDPWorker"
-# How often an idle rank looks whether a round asks for it: while rounds do and for some time after, and else.
-HOT_LOOK_S, HOT_S, LOOK_S = 50e-6, 0.05, 2e-3
 ENDED = 128 + signal.SIGTERM  # the status of an engine that a signal has ended
 # What vLLM's executor says first, and no more, when its worker has ended; one that fails tells its error itself, and earlier.
 WORKER_ENDED = ("Executor failed.", "cancelled", "WorkerProc initialization failed")
@@ -207,10 +206,10 @@ class IndependentEngineCore(core.EngineCoreProc):
                     return
                 if helped:
                     self._active_s = time.monotonic()
-                quiet_s = time.monotonic() - self._active_s
+                nap_s = look_s(time.monotonic() - self._active_s)
                 with self.input_queue.not_empty:
                     if not self.input_queue.queue:
-                        self.input_queue.not_empty.wait(HOT_LOOK_S if quiet_s < HOT_S else LOOK_S)
+                        self.input_queue.not_empty.wait(nap_s)
 
 
 class _Awaited:
