@@ -94,14 +94,15 @@ def test_what_fails_as_peers_are_told_ends_the_engine(monkeypatch: pytest.Monkey
             run(made)
 
 
-def test_a_worker_that_has_left_does_not_help_by_itself() -> None:
-    """Between the calls of an engine that has asked it to leave."""
-    made, left = object.__new__(worker.DWDPWorker), []
-    made.dwdp = types.SimpleNamespace(dispatch=types.SimpleNamespace(leave=lambda: left.append(True), help=lambda *_: 1 / 0))
+@pytest.mark.parametrize("what", ["leave", "expect"])
+def test_a_worker_that_is_no_longer_idle_does_not_help_by_itself(what: str) -> None:
+    """Between the calls of an engine that has asked it to leave, or has a request: it would say that it is idle again."""
+    made, told = object.__new__(worker.DWDPWorker), []
+    made.dwdp = types.SimpleNamespace(dispatch=types.SimpleNamespace(**{what: lambda: told.append(what), "help": lambda *_: 1 / 0}))
     made._is_idle = True
-    made.dwdp_leave()
+    getattr(made, f"dwdp_{what}")()
     made.dwdp_help_until(lambda: False)
-    assert left == [True]
+    assert told == [what]
 
 
 def test_why_an_idle_worker_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
