@@ -1,6 +1,7 @@
 """Invariant: what a launcher starts ends with it, and says why it ended when it does so by itself; without an engine."""
 
 import asyncio
+import itertools
 import multiprocessing
 import os
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vllm_dwdp import config, launcher
+from vllm_dwdp import channel, config, launcher
 from vllm_dwdp.channel import free_port, private
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import commands
@@ -158,6 +159,13 @@ def test_a_person_s_process_follows_nobody() -> None:
 def test_a_free_port_stays_free() -> None:
     """Below those that the kernel hands out: between its choice and its use no connection takes it."""
     assert free_port() < int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+
+
+def test_no_port_is_given_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that listens where the launcher of its other ranks does answers nobody."""
+    monkeypatch.setattr(channel, "_given", set())
+    monkeypatch.setattr(channel.secrets, "randbelow", lambda _, numbers=itertools.cycle((7, 7, 8)): next(numbers))
+    assert channel.free_port() + 1 == channel.free_port()
 
 
 def test_servers_of_a_supervisor_meet_by_its_secret(monkeypatch: pytest.MonkeyPatch) -> None:

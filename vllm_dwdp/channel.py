@@ -220,11 +220,16 @@ def _sign(secret: bytes, role: bytes, server_nonce: bytes, client_nonce: bytes) 
     return hmac.digest(secret, role + server_nonce + client_nonce, hashlib.sha256)
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """A TCP port of the loopback interface below those that the kernel hands out by itself."""
+    """A TCP port of the loopback interface below those that the kernel hands out by itself; another one each time."""
     first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     lowest, highest = (first // 2, first) if first > 2048 else (20_000, 30_000)  # some hosts' kernels hand out nearly all
     while True:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port := lowest + secrets.randbelow(highest - lowest)))
-            return port
+            if port not in _given:
+                _given.add(port)
+                return port
