@@ -165,7 +165,7 @@ class IndependentEngineCore(core.EngineCoreProc):
         executed = super()._process_engine_step()
         was_expected = self._was_expected()
         if not executed and (was_expected or isinstance(self.model_executor, UniProcExecutor)):
-            self.model_executor.collective_rpc("dwdp_help")
+            self._help()
         return executed
 
     def _was_expected(self) -> bool:
@@ -186,21 +186,26 @@ class IndependentEngineCore(core.EngineCoreProc):
             self.model_executor.collective_rpc("dwdp_leave")
         super()._handle_client_request(request_type, request)
         if is_call and not self.has_work():
-            self.model_executor.collective_rpc("dwdp_help")
+            self._help()
         elif not is_call and self._meets and was_idle and self.has_work():
             self._expected = self.model_executor.collective_rpc("dwdp_expect", non_block=True)
+
+    def _help(self) -> bool | None:
+        """Let the worker take part in a round that asks for this rank: whether one did; None where no step dispatches."""
+        helped: bool | None
+        (helped,) = self.model_executor.collective_rpc("dwdp_help")
+        self._meets = helped is not None
+        return helped
 
     def _help_until_work(self) -> None:
         """Without a request, help the peers' rounds until one comes. A worker in another process does by itself."""
         if not isinstance(self.model_executor, UniProcExecutor):
-            (helped,) = self.model_executor.collective_rpc("dwdp_help")
-            self._meets = helped is not None
+            self._help()
             return
         self.process_input_queue_block = False
         with watchdog.paused():
             while not self.has_work() and self.is_running() and self.input_queue.empty() and not self._idle_state_callbacks:
-                (helped,) = self.model_executor.collective_rpc("dwdp_help")
-                self._meets = helped is not None
+                helped = self._help()
                 if helped is None:
                     self.process_input_queue_block = True
                     return
