@@ -23,8 +23,9 @@ def _deadline(failed, LIMIT_NS: tl.constexpr):
 
 @triton.jit
 def _give_up(peer, failed, error):
-    tl.store(failed, 1)
-    tl.atomic_cas(error.to(tl.pointer_type(tl.int32)), 0, peer + 1, sem="relaxed", scope="sys")
+    """Who waits in vain first tells the host for whom. A GPU need not have atomics on the host's memory."""
+    is_first = tl.atomic_cas(failed, 0, 1, sem="relaxed", scope="gpu") == 0
+    tl.store(error.to(tl.pointer_type(tl.int32)), peer + 1, mask=is_first)
 
 
 @triton.jit

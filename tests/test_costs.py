@@ -78,6 +78,21 @@ def test_max_tokens() -> None:
     assert tiny.max_tokens(8192) == 0, "weights that travel faster than two exchanges"
 
 
+def test_a_step_alone_takes_no_less_than_its_launches() -> None:
+    """Measured, 48 layers: two steps of 4,096 tokens alone take 90 to 135 ms, and copies that hide would have let them take 80.
+
+    So where a dispatched step replays a graph it gains, whatever the weights' format.
+    """
+    graphs = dataclasses.replace(QWEN3, graph_tokens=8192, alone_graph_tokens=512)
+    int4 = dataclasses.replace(graphs, expert_bytes=QWEN3.expert_bytes // 4)
+    for tokens in (513, 4096, 8192):
+        assert graphs.alone_us(tokens) == max(QWEN3.alone_us(tokens), H100.launch_us) and int4.alone_us(tokens) == H100.launch_us
+    for tokens in (1, 512, 8193):
+        assert graphs.alone_us(tokens) == QWEN3.alone_us(tokens)
+    assert graphs.max_tokens(4096) == int4.max_tokens(4096) == 4096
+    assert dataclasses.replace(int4, graph_tokens=0).max_tokens(4096) < 1024, "its copies hide behind fewer tokens"
+
+
 def test_patience() -> None:
     """What all layers save together, within bounds."""
     assert QWEN3.patience_s(16) == pytest.approx(48e-6 * QWEN3.saved_us(16)) == pytest.approx(0.05, rel=0.2)
@@ -120,6 +135,26 @@ def test_members() -> None:
     assert costs == sorted(costs, reverse=True)
     assert costs[0] == pytest.approx(four.direct_us(16) + H100.dispatch_us + H100.exchange_us)
     assert four.dispatched_us(16, 16, 2) < costs[1], "an idle peer brings no rows"
+
+
+@pytest.mark.parametrize(("captured", "graph_max_tokens", "most"), [([1, 512], 8192, 4096), ([1, 512], 0, 3447), ([1, 8192], 0, 4096)])
+def test_limits_depend_on_graphs(monkeypatch, captured: list[int], graph_max_tokens: int, most: int) -> None:
+    """Those that are added, and those that the user asks for."""
+    monkeypatch.setattr(dispatching, "current_platform", SimpleNamespace(is_cpu=lambda: False, get_device_name=lambda: "NVIDIA H200"))
+    monkeypatch.setattr(dispatching, "has_graphs", lambda _: True)
+    monkeypatch.setattr(dispatching.graphs, "add_graphs", lambda *_: None)
+    placement = Placement(num_experts=128, size=2)
+    layer = SimpleNamespace(
+        module=SimpleNamespace(quant_method=SimpleNamespace(is_monolithic=False)), placement=placement, hidden_size=2048, top_k=8,
+        itemsize=2, is_draft=False, size=LayerSize(placement=placement, expert_bytes=[QWEN3.expert_bytes]),
+    )
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=8192), speculative_config=None, use_v2_model_runner=True,
+        compilation_config=SimpleNamespace(cudagraph_capture_sizes=captured),
+    )
+    options = Options(size=2, graph_max_tokens=graph_max_tokens)
+    limits = dispatching.limits(config, options, SimpleNamespace(handle_kind="fd"), [layer] * 48, 1)
+    assert limits and limits.max_tokens == most and limits.graph_sizes[-1] == captured[-1]
 
 
 def test_no_round_changes_what_is_asked_to_be_invariant(monkeypatch) -> None:

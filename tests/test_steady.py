@@ -78,6 +78,7 @@ class World:
         self.clock, self.off = clock, off
         self.costs = Costs(
             rates=H100, num_layers=layers, num_experts=128, top_k=8, expert_bytes=9_437_184, hidden_size=2048, itemsize=2, size=size,
+            graph_tokens=LARGE, alone_graph_tokens=512,
         )
         self.limits = Limits(
             max_tokens=self.costs.max_tokens(LARGE // size), helped_max_tokens=self.costs.helped_max_tokens(LARGE), most_rows=LARGE,
@@ -281,7 +282,7 @@ def test_a_large_step_that_went_alone_keeps_no_later_one_from_help(world, size: 
 
 
 @pytest.mark.parametrize("apart_s", [0.0, 0.001, 0.003, 0.02])
-@pytest.mark.parametrize("tokens", [4096, LARGE])
+@pytest.mark.parametrize("tokens", [6144, LARGE])
 def test_prompts_that_come_at_once_help_each_other(world, tokens: int, apart_s: float) -> None:
     """One after the other: who has helped gets help, though the other rank is idle only once its host has seen its own end."""
     made = world(2)

@@ -25,12 +25,13 @@ class Rates:
     dispatch_us: float  # the same when they are masked, beyond experts_us
     exchange_us: float  # the least that both exchanges take
     rest_us: float  # the least that the rest of a layer takes
+    launch_us: float  # what a layer takes the host without a graph
     drag: float  # what copying beside computing adds, as a part of the copies' time
 
 
 H100 = Rates(
     link=370e3, direct=296e3, memory=2.9e6, compute=408e6, exchange=265e3, rest=22e3,
-    experts_us=8, dispatch_us=15, exchange_us=16, rest_us=90, drag=0.16,
+    experts_us=8, dispatch_us=15, exchange_us=16, rest_us=90, launch_us=2300, drag=0.16,
 )
 RATES = {"h100": H100}  # by a word of the device's name
 
@@ -45,7 +46,8 @@ class Costs:
     """A model of `num_layers` MoE layers alike on ranks that each own `1 / size` of the experts, without residents.
 
     `expert_bytes` are one expert's, in all streamed tensors; `itemsize` is an activation's. Tokens are taken to choose
-    experts evenly. Results are microseconds a layer.
+    experts evenly. Dispatched steps of up to `graph_tokens` replay graphs; of those that go alone, steps of up to
+    `alone_graph_tokens`. Results are microseconds a layer.
     """
 
     rates: Rates
@@ -56,6 +58,8 @@ class Costs:
     hidden_size: int
     itemsize: int
     size: int
+    graph_tokens: int = 0
+    alone_graph_tokens: int = 0
 
     def rest_us(self, own: int) -> float:
         """All of a layer but its experts, for `own` rows."""
@@ -88,7 +92,8 @@ class Costs:
         return self.alone_us(own) - self.dispatched_us(own, members * own, members)
 
     def alone_us(self, own: int) -> float:
-        return min(self.streamed_us(own), self.direct_us(own))
+        launch_us = self.rates.launch_us if self.alone_graph_tokens < own <= self.graph_tokens else 0.0
+        return max(min(self.streamed_us(own), self.direct_us(own)), launch_us)
 
     def max_tokens(self, bound: int) -> int:
         """The largest step of at most `bound` tokens that gains enough by going with an alike peer; 0 if none does."""

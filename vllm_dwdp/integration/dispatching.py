@@ -42,8 +42,10 @@ def limits(
     """
     layers = [layer for layer in layers if not layer.is_draft]
     reason = why_not(vllm_config, options, device, layers)
-    costs = None if current_platform.is_cpu() else costs_of(layers, current_platform.get_device_name())
-    largest, size = vllm_config.scheduler_config.max_num_batched_tokens, layers[0].placement.size
+    largest, size, graph_tokens = vllm_config.scheduler_config.max_num_batched_tokens, layers[0].placement.size, 0
+    if has_graphs(vllm_config):
+        graph_tokens = max(*vllm_config.compilation_config.cudagraph_capture_sizes, options.graph_max_tokens or 0)
+    costs = None if current_platform.is_cpu() else costs_of(layers, current_platform.get_device_name(), graph_tokens)
     bound = largest // size
     expected = bound if costs is None else costs.max_tokens(bound)
     most = options.dispatch_max_tokens or expected
@@ -64,7 +66,7 @@ def limits(
     held = min(largest, INBOX_BYTES // (row_bytes * (size - 1)))
     helped = max(most, 0 if options.dispatch_max_tokens else held if costs is None else costs.helped_max_tokens(held))
     sizes = []
-    if has_graphs(vllm_config):
+    if graph_tokens:
         graphs.add_graphs(vllm_config, graph_bounds(most, helped, largest, size, options.graph_max_tokens or 0))
         sizes = vllm_config.compilation_config.cudagraph_capture_sizes
     logger.info(
@@ -111,13 +113,13 @@ def dispatched_sizes(sizes: Sequence[int], bounds: Sequence[int], lengths: Seque
     return found
 
 
-def costs_of(layers: Sequence[ExpertLayer], device_name: str) -> Costs:
+def costs_of(layers: Sequence[ExpertLayer], device_name: str, graph_tokens: int) -> Costs:
     """All layers are taken to be like the one that has the most to move."""
     layer = max(layers, key=lambda layer: layer.size.remote_bytes)
     return Costs(
         rates=rates_of(device_name), num_layers=len(layers), num_experts=layer.placement.num_experts, top_k=layer.top_k,
         expert_bytes=sum(layer.size.expert_bytes), hidden_size=layer.hidden_size, itemsize=layer.itemsize,
-        size=layer.placement.size,
+        size=layer.placement.size, graph_tokens=graph_tokens, alone_graph_tokens=ALONE_GRAPH_TOKENS,
     )
 
 
