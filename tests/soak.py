@@ -36,7 +36,8 @@ ENDS = (("engine 1", signal.SIGKILL), ("launcher", signal.SIGKILL), ("launcher",
 CLIENTS, BATCH = 6, 120  # of requests, after which a clock is looked at
 REST_S = 3.0  # for connections to close and queues to empty
 MEMORY_GROWTH, MORE_FILES, MORE_THREADS = 0.02, 4, 4  # that pass as none, for a whole server
-LEFT_MIB = 64  # on all GPUs once all servers have ended
+LEFT_MIB = 64  # on all GPUs once all servers have ended, where nvidia-smi does not know whose
+LONG = 400  # tokens of the answers under way when a server is killed
 ON_GPUS = [
     "--dtype", "float32", "--kv-cache-memory-bytes", str(1 << 30), "--gpu-memory-utilization", "0.3", "--no-enable-prefix-caching",
     *WORKERS, "--data-parallel-size", "2", "--parallel", "dwdp",
@@ -54,16 +55,16 @@ def questions() -> list[tuple[str, int]]:
 QUESTIONS = questions()
 
 
-def ask(server: Server, number: int) -> str:
+def ask(server: Server, number: int, longest: int = 0) -> str:
     prompt, tokens = QUESTIONS[number % len(QUESTIONS)]
-    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    body = {"prompt": prompt, "max_tokens": longest or tokens, "temperature": 0, "ignore_eos": True}
     return json.load(server.post("v1/completions", body))["choices"][0]["text"]
 
 
 def figures(server: Server) -> dict[str, int]:
     """Of all processes of a server at rest: private bytes of the host, which shared pages are not counted into, files, threads.
 
-    Where there are GPUs also MiB of theirs, by process, which is 0 where nvidia-smi knows processes by other numbers, and in all.
+    Where there are GPUs also MiB of theirs: the server's, or all where nvidia-smi knows processes by other numbers.
     """
     time.sleep(REST_S)
     total, members = dict(host_bytes=0, files=0, threads=0), server.members()
@@ -72,7 +73,7 @@ def figures(server: Server) -> dict[str, int]:
             total["host_bytes"] += process.memory_full_info().uss
             total["files"] += process.num_fds()
             total["threads"] += process.num_threads()
-    return total | ({"server_gpu_mib": gpu_mib({process.pid for process in members}), "all_gpu_mib": gpu_mib()} if GPUS else {})
+    return total | ({"gpu_mib": gpu_mib({process.pid for process in members}) or gpu_mib()} if GPUS else {})
 
 
 def gpu_mib(pids: set[int] | None = None) -> int:
@@ -120,7 +121,7 @@ def main() -> int:
     (logs := given.logs or folder).mkdir(parents=True, exist_ok=True)
     model = str(make_model("qwen3_moe", folder / "model", **(SHAPE | dict(dtype="float32") if GPUS else {})))
     shared, answers, faults, number = set(os.listdir("/dev/shm")), {}, [], 0
-    each, used_mib = given.requests // given.lives, gpu_mib() if GPUS else 0
+    each, used_mib, pids, is_known = given.requests // given.lives, gpu_mib() if GPUS else 0, set(), False
     for life in range(given.lives):
         first, start_s = number, time.monotonic()
         with Server(
@@ -137,20 +138,24 @@ def main() -> int:
                 found.append(figures(server))
             half, end = found
             faults += (more := grown(half, end))
+            members = {process.pid for process in server.members()}
+            pids, is_known = pids | members, is_known or bool(GPUS and gpu_mib(members))
             whom, how = ENDS[life % len(ENDS)]
             print(f"life {life}: {number - first} requests in {time.monotonic() - start_s:.0f} s; {half} at half, {end} at the end"
                   f"{', GROWN' if more else ''}; {how.name} for the {whom}", flush=True)
             with ThreadPoolExecutor(CLIENTS) as pool:  # some are under way
-                asked = [pool.submit(ask, server, number) for number in range(CLIENTS)]
+                asked = [pool.submit(ask, server, number, LONG) for number in range(CLIENTS)]
                 time.sleep(0.1)
                 find(server, whom).send_signal(how)
                 failed = sum(one.exception() is not None for one in asked)
+            if not failed:
+                faults.append(f"life {life}: no request was under way")
             if await_end(server, END_S) is None:
                 faults.append(f"life {life}: the server goes on after {how.name} for the {whom}")
             print(f"    {failed} of {CLIENTS} requests under way failed", flush=True)
     await_that(lambda: not [p for p in psutil.process_iter() if p.ppid() == os.getpid() and p.status() != "zombie"], "the end")
     faults += [f"left in /dev/shm: {name}" for name in set(os.listdir("/dev/shm")) - shared]
-    if GPUS and (left := gpu_mib() - used_mib) > LEFT_MIB:
+    if GPUS and (left := gpu_mib(pids) if is_known else gpu_mib() - used_mib) > (0 if is_known else LEFT_MIB):
         faults.append(f"left on GPUs: {left} MiB")
     print("\n".join(faults) or f"{number} requests in {given.lives} lives: all answers equal, nothing grew, nothing left")
     return bool(faults)

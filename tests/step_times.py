@@ -5,9 +5,9 @@
 MODEL is a folder with a config.json; weights are dummies. Engines as vLLM starts them, all modes loaded, one after the other
 asked. An idle peer of expert parallelism has a prompt of one token. With a peer in a large step it is the time of rank 0's prompt
 alone, which comes LARGE_HEAD_S after the peer's of the largest size; one engine of several GPUs gets its peers' prompts, too.
-OUT_FOLDER gets steps.json and, by mode, a trace of one step of
-each size on rank 0, from which is told how long its kernels took, exchanges with peers, waits included, apart, how long
-copies did, and the span from the first kernel to the last.
+OUT_FOLDER gets steps.json and, as MODE-PEERS-TOKENS-RANK-NUMBER, traces of one step of each size with peers idle and alike. From
+rank 0's is told how long its kernels took, exchanges with peers, waits included, apart, how long copies did, and the span from the
+first kernel to the last.
 """
 
 import gzip
@@ -82,15 +82,16 @@ class Timed(Mode):
         given = [of_rank_0, *[of_others] * (self.ranks - 1)]
         return given if len(given) == len(self.pipes) else [list(itertools.chain(*given))]
 
-    def profile(self, tokens: int) -> dict[str, float]:
-        """ms of rank 0's device for one step of a prompt while its peers are idle."""
+    def profile(self, peers: str, tokens: int) -> dict[str, float]:
+        """ms of rank 0's device for one step of a prompt."""
         self.ask("start_profile")
-        self.ask(*self.prompts("idle", tokens, 0))
+        self.ask(*self.prompts(peers, tokens, 0))
         self.ask("stop_profile")
-        found = sorted(self.traces.glob("0/**/*.json.gz"))  # of several workers of a rank, the first's
-        events = json.loads(gzip.decompress(found[0].read_bytes()))["traceEvents"] if found else []
-        for number, path in enumerate(found):
-            path.rename(self.traces.with_name(f"{self.name}-{tokens}-{number}.json.gz"))
+        found = {rank: sorted(self.traces.glob(f"{rank}/**/*.json.gz")) for rank in range(self.ranks)}
+        events = json.loads(gzip.decompress(found[0][0].read_bytes()))["traceEvents"] if found[0] else []  # of several workers, the first's
+        for rank, paths in found.items():
+            for number, path in enumerate(paths):
+                path.rename(self.traces.with_name(f"{self.name}-{peers}-{tokens}-{rank}-{number}.json.gz"))
         kernels = [each for each in events if each.get("cat") == "kernel"]
         if not kernels:
             return {}
@@ -138,10 +139,11 @@ def main(model: str, out: Path, modes: str = "dwdp,ep", tokens: str = TOKENS, gi
                 rows.append({"tokens": count, "mode": name, "peers": peers, "ms": statistics.median(found), "all_ms": found})
                 print(f"{count:>6} {name:>6}, peers {peers:<5} {rows[-1]['ms']:8.2f} ms", flush=True)
             write()
-        for count, mode in itertools.product(sizes, started):
-            write()
-            rows.append({"tokens": count, "mode": mode.name, "peers": "idle", **(seen := mode.profile(count))})
-            print(f"{count:>6} {mode.name:>6}, traced: {json.dumps(seen)}", flush=True)
+        for count, mode, peers in itertools.product(sizes, started, ("idle", "alike")):
+            if peers == "idle" or mode.ranks > 1:
+                write()
+                rows.append({"tokens": count, "mode": mode.name, "peers": peers, **(seen := mode.profile(peers, count))})
+                print(f"{count:>6} {mode.name:>6}, peers {peers}, traced: {json.dumps(seen)}", flush=True)
         write()
     finally:
         for mode in started:

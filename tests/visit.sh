@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that is owed on two GPUs, in one visit. Run where vLLM is importable: tests/visit.sh MODEL OUT PART...
 #   MODEL: a folder with Qwen3-30B-A3B's config.json. OUT gets JSON, pictures and logs. Parts, with seconds on two H100s:
-#   before (155)  layers (40)  steps (200)  decode (150)  prefill (200)  serve (500)  unequal (260)  tests (400)  sanitize (220)
+#   before (155)  layers (40)  steps (200)  decode (150)  prefill (200)  serve (500)  unequal (260)  tests (460)  sanitize (220)
 #   logits (110)  soak (560)  formats (350 a model)  sweep (500)  backends (300)
 # DECODE_MODES and SERVE_MODES name the bench's modes for decode and serve, LOADS the servers' loads, SERVE_ARGS further arguments
 # of theirs, STEP_MODES the modes whose steps are timed, ENGINE (JSON) arguments of their engines, LAYERS the layers of all models
@@ -47,7 +47,7 @@ for part; do
       timeout 400 $serving --modes dwdp,$rival --side-by-side --loads "$unequal" \
         --serve-args "$serve" --timeout 240 --out "$out/unequal" ;;
     tests)
-      DWDP_RECORD="$out/tests.json" timeout 480 python3 -P -m pytest -q -n 4 --dist worksteal -m gpu "$here" > "$out/tests.log" 2>&1
+      DWDP_RECORD="$out/tests.json" timeout 560 python3 -P -m pytest -q -n 6 --dist worksteal -m gpu "$here" > "$out/tests.log" 2>&1
       ended=$?; tail -15 "$out/tests.log"; (exit $ended) ;;
     before)  # prefill beside other installs of this package, in the folders of $BEFORE
       timeout 200 python3 -P "$here/compare_versions.py" "$model" "$out/before.json" $BEFORE "${PYTHONPATH%%:*}" ;;
