@@ -5,10 +5,12 @@ import statistics
 from types import SimpleNamespace
 
 import pytest
+from vllm.config import CUDAGraphMode
 
 from vllm_dwdp.budget import LayerSize
 from vllm_dwdp.config import Options
 from vllm_dwdp.costs import H100, LEAST_PATIENCE_S, MOST_PATIENCE_S, WORTH, Costs, rates_of
+from vllm_dwdp.dispatch import Limits
 from vllm_dwdp.integration import dispatching
 from vllm_dwdp.placement import Placement
 
@@ -112,19 +114,36 @@ def test_helped_max_tokens() -> None:
     assert rare.helped_max_tokens(8192) < 4096, "a slow exchange"
 
 
+def limits_of(
+    monkeypatch, options: Options, layers: list[SimpleNamespace], largest: int, captured: tuple[int, ...] = (), drafts: bool = False
+) -> Limits | None:
+    """Of an engine on H100s that captures these sizes itself, if any."""
+    platform = SimpleNamespace(is_cpu=lambda: False, get_device_name=lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(dispatching, "current_platform", platform)
+    speculative = SimpleNamespace(uses_dynamic_speculative_decoding=lambda: False) if drafts else None
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=largest), speculative_config=speculative, use_v2_model_runner=True,
+        compilation_config=SimpleNamespace(
+            cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE, cudagraph_capture_sizes=[*captured],
+            max_cudagraph_capture_size=max([0, *captured]),
+        ),
+        model_config=SimpleNamespace(enforce_eager=not captured),
+    )
+    return dispatching.limits(config, options, SimpleNamespace(handle_kind="fd"), layers, 1)
+
+
+def layer_of(hidden: int, expert_bytes: int, num_experts: int = 128, size: int = 2, is_draft: bool = False) -> SimpleNamespace:
+    placement = Placement(num_experts=num_experts, size=size)
+    return SimpleNamespace(
+        module=SimpleNamespace(quant_method=SimpleNamespace(is_monolithic=is_draft)), placement=placement, hidden_size=hidden, top_k=8,
+        itemsize=2, is_draft=is_draft, size=LayerSize(placement=placement, expert_bytes=[2 * expert_bytes // 3, expert_bytes // 3]),
+    )
+
+
 @pytest.mark.parametrize(("size", "hidden", "most"), [(2, 7168, 8192), (8, 7168, 5349), (8, 2048, 8192)])
 def test_an_inbox_has_a_bound(monkeypatch, size: int, hidden: int, most: int) -> None:
     """2**30 bytes of activations and sums, of whatever many ranks."""
-    platform = SimpleNamespace(is_cpu=lambda: False, get_device_name=lambda: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(dispatching, "current_platform", platform)
-    monkeypatch.setattr(dispatching, "has_graphs", lambda _: False)
-    placement = Placement(num_experts=256, size=size)
-    layer = SimpleNamespace(
-        module=SimpleNamespace(quant_method=SimpleNamespace(is_monolithic=False)), placement=placement, hidden_size=hidden, top_k=8,
-        itemsize=2, is_draft=False, size=LayerSize(placement=placement, expert_bytes=[2 * 2 * hidden * 2048, 2 * hidden * 2048]),
-    )
-    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=8192), speculative_config=None)
-    limits = dispatching.limits(config, Options(size=size), SimpleNamespace(handle_kind="fd"), [layer] * 58, 1)
+    limits = limits_of(monkeypatch, Options(size=size), [layer_of(hidden, 6 * hidden * 2048, 256, size)] * 58, 8192)
     assert limits and limits.helped_max_tokens == most
 
 
@@ -137,24 +156,23 @@ def test_members() -> None:
     assert four.dispatched_us(16, 16, 2) < costs[1], "an idle peer brings no rows"
 
 
-@pytest.mark.parametrize(("captured", "graph_max_tokens", "most"), [([1, 512], 8192, 4096), ([1, 512], 0, 3447), ([1, 8192], 0, 4096)])
-def test_limits_depend_on_graphs(monkeypatch, captured: list[int], graph_max_tokens: int, most: int) -> None:
-    """Those that are added, and those that the user asks for."""
-    monkeypatch.setattr(dispatching, "current_platform", SimpleNamespace(is_cpu=lambda: False, get_device_name=lambda: "NVIDIA H200"))
-    monkeypatch.setattr(dispatching, "has_graphs", lambda _: True)
-    monkeypatch.setattr(dispatching.graphs, "add_graphs", lambda *_: None)
-    placement = Placement(num_experts=128, size=2)
-    layer = SimpleNamespace(
-        module=SimpleNamespace(quant_method=SimpleNamespace(is_monolithic=False)), placement=placement, hidden_size=2048, top_k=8,
-        itemsize=2, is_draft=False, size=LayerSize(placement=placement, expert_bytes=[QWEN3.expert_bytes]),
-    )
-    config = SimpleNamespace(
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=8192), speculative_config=None, use_v2_model_runner=True,
-        compilation_config=SimpleNamespace(cudagraph_capture_sizes=captured),
-    )
+WITH_GRAPHS = dataclasses.replace(QWEN3, graph_tokens=8192, alone_graph_tokens=512)
+
+
+@pytest.mark.parametrize(
+    ("captured", "largest", "drafts", "graph_max_tokens", "most", "last"),
+    [(512, 8192, False, 8192, WITH_GRAPHS.max_tokens(4352), 8192), (8192, 8192, False, 0, WITH_GRAPHS.max_tokens(4352), 8192),
+     (512, 7000, False, 8192, 3756, 7000), (512, 8192, True, 8192, QWEN3.max_tokens(4096), 512),
+     (512, 8192, False, 0, QWEN3.max_tokens(4096), 512), (512, 8192, False, 4096, 4096, 4096)],
+)
+def test_limits_depend_on_graphs(
+    monkeypatch, captured: int, largest: int, drafts: bool, graph_max_tokens: int, most: int, last: int
+) -> None:
+    """Those that are added, and those that the user asks for. Where the largest step has one, small steps have its rows."""
     options = Options(size=2, graph_max_tokens=graph_max_tokens)
-    limits = dispatching.limits(config, options, SimpleNamespace(handle_kind="fd"), [layer] * 48, 1)
-    assert limits and limits.max_tokens == most and limits.graph_sizes[-1] == captured[-1]
+    limits = limits_of(monkeypatch, options, [layer_of(2048, QWEN3.expert_bytes)] * 48, largest, (1, captured), drafts)
+    assert limits and (limits.max_tokens, limits.graph_sizes[-1]) == (most, last)
+    assert 2 * most <= limits.most_rows == max(largest, limits.rows(last, 2))
 
 
 def test_no_round_changes_what_is_asked_to_be_invariant(monkeypatch) -> None:
@@ -181,20 +199,9 @@ def test_limits(monkeypatch, hidden: int, batched: int, given: int | None, most:
     """An engine on two H100s takes its limit and its patience from the model, no draft, and says why the limit is what it is."""
     lines = []
     logger = SimpleNamespace(info=lambda text, *args: lines.append(text % args))
-    platform = SimpleNamespace(is_cpu=lambda: False, get_device_name=lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(dispatching, "logger", logger)
-    monkeypatch.setattr(dispatching, "current_platform", platform)
-    monkeypatch.setattr(dispatching, "has_graphs", lambda _: False)
-    placement, expert_bytes = Placement(num_experts=128, size=2), [2 * 2 * hidden * 768, 2 * hidden * 768]
-    module = SimpleNamespace(quant_method=SimpleNamespace(is_monolithic=False))
-    layer = SimpleNamespace(
-        module=module, size=LayerSize(placement=placement, expert_bytes=expert_bytes), placement=placement,
-        hidden_size=hidden, top_k=8, itemsize=2, is_draft=False,
-    )
-    draft = SimpleNamespace(**vars(layer) | {"is_draft": True, "module": SimpleNamespace(quant_method=SimpleNamespace(is_monolithic=True))})
-    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=batched), speculative_config=None)
-    options = Options(size=2, dispatch_max_tokens=given)
-    limits = dispatching.limits(config, options, SimpleNamespace(handle_kind="fd"), [*[layer] * 48, draft], 1)
+    layer, draft = (layer_of(hidden, 6 * hidden * 768, is_draft=is_draft) for is_draft in (False, True))
+    limits = limits_of(monkeypatch, Options(size=2, dispatch_max_tokens=given), [*[layer] * 48, draft], batched)
     assert len(lines) == 1 and said in lines[0]
     assert (limits and limits.max_tokens) == most
     if limits:

@@ -42,11 +42,14 @@ def limits(
     """
     layers = [layer for layer in layers if not layer.is_draft]
     reason = why_not(vllm_config, options, device, layers)
-    largest, size, graph_tokens = vllm_config.scheduler_config.max_num_batched_tokens, layers[0].placement.size, 0
-    if has_graphs(vllm_config):
-        graph_tokens = max(*vllm_config.compilation_config.cudagraph_capture_sizes, options.graph_max_tokens or 0)
+    largest, size = vllm_config.scheduler_config.max_num_batched_tokens, layers[0].placement.size
+    graph_tokens = graphs.most_tokens(vllm_config, options.graph_max_tokens or 0)
     costs = None if current_platform.is_cpu() else costs_of(layers, current_platform.get_device_name(), graph_tokens)
-    bound = largest // size
+    row_bytes = 2 * max(layer.hidden_size * layer.itemsize for layer in layers)  # of an inbox: activations, and sums
+    held = min(largest, INBOX_BYTES // (row_bytes * (size - 1)))
+    helped = 0 if options.dispatch_max_tokens else held if costs is None else costs.helped_max_tokens(held)
+    are_all_captured = min(helped, graph_tokens) >= largest
+    bound = (largest + FEW * (size - 1) if are_all_captured else largest) // size  # what graphs of large steps have room for
     expected = bound if costs is None else costs.max_tokens(bound)
     most = options.dispatch_max_tokens or expected
     if reason is None and not most:
@@ -62,10 +65,7 @@ def limits(
         why = "as many as ranks have memory for together, --max-num-batched-tokens over their number"
     else:
         why = "above, a step alone is expected to take less"
-    row_bytes = 2 * max(layer.hidden_size * layer.itemsize for layer in layers)  # of an inbox: activations, and sums
-    held = min(largest, INBOX_BYTES // (row_bytes * (size - 1)))
-    helped = max(most, 0 if options.dispatch_max_tokens else held if costs is None else costs.helped_max_tokens(held))
-    sizes = []
+    helped, sizes = max(most, helped), []
     if graph_tokens:
         graphs.add_graphs(vllm_config, graph_bounds(most, helped, largest, size, options.graph_max_tokens or 0))
         sizes = vllm_config.compilation_config.cudagraph_capture_sizes

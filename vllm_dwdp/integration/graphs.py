@@ -41,16 +41,28 @@ def has_graphs(vllm_config: VllmConfig) -> bool:
     return not vllm_config.model_config.enforce_eager and mode != CUDAGraphMode.NONE
 
 
+def most_tokens(vllm_config: VllmConfig, wanted: int) -> int:
+    """The largest graph that this engine may have where graphs of up to `wanted` tokens are added; 0 where it has none."""
+    if not has_graphs(vllm_config):
+        return 0
+    captured = max(vllm_config.compilation_config.cudagraph_capture_sizes)
+    return max(captured, wanted) if _may_add(vllm_config) else captured
+
+
+def _may_add(vllm_config: VllmConfig) -> bool:
+    """Graphs that vLLM breaks off, graphs of whole prompts, and models that draft, which draft over padded rows, have vLLM's sizes."""
+    is_whole = vllm_config.compilation_config.cudagraph_mode.mixed_mode() != CUDAGraphMode.PIECEWISE
+    return not (is_whole or is_breakable_cudagraph_enabled() or vllm_config.speculative_config is not None)
+
+
 def add_graphs(vllm_config: VllmConfig, bounds: Sequence[int]) -> None:
     """Capture the sizes `bounds`, ascending, and sizes between them and vLLM's: without a graph such a step takes the host longer
     than the device.
 
-    `max_cudagraph_capture_size` stays: attention up to it is laid out for decoding. Graphs that vLLM breaks off, graphs of whole
-    prompts, and models that draft, which draft over padded rows, have none beyond vLLM's.
+    `max_cudagraph_capture_size` stays: attention up to it is laid out for decoding.
     """
     compilation = vllm_config.compilation_config
-    is_whole = compilation.cudagraph_mode.mixed_mode() != CUDAGraphMode.PIECEWISE
-    if is_whole or is_breakable_cudagraph_enabled() or vllm_config.speculative_config is not None:
+    if not _may_add(vllm_config):
         return
     largest, last = compilation.max_cudagraph_capture_size, bounds[-1]
     steps = *range(0, 1024, 128), *range(1024, 4096, 256), *range(4096, last, 512)
