@@ -18,6 +18,7 @@ QWEN3 = Costs(  # Qwen3-30B-A3B in bf16 on two H100s
     rates=H100, num_layers=48, num_experts=128, top_k=8, expert_bytes=3 * 2048 * 768 * 2, hidden_size=2048, itemsize=2,
     size=2,
 )
+WITH_GRAPHS = dataclasses.replace(QWEN3, graph_tokens=8192)
 MEDIAN, WORST = 0.05, 0.15
 
 # Microseconds of a layer's experts by rows a GPU: all local, and dispatched with an alike peer.
@@ -80,19 +81,21 @@ def test_max_tokens() -> None:
     assert tiny.max_tokens(8192) == 0, "weights that travel faster than two exchanges"
 
 
-def test_a_step_alone_takes_no_less_than_its_launches() -> None:
-    """Measured, 48 layers: two steps of 4,096 tokens alone take 90 to 135 ms, and copies that hide would have let them take 80.
+def test_a_step_alone_reads_in_place_in_a_graph_or_is_launched() -> None:
+    """Measured, 48 layers of bf16: two steps of 4,096 tokens alone take 90 to 135 ms, and copies that hide would have let them take 80.
 
-    So where a dispatched step replays a graph it gains, whatever the weights' format.
+    So where a dispatched step replays a graph it gains, whatever the weights' format, and alone a small format reads in place for long.
     """
-    graphs = dataclasses.replace(QWEN3, graph_tokens=8192, alone_graph_tokens=512)
-    int4 = dataclasses.replace(graphs, expert_bytes=QWEN3.expert_bytes // 4)
-    for tokens in (513, 4096, 8192):
-        assert graphs.alone_us(tokens) == max(QWEN3.alone_us(tokens), H100.launch_us) and int4.alone_us(tokens) == H100.launch_us
-    for tokens in (1, 512, 8193):
-        assert graphs.alone_us(tokens) == QWEN3.alone_us(tokens)
-    assert graphs.max_tokens(4096) == int4.max_tokens(4096) == 4096
-    assert dataclasses.replace(int4, graph_tokens=0).max_tokens(4096) < 1024, "its copies hide behind fewer tokens"
+    int4 = dataclasses.replace(WITH_GRAPHS, expert_bytes=QWEN3.expert_bytes // 4)
+    for costs in (WITH_GRAPHS, int4):
+        most = costs.in_place_max_tokens()
+        assert costs.alone_us(most) == costs.direct_us(most) <= H100.launch_us
+        assert costs.alone_us(most + 1) == H100.launch_us == costs.alone_us(4096) < costs.direct_us(most + 1)
+        assert costs.max_tokens(4096) == 4096
+    assert 512 <= WITH_GRAPHS.in_place_max_tokens() < 1024 < 2 * WITH_GRAPHS.in_place_max_tokens() < int4.in_place_max_tokens()
+    assert WITH_GRAPHS.alone_us(8192) == QWEN3.alone_us(8192), "the device has enough to do"
+    assert dataclasses.replace(int4, graph_tokens=0).max_tokens(4096) < 1024, "everything is launched"
+    assert QWEN3.in_place_max_tokens() == 0
 
 
 def test_patience() -> None:
@@ -156,9 +159,6 @@ def test_members() -> None:
     assert four.dispatched_us(16, 16, 2) < costs[1], "an idle peer brings no rows"
 
 
-WITH_GRAPHS = dataclasses.replace(QWEN3, graph_tokens=8192, alone_graph_tokens=512)
-
-
 @pytest.mark.parametrize(
     ("captured", "largest", "drafts", "graph_max_tokens", "most", "last"),
     [(512, 8192, False, 8192, WITH_GRAPHS.max_tokens(4352), 8192), (8192, 8192, False, 0, WITH_GRAPHS.max_tokens(4352), 8192),
@@ -173,6 +173,7 @@ def test_limits_depend_on_graphs(
     limits = limits_of(monkeypatch, options, [layer_of(2048, QWEN3.expert_bytes)] * 48, largest, (1, captured), drafts)
     assert limits and (limits.max_tokens, limits.graph_sizes[-1]) == (most, last)
     assert 2 * most <= limits.most_rows == max(largest, limits.rows(last, 2))
+    assert limits.alone_graph_tokens == dataclasses.replace(QWEN3, graph_tokens=max(captured, last)).in_place_max_tokens() > 64
 
 
 def test_no_round_changes_what_is_asked_to_be_invariant(monkeypatch) -> None:

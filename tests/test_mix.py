@@ -47,9 +47,9 @@ KINDS: dict[str, tuple[dict, dict, dict, set[str]]] = {  # model, engine, DWDP o
 TIES = {"dispatched graphs": 1e-4, "large graphs": 1e-4}
 def stream_alone(rank: int) -> None:
     """Steps alone have their graph up to 4 tokens, as in an engine with graphs of prompts."""
-    from vllm_dwdp.integration import dispatching
+    from vllm_dwdp.costs import Costs
 
-    dispatching.ALONE_GRAPH_TOKENS = 4
+    Costs.in_place_max_tokens = lambda _: 4
 
 
 def make_small(rank: int) -> None:

@@ -78,7 +78,7 @@ class World:
         self.clock, self.off = clock, off
         self.costs = Costs(
             rates=H100, num_layers=layers, num_experts=128, top_k=8, expert_bytes=9_437_184, hidden_size=2048, itemsize=2, size=size,
-            graph_tokens=LARGE, alone_graph_tokens=512,
+            graph_tokens=LARGE,
         )
         self.limits = Limits(
             max_tokens=self.costs.max_tokens(LARGE // size), helped_max_tokens=self.costs.helped_max_tokens(LARGE), most_rows=LARGE,

@@ -8,6 +8,7 @@ import dataclasses
 import math
 
 LEAST_PATIENCE_S, MOST_PATIENCE_S = 2e-3, 0.3
+TILE_ROWS = 64  # of an expert, for which a kernel reads its weights once; a GPU's cache is taken to keep none that are a peer's
 WORTH = 0.1  # the part of a step that dispatching must save: costs leave out meeting, and peers that come late
 
 
@@ -46,8 +47,8 @@ class Costs:
     """A model of `num_layers` MoE layers alike on ranks that each own `1 / size` of the experts, without residents.
 
     `expert_bytes` are one expert's, in all streamed tensors; `itemsize` is an activation's. Tokens are taken to choose
-    experts evenly. Dispatched steps of up to `graph_tokens` replay graphs; of those that go alone, steps of up to
-    `alone_graph_tokens`. Results are microseconds a layer.
+    experts evenly. Steps of up to `graph_tokens` have a graph, which dispatches or, alone, reads in place. Results are
+    microseconds a layer.
     """
 
     rates: Rates
@@ -59,7 +60,6 @@ class Costs:
     itemsize: int
     size: int
     graph_tokens: int = 0
-    alone_graph_tokens: int = 0
 
     def rest_us(self, own: int) -> float:
         """All of a layer but its experts, for `own` rows."""
@@ -92,8 +92,11 @@ class Costs:
         return self.alone_us(own) - self.dispatched_us(own, members * own, members)
 
     def alone_us(self, own: int) -> float:
-        launch_us = self.rates.launch_us if self.alone_graph_tokens < own <= self.graph_tokens else 0.0
-        return max(min(self.streamed_us(own), self.direct_us(own)), launch_us)
+        return min(self._launched_us(own), self.direct_us(own))
+
+    def _launched_us(self, own: int) -> float:
+        """Streamed, without a graph: where there are none, whatever a step does is launched, and no way gains by that."""
+        return max(self.streamed_us(own), self.rates.launch_us if own <= self.graph_tokens else 0.0)
 
     def max_tokens(self, bound: int) -> int:
         """The largest step of at most `bound` tokens that gains enough by going with an alike peer; 0 if none does."""
@@ -102,6 +105,10 @@ class Costs:
     def helped_max_tokens(self, bound: int) -> int:
         """The largest step of at most `bound` tokens that gains enough with every other rank's help; 0 if none does."""
         return next((own for own in range(bound, 0, -1) if self.helped_s(own) < (1 - WORTH) * self.alone_s(own)), 0)
+
+    def in_place_max_tokens(self) -> int:
+        """The largest step that takes no longer alone in a graph, which reads in place, than streamed."""
+        return next((own - 1 for own in range(1, self.graph_tokens + 1) if self.direct_us(own) > self._launched_us(own)), self.graph_tokens)
 
     def patience_s(self, num_tokens: int) -> float:
         """Seconds that a step may wait for its peers: what it gains over all layers if all are alike, within bounds."""
@@ -123,7 +130,8 @@ class Costs:
     def _experts_us(self, own: int, rows: int, near: float, far: float) -> float:
         """Experts that `rows` reach in the part `near` of them, here, and `own` rows in the part `far`, at peers."""
         read = self._reached(rows) * near * self.expert_bytes / self.rates.memory
-        far_read = self._reached(own) * far * self.expert_bytes / self.rates.direct
+        times = max(1.0, own * self.top_k / self.num_experts / TILE_ROWS)
+        far_read = times * self._reached(own) * far * self.expert_bytes / self.rates.direct
         applied = self.top_k * (rows * near + own * far)
         compute = applied * self.expert_bytes / self.rates.compute
         written = 2 * self.top_k * self._row_bytes(rows) / self.rates.memory  # and read, for every expert of a row

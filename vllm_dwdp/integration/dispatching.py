@@ -26,8 +26,6 @@ from vllm_dwdp.kernels.tokens import FEW
 logger = init_logger("vllm.dwdp.dispatching")
 # On CPU, whose costs are not known: some steps of a busy machine, and a peer that stops costs it once; no large step ends soon.
 HOST_PATIENCE_S, HOST_LARGE_S = 0.5, math.inf
-# Measured on two H100s: a larger graph, which reads in place, takes a step alone longer than to be streamed without.
-ALONE_GRAPH_TOKENS = 512
 MOST_PADDING = 1.5  # of a batch whose own graph does not dispatch, in one that does
 INBOX_BYTES = 2**30  # what an inbox may have for steps in which all ranks take part
 _fitted: Dispatch | None = None  # of the engine in this process
@@ -75,7 +73,7 @@ def limits(
     )
     made = Limits(
         max_tokens=most, helped_max_tokens=helped, most_rows=largest, graph_sizes=dispatched_sizes(sizes, (most, helped), lengths),
-        alone_graph_tokens=ALONE_GRAPH_TOKENS,
+        alone_graph_tokens=max(options.direct_max_tokens or 0, costs.in_place_max_tokens() if costs is not None else 0),
         helped_s=functools.cache(costs.helped_s) if costs is not None else lambda _: HOST_LARGE_S,
         spare_s=functools.cache(costs.spare_s) if costs is not None else lambda _: 0.0,
         patience_s=functools.cache(costs.patience_s) if costs is not None else lambda _: HOST_PATIENCE_S,
@@ -119,7 +117,7 @@ def costs_of(layers: Sequence[ExpertLayer], device_name: str, graph_tokens: int)
     return Costs(
         rates=rates_of(device_name), num_layers=len(layers), num_experts=layer.placement.num_experts, top_k=layer.top_k,
         expert_bytes=sum(layer.size.expert_bytes), hidden_size=layer.hidden_size, itemsize=layer.itemsize,
-        size=layer.placement.size, graph_tokens=graph_tokens, alone_graph_tokens=ALONE_GRAPH_TOKENS,
+        size=layer.placement.size, graph_tokens=graph_tokens,
     )
 
 

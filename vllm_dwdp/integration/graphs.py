@@ -45,7 +45,7 @@ def most_tokens(vllm_config: VllmConfig, wanted: int) -> int:
     """The largest graph that this engine may have where graphs of up to `wanted` tokens are added; 0 where it has none."""
     if not has_graphs(vllm_config):
         return 0
-    captured = max(vllm_config.compilation_config.cudagraph_capture_sizes)
+    captured = max(vllm_config.compilation_config.cudagraph_capture_sizes, default=0)
     return max(captured, wanted) if _may_add(vllm_config) else captured
 
 
