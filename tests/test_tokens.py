@@ -428,6 +428,27 @@ def wait_in_vain(rank: int, size: int, kind: str, pipes: dict, late: str) -> Non
                 assert told != awaited or (late.startswith("sum") and not again), "sums of rows that did not come are nobody's"
 
 
+def wait_for_two(rank: int, size: int, kind: str, pipes: dict) -> None:
+    """Rank 0, whose peers, inboxes only, have sent nothing."""
+    at, where = InboxMap(size=3, rows=8, hidden=HIDDEN, top_k=TOP_K, itemsize=4), torch.device("cuda:0" if kind == "cuda" else "cpu")
+    inboxes = [torch.zeros(at.nbytes, dtype=torch.uint8, device=where) for _ in range(3)]
+    owners = [owners_of((range(8), range(8, 16), range(16, 24)), EXPERTS)]
+    made = make_tokens(kind, where, 0, at, [inbox.data_ptr() for inbox in inboxes], owners, wait_s=0.5)
+    made.begin(RoundLayout(number=1, members=(0, 1, 2), tokens=(1, 1, 1)))
+    made.dispatch(0, *[tensor.to(where) for tensor in rows_of(0, 0, 1, torch.float32)], 3)
+    if kind == "cuda":
+        torch.cuda.synchronize()
+    with pytest.raises(DWDPError, match="rank 1 did not come to a round"):
+        made.check()
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_the_first_member_that_is_waited_for_in_vain_is_named(kind: str) -> None:
+    """Nobody is waited for after that, who might have come."""
+    outcomes = run(wait_for_two, 1, kind)
+    assert outcomes == {0: None}, outcomes[0]
+
+
 @pytest.mark.parametrize("kind", KERNELS)
 @pytest.mark.parametrize("late", ["row flags", "sum flags", "numbers", "choices", "sums"])
 def test_a_member_that_does_not_come_is_named_by_a_gpu(kind: str, late: str) -> None:
