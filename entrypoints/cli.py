@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         "bench", help="compare DWDP with stock vLLM on this machine", argument_default=argparse.SUPPRESS,
         description="Runs the modes in turn, A B A B, on the same prompts, and prints one table. dwdp: this plugin; "
         "ep: stock data parallel with expert parallel; tp: stock tensor parallel; single: one GPU that holds "
-        "everything, the ceiling without communication. With --serve the modes are whole servers under load, as "
+        "everything and communicates with nobody. With --serve the modes are whole servers under load, as "
         "`vllm serve` starts them and `vllm bench serve` asks them.",
     )
     command.add_argument("--serve", action="store_true", help="compare servers: --loads or --sweep, --serve-args")

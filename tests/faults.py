@@ -34,7 +34,8 @@ HEAD = """# Faults
 
 Made by `make faults` (tests/faults.py): `vllm serve` of a tiny model on two ranks on CPU, real processes. Each row is one
 fault; *read* is what a person or client reads last, *s* how long until all had ended or went on, *left* processes and
-files of shared memory, *restart* whether the next start served. Rows that were not run are absent.
+files of shared memory, *restart* whether the next start served. Rows that were not run are absent. A row is of the day's
+code on which it was run, which `git blame` tells.
 
 | fault | process | phase | read | s | left | restart |
 |---|---|---|---|---|---|---|

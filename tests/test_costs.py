@@ -191,7 +191,7 @@ def test_rates_of() -> None:
     ("hidden", "batched", "given", "most", "said"),
     [
         (2048, 16384, None, QWEN3.max_tokens(8192), "above, a step alone is expected to take less"),
-        (2048, 4096, None, 2048, "--max-num-batched-tokens over their number"),
+        (2048, 4096, None, 2048, "--max-num-batched-tokens sets"),
         (2048, 16384, 77, 77, "--dwdp-dispatch-max-tokens"),
         (1, 16384, None, None, "no step of up to 8192 tokens is expected to gain"),
     ],

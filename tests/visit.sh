@@ -77,7 +77,7 @@ for part; do
         --rounds 2 --repeats 2 --out "$out/backends" ;;
     sanitize)
       timeout 280 compute-sanitizer --tool memcheck --target-processes all --report-api-errors no --error-exitcode 3 \
-        python3 -P -m pytest -q -m gpu "$here/test_transport.py" "$here/test_tokens.py" -k "views or sums" > "$out/sanitize.log" 2>&1
+        python3 -P -m pytest -q -m gpu "$here/test_transport.py" "$here/test_tokens.py" -k "views or sums or stream" > "$out/sanitize.log" 2>&1
       ended=$?; tail -5 "$out/sanitize.log"; (exit $ended) ;;
   esac
   ended=$?

@@ -29,7 +29,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = None
     rendezvous: Annotated[
         Annotated[str, Meta(pattern=r"^([^:]+|\[.+\]):\d+$", title="HOST:PORT, or [IPV6]:PORT")] | None,
-        Meta(description="where rank 0 listens for its peers", extra={"unset": "vLLM's own store"}),
+        Meta(description="where rank 0 listens for its peers", extra={"unset": "a Unix socket, or vLLM's address"}),
     ] = None
     slots: Annotated[int, Meta(ge=2, le=8, description="buffers into which layers are streamed")] = 2
     slice_mib: Annotated[

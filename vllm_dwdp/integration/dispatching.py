@@ -60,7 +60,7 @@ def limits(
     if options.dispatch_max_tokens:
         why = "--dwdp-dispatch-max-tokens"
     elif expected == bound:
-        why = "as many as ranks have memory for together, --max-num-batched-tokens over their number"
+        why = "as many as ranks have buffers for together, which --max-num-batched-tokens sets"
     else:
         why = "above, a step alone is expected to take less"
     helped, sizes = max(most, helped), []
