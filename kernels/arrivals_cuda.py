@@ -23,9 +23,13 @@ def _deadline(failed, LIMIT_NS: tl.constexpr):
 
 @triton.jit
 def _give_up(peer, failed, error):
-    """Who waits in vain first tells the host for whom. A GPU need not have atomics on the host's memory."""
-    is_first = tl.atomic_cas(failed, 0, 1, sem="relaxed", scope="gpu") == 0
+    """Who waits in vain first tells the host for whom; of several at the same time, one.
+
+    No atomics: a GPU need not have them on the host's memory, and what they return has barriers, where threads may be apart.
+    """
+    is_first = tl.load(failed, volatile=True) == 0
     tl.store(error.to(tl.pointer_type(tl.int32)), peer + 1, mask=is_first)
+    tl.store(failed, 1)
 
 
 @triton.jit

@@ -36,7 +36,7 @@ ENDS = (("engine 1", signal.SIGKILL), ("launcher", signal.SIGKILL), ("launcher",
 CLIENTS, BATCH = 6, 120  # of requests, after which a clock is looked at
 REST_S = 3.0  # for connections to close and queues to empty
 MEMORY_GROWTH, MORE_FILES, MORE_THREADS = 0.02, 4, 4  # that pass as none, for a whole server
-LEFT_MIB = 64  # on all GPUs once all servers have ended, where nvidia-smi does not know whose
+LEFT_MIB = 64  # on all GPUs once all servers have ended
 LONG = 400  # tokens of the answers under way when a server is killed
 ON_GPUS = [
     "--dtype", "float32", "--kv-cache-memory-bytes", str(1 << 30), "--gpu-memory-utilization", "0.3", "--no-enable-prefix-caching",
@@ -64,7 +64,8 @@ def ask(server: Server, number: int, longest: int = 0) -> str:
 def figures(server: Server) -> dict[str, int]:
     """Of all processes of a server at rest: private bytes of the host, which shared pages are not counted into, files, threads.
 
-    Where there are GPUs also MiB of theirs: the server's, or all where nvidia-smi knows processes by other numbers.
+    Where there are GPUs also MiB of theirs: the server's, or all where nvidia-smi knows processes by other numbers. Nobody else may
+    use the GPUs until the end.
     """
     time.sleep(REST_S)
     total, members = dict(host_bytes=0, files=0, threads=0), server.members()
@@ -121,7 +122,7 @@ def main() -> int:
     (logs := given.logs or folder).mkdir(parents=True, exist_ok=True)
     model = str(make_model("qwen3_moe", folder / "model", **(SHAPE | dict(dtype="float32") if GPUS else {})))
     shared, answers, faults, number = set(os.listdir("/dev/shm")), {}, [], 0
-    each, used_mib, pids, is_known = given.requests // given.lives, gpu_mib() if GPUS else 0, set(), False
+    each, used_mib = given.requests // given.lives, gpu_mib() if GPUS else 0
     for life in range(given.lives):
         first, start_s = number, time.monotonic()
         with Server(
@@ -138,8 +139,6 @@ def main() -> int:
                 found.append(figures(server))
             half, end = found
             faults += (more := grown(half, end))
-            members = {process.pid for process in server.members()}
-            pids, is_known = pids | members, is_known or bool(GPUS and gpu_mib(members))
             whom, how = ENDS[life % len(ENDS)]
             print(f"life {life}: {number - first} requests in {time.monotonic() - start_s:.0f} s; {half} at half, {end} at the end"
                   f"{', GROWN' if more else ''}; {how.name} for the {whom}", flush=True)
@@ -155,7 +154,7 @@ def main() -> int:
             print(f"    {failed} of {CLIENTS} requests under way failed", flush=True)
     await_that(lambda: not [p for p in psutil.process_iter() if p.ppid() == os.getpid() and p.status() != "zombie"], "the end")
     faults += [f"left in /dev/shm: {name}" for name in set(os.listdir("/dev/shm")) - shared]
-    if GPUS and (left := gpu_mib(pids) if is_known else gpu_mib() - used_mib) > (0 if is_known else LEFT_MIB):
+    if GPUS and (left := gpu_mib() - used_mib) > LEFT_MIB:
         faults.append(f"left on GPUs: {left} MiB")
     print("\n".join(faults) or f"{number} requests in {given.lives} lives: all answers equal, nothing grew, nothing left")
     return bool(faults)

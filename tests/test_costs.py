@@ -2,6 +2,7 @@
 
 import dataclasses
 import statistics
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from vllm_dwdp.config import Options
 from vllm_dwdp.costs import H100, LEAST_PATIENCE_S, MOST_PATIENCE_S, WORTH, Costs, rates_of
 from vllm_dwdp.dispatch import Limits
 from vllm_dwdp.integration import dispatching
+from vllm_dwdp.kernels.tokens import FEW
 from vllm_dwdp.placement import Placement
 
 QWEN3 = Costs(  # Qwen3-30B-A3B in bf16 on two H100s
@@ -74,6 +76,7 @@ def test_max_tokens() -> None:
     assert 2048 <= most < 4096
     part = [QWEN3.saved_us(own) / QWEN3.alone_us(own) for own in (most, most + 1)]
     assert part[0] > WORTH >= part[1]
+    assert dataclasses.replace(QWEN3, size=4).max_tokens(2048) == 2048, "with all ranks; a pair reads from the others in place"
     assert QWEN3.max_tokens(1000) == 1000
     slow = dataclasses.replace(QWEN3, rates=dataclasses.replace(H100, link=H100.link / 4))
     assert slow.max_tokens(16384) > 2 * most
@@ -89,8 +92,8 @@ def test_a_step_alone_reads_in_place_in_a_graph_or_is_launched() -> None:
     int4 = dataclasses.replace(WITH_GRAPHS, expert_bytes=QWEN3.expert_bytes // 4)
     for costs in (WITH_GRAPHS, int4):
         most = costs.in_place_max_tokens()
-        assert costs.alone_us(most) == costs.direct_us(most) <= H100.launch_us
-        assert costs.alone_us(most + 1) == H100.launch_us == costs.alone_us(4096) < costs.direct_us(most + 1)
+        assert costs.alone_us(most) == costs.dispatched_us(most, most, 1) <= H100.launch_us
+        assert costs.alone_us(most + 1) == H100.launch_us == costs.alone_us(4096) < costs.dispatched_us(most + 1, most + 1, 1)
         assert costs.max_tokens(4096) == 4096
     assert 512 <= WITH_GRAPHS.in_place_max_tokens() < 1024 < 2 * WITH_GRAPHS.in_place_max_tokens() < int4.in_place_max_tokens()
     assert WITH_GRAPHS.alone_us(8192) == QWEN3.alone_us(8192), "the device has enough to do"
@@ -118,7 +121,7 @@ def test_helped_max_tokens() -> None:
 
 
 def limits_of(
-    monkeypatch, options: Options, layers: list[SimpleNamespace], largest: int, captured: tuple[int, ...] = (), drafts: bool = False
+    monkeypatch, options: Options, layers: list[SimpleNamespace], largest: int, captured: Sequence[int] = (), drafts: bool = False
 ) -> Limits | None:
     """Of an engine on H100s that captures these sizes itself, if any."""
     platform = SimpleNamespace(is_cpu=lambda: False, get_device_name=lambda: "NVIDIA H100 80GB HBM3")
@@ -163,7 +166,7 @@ def test_members() -> None:
     ("captured", "largest", "drafts", "graph_max_tokens", "most", "last"),
     [(512, 8192, False, 8192, WITH_GRAPHS.max_tokens(4352), 8192), (8192, 8192, False, 0, WITH_GRAPHS.max_tokens(4352), 8192),
      (512, 7000, False, 8192, 3756, 7000), (512, 8192, True, 8192, QWEN3.max_tokens(4096), 512),
-     (512, 8192, False, 0, QWEN3.max_tokens(4096), 512), (512, 8192, False, 4096, 4096, 4096)],
+     (512, 8192, False, 0, QWEN3.max_tokens(4096), 512), (512, 8192, False, 4096, 4096, 4096), (256, 256, False, 8192, 256, 256)],
 )
 def test_limits_depend_on_graphs(
     monkeypatch, captured: int, largest: int, drafts: bool, graph_max_tokens: int, most: int, last: int
@@ -172,8 +175,33 @@ def test_limits_depend_on_graphs(
     options = Options(size=2, graph_max_tokens=graph_max_tokens)
     limits = limits_of(monkeypatch, options, [layer_of(2048, QWEN3.expert_bytes)] * 48, largest, (1, captured), drafts)
     assert limits and (limits.max_tokens, limits.graph_sizes[-1]) == (most, last)
-    assert 2 * most <= limits.most_rows == max(largest, limits.rows(last, 2))
+    assert most <= largest >= last and 2 * most <= limits.most_rows == max(largest, limits.rows(last, 2))
     assert limits.alone_graph_tokens == dataclasses.replace(QWEN3, graph_tokens=max(captured, last)).in_place_max_tokens() > 64
+
+
+@pytest.mark.parametrize(
+    ("size", "hidden", "graph_max_tokens", "most"),
+    [(2, 2048, 8192, 4352), (2, 2048, 4096, 4096), (4, 2048, 8192, 2432), (4, 2048, 4096, 2048), (8, 7168, 8192, 1024)],
+)
+def test_small_steps_have_the_rows_of_the_largest_graph(monkeypatch, size: int, hidden: int, graph_max_tokens: int, most: int) -> None:
+    """Of a model that gains at any size: not where the largest step has no graph, as none is wanted or the inbox does not hold it."""
+    layers = [layer_of(hidden, 8 * QWEN3.expert_bytes, size=size)] * 48
+    limits = limits_of(monkeypatch, Options(size=size, graph_max_tokens=graph_max_tokens), layers, 8192, (1, 512))
+    assert limits and limits.max_tokens == most
+
+
+def test_large_steps_without_a_graph_are_launched_with_help_and_alone(monkeypatch) -> None:
+    """On eight ranks graphs end at 4,608 tokens where not all of 8,192 gain."""
+    layers = [layer_of(2048, QWEN3.expert_bytes // 2, size=8)] * 48
+    limits = limits_of(monkeypatch, Options(size=8, graph_max_tokens=8192), layers, 8192, (1, 512))
+    assert limits and limits.helped_max_tokens == limits.graph_sizes[-1] == 8192 - 7 * FEW
+
+
+def test_what_reads_in_place_otherwise_does_so_alone_in_a_graph(monkeypatch) -> None:
+    for given in (None, 2000):
+        options = Options(size=2, graph_max_tokens=8192, direct_max_tokens=given)
+        limits = limits_of(monkeypatch, options, [layer_of(2048, QWEN3.expert_bytes)] * 48, 8192, (1, 512))
+        assert limits and limits.alone_graph_tokens == (given or WITH_GRAPHS.in_place_max_tokens())
 
 
 def test_no_round_changes_what_is_asked_to_be_invariant(monkeypatch) -> None:

@@ -19,7 +19,7 @@ from vllm_dwdp import dispatch, meeting
 from vllm_dwdp.convoy import Round
 from vllm_dwdp.costs import H100, Costs
 from vllm_dwdp.dispatch import Dispatch, Limits
-from vllm_dwdp.kernels.tokens import RoundLayout
+from vllm_dwdp.kernels.tokens import FEW, RoundLayout
 
 TICK_S, HOST_S, HELP_S, STEPS = 5e-4, 1e-3, 1e-2, 40
 LARGE = 8192
@@ -81,7 +81,8 @@ class World:
             graph_tokens=LARGE,
         )
         self.limits = Limits(
-            max_tokens=self.costs.max_tokens(LARGE // size), helped_max_tokens=self.costs.helped_max_tokens(LARGE), most_rows=LARGE,
+            max_tokens=self.costs.max_tokens((LARGE + FEW * (size - 1)) // size),
+            helped_max_tokens=self.costs.helped_max_tokens(LARGE), most_rows=LARGE,
             graph_sizes=(), alone_graph_tokens=0,
             patience_s=functools.cache(self.costs.patience_s), helped_s=self.costs.helped_s, alone_s=functools.cache(self.costs.alone_s),
             spare_s=self.costs.spare_s,
@@ -152,6 +153,8 @@ class Rank:
                     was_busy = False
                 self._dispatch.help(HELP_S, lambda: self.world.is_over)
                 continue
+            if not was_busy:
+                self._dispatch.expect()
             was_busy = True
             self.first = self.first or [self.world.clock.monotonic()]
             while not self.is_done(self._own[-2:-1] or [0]) and not self.world.is_over:
@@ -281,15 +284,32 @@ def test_a_large_step_that_went_alone_keeps_no_later_one_from_help(world, size: 
     assert "l" in kinds and kinds.endswith("L" * 15), kinds
 
 
-@pytest.mark.parametrize("apart_s", [0.0, 0.001, 0.003, 0.02])
+@pytest.mark.parametrize("apart_s", [0.003, 0.02])
 @pytest.mark.parametrize("tokens", [6144, LARGE])
-def test_prompts_that_come_at_once_help_each_other(world, tokens: int, apart_s: float) -> None:
-    """One after the other: who has helped gets help, though the other rank is idle only once its host has seen its own end."""
+def test_prompts_that_come_one_after_the_other_help_each_other(world, tokens: int, apart_s: float) -> None:
+    """Who has helped gets help, though the other rank is idle only once its host has seen its own end."""
     made = world(2)
     helped_s = made.round_s(Round(1, (0, 1), (tokens, 0)))
     assert made.run([[0] * 5 + [tokens] + [0] * 30] * 2, [0.0, apart_s]) == ["L", "L"]
     request_s, end = made.ranks[1].first
     assert end() - request_s < 2 * helped_s + 6 * HOST_S
+
+
+@pytest.mark.parametrize("apart_s", [0.0, 0.001])
+@pytest.mark.parametrize("tokens", [6144, LARGE])
+def test_prompts_that_come_at_once_wait_for_nobody(world, tokens: int, apart_s: float) -> None:
+    """The second would wait for all of the first."""
+    made = world(2)
+    assert made.run([[0] * 5 + [tokens] + [0] * 30] * 2, [0.0, apart_s]) == ["l", "l"]
+    assert all(end() - request_s < made.costs.alone_s(tokens) + 4 * HOST_S for request_s, end in (rank.first for rank in made.ranks))
+
+
+@pytest.mark.parametrize("apart_s", [0.0, 0.0005, 0.001])
+def test_prompts_of_half_a_batch_that_come_at_once_go_together(world, apart_s: float) -> None:
+    made = world(2, 48)
+    assert made.run([[0] * 5 + [LARGE // 2] + [0] * 30] * 2, [0.0, apart_s]) == ["r", "r"]
+    took_s = [end() - request_s for request_s, end in (rank.first for rank in made.ranks)]
+    assert max(took_s) < 0.95 * made.costs.alone_s(LARGE // 2)
 
 
 def test_a_rank_that_helped_is_kept_no_longer_than_two_large_steps(world) -> None:

@@ -47,8 +47,8 @@ class Costs:
     """A model of `num_layers` MoE layers alike on ranks that each own `1 / size` of the experts, without residents.
 
     `expert_bytes` are one expert's, in all streamed tensors; `itemsize` is an activation's. Tokens are taken to choose
-    experts evenly. Steps of up to `graph_tokens` have a graph, which dispatches or, alone, reads in place. Results are
-    microseconds a layer.
+    experts evenly. Steps of up to `graph_tokens` have a graph, which dispatches or, alone, reads in place; without graphs, 0, a
+    host's launches are left out. Results are microseconds a layer.
     """
 
     rates: Rates
@@ -87,32 +87,37 @@ class Costs:
         experts = self._experts_us(own, rows, 1 / self.size, 1 - members / self.size)
         return self.rest_us(own) + self.rates.dispatch_us + experts + exchanges
 
-    def saved_us(self, own: int, members: int = 2) -> float:
-        """What a step of `own` rows gains a layer in a round of `members` that have as many each; negative if it loses."""
-        return self.alone_us(own) - self.dispatched_us(own, members * own, members)
+    def saved_us(self, own: int) -> float:
+        """What a step of `own` rows gains a layer in a round of all ranks that have as many each; negative if it loses."""
+        return self.alone_us(own) - self.dispatched_us(own, self.size * own, self.size)
 
     def alone_us(self, own: int) -> float:
-        return min(self._launched_us(own), self.direct_us(own))
-
-    def _launched_us(self, own: int) -> float:
-        """Streamed, without a graph: where there are none, whatever a step does is launched, and no way gains by that."""
-        return max(self.streamed_us(own), self.rates.launch_us if own <= self.graph_tokens else 0.0)
+        """Without peers. A graph of that size dispatches: alone it reads in place, and what is streamed is launched."""
+        if own > self.graph_tokens:
+            return min(self.streamed_us(own), self.direct_us(own))
+        return min(max(self.streamed_us(own), self.rates.launch_us), self.dispatched_us(own, own, 1))
 
     def max_tokens(self, bound: int) -> int:
-        """The largest step of at most `bound` tokens that gains enough by going with an alike peer; 0 if none does."""
+        """The largest step of at most `bound` tokens that gains enough by going with alike peers; 0 if none does."""
         return next((own for own in range(bound, 0, -1) if self.saved_us(own) > WORTH * self.alone_us(own)), 0)
 
     def helped_max_tokens(self, bound: int) -> int:
         """The largest step of at most `bound` tokens that gains enough with every other rank's help; 0 if none does."""
-        return next((own for own in range(bound, 0, -1) if self.helped_s(own) < (1 - WORTH) * self.alone_s(own)), 0)
+        def gains(own: int) -> bool:
+            launched_us = self.rates.launch_us if 0 < self.graph_tokens < own else 0.0  # with help and alone
+            helped_us = self.dispatched_us(own, own, self.size)
+            return max(helped_us, launched_us) < (1 - WORTH) * max(self.alone_us(own), launched_us)
+
+        return next((own for own in range(bound, 0, -1) if gains(own)), 0)
 
     def in_place_max_tokens(self) -> int:
         """The largest step that takes no longer alone in a graph, which reads in place, than streamed."""
-        return next((own - 1 for own in range(1, self.graph_tokens + 1) if self.direct_us(own) > self._launched_us(own)), self.graph_tokens)
+        sizes = range(1, self.graph_tokens + 1)
+        return next((own - 1 for own in sizes if self.dispatched_us(own, own, 1) > self.alone_us(own)), self.graph_tokens)
 
     def patience_s(self, num_tokens: int) -> float:
         """Seconds that a step may wait for its peers: what it gains over all layers if all are alike, within bounds."""
-        gained = self.num_layers * self.saved_us(num_tokens, self.size) * 1e-6
+        gained = self.num_layers * self.saved_us(num_tokens) * 1e-6
         return min(max(gained, LEAST_PATIENCE_S), MOST_PATIENCE_S)
 
     def helped_s(self, num_tokens: int) -> float:
@@ -120,7 +125,7 @@ class Costs:
         return self.num_layers * self.dispatched_us(num_tokens, num_tokens, self.size) * 1e-6
 
     def alone_s(self, num_tokens: int) -> float:
-        """Seconds on the device that a step takes which goes without peers. In a graph it reads in place, even if that takes longer."""
+        """Seconds that a step takes which goes without peers."""
         return self.num_layers * self.alone_us(num_tokens) * 1e-6
 
     def spare_s(self, num_tokens: int) -> float:

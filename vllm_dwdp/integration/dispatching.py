@@ -41,15 +41,21 @@ def limits(
     layers = [layer for layer in layers if not layer.is_draft]
     reason = why_not(vllm_config, options, device, layers)
     largest, size = vllm_config.scheduler_config.max_num_batched_tokens, layers[0].placement.size
-    graph_tokens = graphs.most_tokens(vllm_config, options.graph_max_tokens or 0)
+    graph_limit, given = min(options.graph_max_tokens or 0, largest), options.dispatch_max_tokens
+    graph_tokens = graphs.most_tokens(vllm_config, graph_limit)
     costs = None if current_platform.is_cpu() else costs_of(layers, current_platform.get_device_name(), graph_tokens)
     row_bytes = 2 * max(layer.hidden_size * layer.itemsize for layer in layers)  # of an inbox: activations, and sums
     held = min(largest, INBOX_BYTES // (row_bytes * (size - 1)))
-    helped = 0 if options.dispatch_max_tokens else held if costs is None else costs.helped_max_tokens(held)
+    helped = 0 if given else held if costs is None else costs.helped_max_tokens(held)
     are_all_captured = min(helped, graph_tokens) >= largest
-    bound = (largest + FEW * (size - 1) if are_all_captured else largest) // size  # what graphs of large steps have room for
+    if costs is not None and not are_all_captured:  # graphs then end earlier: graph_bounds
+        graph_tokens = graphs.most_tokens(vllm_config, min(graph_limit, given or largest - FEW * (size - 1)))
+        costs = dataclasses.replace(costs, graph_tokens=min(graph_tokens, given or graph_tokens))
+        helped = 0 if given else costs.helped_max_tokens(held)
+    rows = largest + FEW * (size - 1) if are_all_captured else largest  # what graphs of large steps have room for
+    bound = min(rows // size, largest)
     expected = bound if costs is None else costs.max_tokens(bound)
-    most = options.dispatch_max_tokens or expected
+    most = given or expected
     if reason is None and not most:
         reason = f"no step of up to {bound} tokens is expected to gain (--dwdp-dispatch-max-tokens overrides)"
     if reason:
@@ -57,7 +63,7 @@ def limits(
         return None
     speculative = vllm_config.speculative_config
     lengths = range(1, decode_tokens + 1) if speculative and speculative.uses_dynamic_speculative_decoding() else [decode_tokens]
-    if options.dispatch_max_tokens:
+    if given:
         why = "--dwdp-dispatch-max-tokens"
     elif expected == bound:
         why = "as many as ranks have buffers for together, which --max-num-batched-tokens sets"
@@ -65,7 +71,7 @@ def limits(
         why = "above, a step alone is expected to take less"
     helped, sizes = max(most, helped), []
     if graph_tokens:
-        graphs.add_graphs(vllm_config, graph_bounds(most, helped, largest, size, options.graph_max_tokens or 0))
+        graphs.add_graphs(vllm_config, graph_bounds(most, helped, largest, size, graph_limit))
         sizes = vllm_config.compilation_config.cudagraph_capture_sizes
     logger.info(
         "DWDP dispatch is on: steps of up to %d tokens send them to their experts' owners, with the ranks at hand (%s)%s",
