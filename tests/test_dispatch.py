@@ -320,6 +320,10 @@ def test_an_idle_rank_never_waits() -> None:
     assert made.padded == 0 and made.rows(1) == 2, "the round is over"
 
 
+def config_of(mode: str) -> types.SimpleNamespace:
+    return types.SimpleNamespace(compilation_config=types.SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode]))
+
+
 @pytest.mark.parametrize(
     ("sizes", "tokens", "rows", "need_eager"),
     [((4, 8), 6, 8, False), ((4, 8), 8, 8, False), ((4, 8), 9, SMALL, True), ((4, 8), None, 4, False),
@@ -331,7 +335,9 @@ def test_vllm_runs_the_graph_that_a_round_has_agreed_on_or_none(
     """All members launch the same: a graph of the largest step's, or no graph where none is as large."""
     asked = []
 
-    def choose(manager: Any, num_reqs: int, num_tokens: int, uniform: Any, *, need_eager: bool = False) -> None:
+    def choose(
+        manager: Any, num_reqs: int, num_tokens: int, uniform_token_count: Any, *, max_query_len: Any, need_eager: bool = False
+    ) -> None:
         asked.append((num_reqs, num_tokens, need_eager))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -340,11 +346,31 @@ def test_vllm_runs_the_graph_that_a_round_has_agreed_on_or_none(
         patch.setattr(dispatching, "has_graphs", lambda _: True)
         for _ in range(2):  # an engine, and one after it in the same process
             made = make(Fakes(joined=tokens and Round(9, (0, 1), (SMALL, tokens))), sizes)
-            fit_to_round(None, made)
+            fit_to_round(config_of("FULL_AND_PIECEWISE"), made)
             made.begin_step(SMALL)
             runner.dispatch_cg_and_sync_dp(None, 2, SMALL, None, need_eager=False)
             made.end_step()
     assert asked == [(2, rows, need_eager)] * 2
+
+
+@pytest.mark.parametrize(("own", "others", "is_whole"), [(3, 8, False), (4, 8, True), (6, 2, True), (2, 4, True)])
+def test_a_step_of_few_rows_beside_a_prompt_has_a_graph_in_pieces(monkeypatch, own: int, others: int, is_whole: bool) -> None:
+    """That of a whole decode step attends to as many requests as it has rows, which costs a helper more than its experts."""
+    asked = []
+    runner = types.SimpleNamespace(dispatch_cg_and_sync_dp=lambda *args, **kwargs: asked.append((*args[1:4], kwargs)))
+    monkeypatch.setitem(sys.modules, CHOOSE_GRAPH.module, runner)
+    monkeypatch.setattr(dispatching, "has_graphs", lambda _: True)
+    monkeypatch.setattr(dispatching, "WHOLE_ROWS", 4)
+    made = make(Fakes(joined=Round(9, (0, 1), (own, others))), (4, 8))
+    for mode in ("FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"):  # one engine after the other
+        fit_to_round(config_of(mode), made)
+        made.begin_step(own)
+        runner.dispatch_cg_and_sync_dp(None, own, own, 1, max_query_len=1)
+        made.end_step()
+    rows = made.limits.padded((own, others))
+    assert asked[0] == (own, rows, 1, {"max_query_len": 1, "need_eager": False}), "prompts have no graph there"
+    said = 1 if is_whole else None
+    assert asked[1] == (own, rows, said, {"max_query_len": said, "need_eager": False})
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm import envs
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -27,8 +27,10 @@ logger = init_logger("vllm.dwdp.dispatching")
 # On CPU, whose costs are not known: some steps of a busy machine, and a peer that stops costs it once; no large step ends soon.
 HOST_PATIENCE_S, HOST_LARGE_S = 0.5, math.inf
 MOST_PADDING = 1.5  # of a batch whose own graph does not dispatch, in one that does
+WHOLE_ROWS = 128  # a graph of a whole decode step attends to as many requests as it has rows: above, too many for one that has few
 INBOX_BYTES = 2**30  # what an inbox may have for steps in which all ranks take part
 _fitted: Dispatch | None = None  # of the engine in this process
+_has_pieces = False  # its graphs of prompts are in pieces
 
 
 def limits(
@@ -192,17 +194,26 @@ def fit_to_round(vllm_config: VllmConfig, dispatch: Dispatch) -> None:
 
     Hooks stay for the life of the process, in which one engine may follow another: the last one's rounds count.
     """
-    global _fitted
+    global _fitted, _has_pieces
     _fitted = dispatch
     if not has_graphs(vllm_config):
         return
 
+    _has_pieces = vllm_config.compilation_config.cudagraph_mode.mixed_mode() == CUDAGraphMode.PIECEWISE
+
     def wrapper(original: Callable) -> Callable:
         @functools.wraps(original)
-        def choose(manager: Any, num_reqs: int, num_tokens: int, *args: Any, need_eager: bool = False, **kwargs: Any) -> Any:
+        def choose(
+            manager: Any, num_reqs: int, num_tokens: int, uniform_token_count: int | None, *args: Any,
+            max_query_len: int | None = None, need_eager: bool = False, **kwargs: Any,
+        ) -> Any:
             assert _fitted is not None
             rows, eager = max(num_tokens, _fitted.padded), need_eager or _fitted.is_beyond_graphs
-            return original(manager, num_reqs, rows, *args, need_eager=eager, **kwargs)
+            if _has_pieces and rows > max(WHOLE_ROWS, 2 * num_tokens):  # a peer has a prompt, and its graph is in pieces, too
+                uniform_token_count = max_query_len = None
+            return original(
+                manager, num_reqs, rows, uniform_token_count, *args, max_query_len=max_query_len, need_eager=eager, **kwargs
+            )
 
         return choose
 

@@ -104,7 +104,10 @@ CALL_UTILITY = Hook(_CLIENT, "AsyncMPClient._call_utility_async", ("self", "meth
 GENERATE = Hook("vllm.v1.engine.async_llm", "AsyncLLM.generate", ("self",))
 ENCODE = Hook("vllm.v1.engine.async_llm", "AsyncLLM.encode", ("self",))
 WORKER_LOOP = Hook("vllm.v1.executor.multiproc_executor", "WorkerProc.worker_busy_loop", ("self",))
-CHOOSE_GRAPH = Hook("vllm.v1.worker.gpu.model_runner", "dispatch_cg_and_sync_dp", ("num_reqs", "num_tokens", "need_eager"))
+CHOOSE_GRAPH = Hook(
+    "vllm.v1.worker.gpu.model_runner", "dispatch_cg_and_sync_dp",
+    ("num_reqs", "num_tokens", "uniform_token_count", "max_query_len", "need_eager"),
+)
 BUILD_EXPERTS = Hook(
     "vllm.model_executor.layers.fused_moe.routed_experts", "RoutedExperts.__init__", ("moe_config", "expert_map_manager")
 )
