@@ -7,6 +7,7 @@ import pytest
 from vllm.config import CompilationConfig, CUDAGraphMode
 
 from vllm_dwdp.config import Options
+from vllm_dwdp.integration import graphs
 from vllm_dwdp.integration.graphs import add_graphs, direct_max_tokens, fit_graphs
 
 from harness import Group, streamed_model
@@ -76,12 +77,22 @@ def test_added_sizes(bounds: list[int], added: list[int]) -> None:
     assert compilation.cudagraph_capture_sizes == sorted([*SIZES, 7]) + added and compilation.max_cudagraph_capture_size == SIZES[-1]
 
 
-@pytest.mark.parametrize("off", [{"mode": CUDAGraphMode.FULL}, {"speculative": object()}], ids=["whole", "drafts"])
-def test_no_sizes_are_added(off: dict) -> None:
-    """Where vLLM captures whole prompts, and where a model drafts, over as many rows as the graph has."""
-    made = make_config(**off)
+@pytest.mark.parametrize(
+    ("off", "why"),
+    [({"mode": CUDAGraphMode.FULL}, "cudagraph_mode=FULL has"), ({"mode": CUDAGraphMode.FULL_DECODE_ONLY}, "=FULL_DECODE_ONLY has"),
+     ({"speculative": object()}, "a model drafts"), ("VLLM_USE_BREAKABLE_CUDAGRAPH", "breaks graphs off")],
+    ids=str,
+)
+def test_no_sizes_are_added(monkeypatch: pytest.MonkeyPatch, off: dict | str, why: str) -> None:
+    """Where vLLM captures whole prompts or none, and where a model drafts, over as many rows as the graph has. The log says so."""
+    if isinstance(off, str):
+        monkeypatch.setenv(off, "1")
+    lines, made = [], make_config(**({} if isinstance(off, str) else off))
+    monkeypatch.setattr(graphs, "logger", SimpleNamespace(info=lambda text, *args: lines.append(text % args)))
     add_graphs(made, [10**5])
-    assert made.compilation_config.cudagraph_capture_sizes == SIZES
+    assert made.compilation_config.cudagraph_capture_sizes == SIZES and len(lines) == 1 and why in lines[0]
+    add_graphs(made, [SIZES[-1]])
+    assert len(lines) == 1, "none was wanted"
 
 
 @pytest.mark.parametrize(
@@ -117,13 +128,6 @@ def test_direct_sizes_only(largest: int) -> None:
     assert compilation.cudagraph_capture_sizes == [size for size in SIZES if size < largest] + [largest]
     assert compilation.max_cudagraph_capture_size == largest
     assert compilation.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
-
-
-@pytest.mark.usefixtures("breakable")
-def test_none_are_added_to_graphs_that_break_off() -> None:
-    made = make_config()
-    add_graphs(made, [10**5])
-    assert made.compilation_config.cudagraph_capture_sizes == SIZES
 
 
 @pytest.mark.usefixtures("breakable")

@@ -46,13 +46,16 @@ def most_tokens(vllm_config: VllmConfig, wanted: int) -> int:
     if not has_graphs(vllm_config):
         return 0
     captured = max(vllm_config.compilation_config.cudagraph_capture_sizes, default=0)
-    return max(captured, wanted) if _may_add(vllm_config) else captured
+    return captured if _why_none_added(vllm_config) else max(captured, wanted)
 
 
-def _may_add(vllm_config: VllmConfig) -> bool:
-    """Graphs that vLLM breaks off, graphs of whole prompts, and models that draft, which draft over padded rows, have vLLM's sizes."""
-    is_whole = vllm_config.compilation_config.cudagraph_mode.mixed_mode() != CUDAGraphMode.PIECEWISE
-    return not (is_whole or is_breakable_cudagraph_enabled() or vllm_config.speculative_config is not None)
+def _why_none_added(vllm_config: VllmConfig) -> str | None:
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if mode.mixed_mode() != CUDAGraphMode.PIECEWISE:
+        return f"cudagraph_mode={mode.name} has none of prompts in pieces"
+    if is_breakable_cudagraph_enabled():
+        return "vLLM breaks graphs off"
+    return "a model drafts, over padded rows" if vllm_config.speculative_config is not None else None
 
 
 def add_graphs(vllm_config: VllmConfig, bounds: Sequence[int]) -> None:
@@ -62,9 +65,11 @@ def add_graphs(vllm_config: VllmConfig, bounds: Sequence[int]) -> None:
     `max_cudagraph_capture_size` stays: attention up to it is laid out for decoding.
     """
     compilation = vllm_config.compilation_config
-    if not _may_add(vllm_config):
-        return
     largest, last = compilation.max_cudagraph_capture_size, bounds[-1]
+    if reason := _why_none_added(vllm_config):
+        if last > largest:
+            logger.info("DWDP adds no CUDA graphs to vLLM's of up to %d tokens, so larger steps take the host longer: %s", largest, reason)
+        return
     steps = *range(0, 1024, 128), *range(1024, 4096, 256), *range(4096, last, 512)
     if added := sorted(size for size in {*bounds, *steps} if largest < size <= last):
         compilation.cudagraph_capture_sizes = [*compilation.cudagraph_capture_sizes, *added]
