@@ -42,20 +42,9 @@ def limits(
     """
     layers = [layer for layer in layers if not layer.is_draft]
     reason = why_not(vllm_config, options, device, layers)
+    given, graph_limit = options.dispatch_max_tokens, options.graph_max_tokens or 0
     largest, size = vllm_config.scheduler_config.max_num_batched_tokens, layers[0].placement.size
-    graph_limit, given = min(options.graph_max_tokens or 0, largest), options.dispatch_max_tokens
-    graph_tokens = graphs.most_tokens(vllm_config, graph_limit)
-    costs = None if current_platform.is_cpu() else costs_of(layers, current_platform.get_device_name(), graph_tokens)
-    row_bytes = 2 * max(layer.hidden_size * layer.itemsize for layer in layers)  # of an inbox: activations, and sums
-    held = min(largest, INBOX_BYTES // (row_bytes * (size - 1)))
-    helped = 0 if given else held if costs is None else costs.helped_max_tokens(held)
-    are_all_captured = min(helped, graph_tokens) >= largest
-    if costs is not None and not are_all_captured:  # graphs then end earlier: graph_bounds
-        graph_tokens = graphs.most_tokens(vllm_config, min(graph_limit, given or largest - FEW * (size - 1)))
-        costs = dataclasses.replace(costs, graph_tokens=min(graph_tokens, given or graph_tokens))
-        helped = 0 if given else costs.helped_max_tokens(held)
-    rows = largest + FEW * (size - 1) if are_all_captured else largest  # what graphs of large steps have room for
-    bound = min(rows // size, largest)
+    costs, helped, bound = expectations(vllm_config, options, layers)
     expected = bound if costs is None else costs.max_tokens(bound)
     most = given or expected
     if reason is None and not most:
@@ -72,7 +61,7 @@ def limits(
     else:
         why = "above, a step alone is expected to take less"
     helped, sizes = max(most, helped), []
-    if graph_tokens:
+    if has_graphs(vllm_config):
         graphs.add_graphs(vllm_config, graph_bounds(most, helped, largest, size, graph_limit))
         sizes = vllm_config.compilation_config.cudagraph_capture_sizes
     logger.info(
@@ -89,6 +78,26 @@ def limits(
     )
     in_graphs = [made.rows(padded, size) for padded in made.graph_sizes[-1:]]
     return dataclasses.replace(made, most_rows=max([largest, *in_graphs]))
+
+
+def expectations(vllm_config: VllmConfig, options: Options, layers: Sequence[ExpertLayer]) -> tuple[Costs | None, int, int]:
+    """What steps cost, unless on CPU; the largest step that gains with all ranks, 0 if only small ones may dispatch; what bounds those.
+
+    Small steps of all ranks have rows together for which vLLM has buffers: as many as the graph of the largest step, if it has one.
+    """
+    given, largest, size = options.dispatch_max_tokens, vllm_config.scheduler_config.max_num_batched_tokens, layers[0].placement.size
+    row_bytes = 2 * max(layer.hidden_size * layer.itemsize for layer in layers)  # of an inbox: activations, and sums
+    held = min(largest, INBOX_BYTES // (row_bytes * (size - 1)))
+    if current_platform.is_cpu():
+        return None, 0 if given else held, largest // size
+    wanted = min(options.graph_max_tokens or 0, largest)
+    costs = costs_of(layers, current_platform.get_device_name(), graphs.most_tokens(vllm_config, wanted))
+    helped = 0 if given else costs.helped_max_tokens(held)
+    if min(helped, costs.graph_tokens) >= largest:
+        return costs, helped, min((largest + FEW * (size - 1)) // size, largest)
+    last = graphs.most_tokens(vllm_config, min(wanted, given or largest - FEW * (size - 1)))  # graph_bounds
+    costs = dataclasses.replace(costs, graph_tokens=min(last, given or last))
+    return costs, 0 if given else costs.helped_max_tokens(held), largest // size
 
 
 def graph_bounds(most: int, helped: int, largest: int, size: int, limit: int) -> list[int]:
