@@ -27,7 +27,9 @@ logger = init_logger("vllm.dwdp.dispatching")
 # On CPU, whose costs are not known: some steps of a busy machine, and a peer that stops costs it once; no large step ends soon.
 HOST_PATIENCE_S, HOST_LARGE_S = 0.5, math.inf
 MOST_PADDING = 1.5  # of a batch whose own graph does not dispatch, in one that does
-WHOLE_ROWS = 128  # a graph of a whole decode step attends to as many requests as it has rows: above, too many for one that has few
+# A graph of a whole decode step attends to as many requests as it has rows: above, too many for a rank that has few, whose peer has a
+# prompt, as hardly any decodes more.
+WHOLE_ROWS = 256
 INBOX_BYTES = 2**30  # what an inbox may have for steps in which all ranks take part
 _fitted: Dispatch | None = None  # of the engine in this process
 _has_pieces = False  # its graphs of prompts are in pieces
@@ -218,7 +220,7 @@ def fit_to_round(vllm_config: VllmConfig, dispatch: Dispatch) -> None:
         ) -> Any:
             assert _fitted is not None
             rows, eager = max(num_tokens, _fitted.padded), need_eager or _fitted.is_beyond_graphs
-            if _has_pieces and rows > max(WHOLE_ROWS, 2 * num_tokens):  # a peer has a prompt, and its graph is in pieces, too
+            if _has_pieces and rows > max(WHOLE_ROWS, 2 * num_tokens):  # as the peer's
                 uniform_token_count = max_query_len = None
             return original(
                 manager, num_reqs, rows, uniform_token_count, *args, max_query_len=max_query_len, need_eager=eager, **kwargs
