@@ -81,7 +81,7 @@ def test_added_sizes(bounds: list[int], added: list[int]) -> None:
     ("off", "why"),
     [({"mode": CUDAGraphMode.FULL}, "cudagraph_mode=FULL has"), ({"mode": CUDAGraphMode.FULL_DECODE_ONLY}, "=FULL_DECODE_ONLY has"),
      ({"speculative": object()}, "a model drafts"), ("VLLM_USE_BREAKABLE_CUDAGRAPH", "breaks graphs off")],
-    ids=str,
+    ids=["whole", "decodes", "drafts", "breakable"],
 )
 def test_no_sizes_are_added(monkeypatch: pytest.MonkeyPatch, off: dict | str, why: str) -> None:
     """Where vLLM captures whole prompts or none, and where a model drafts, over as many rows as the graph has. The log says so."""
