@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm import envs
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import VllmConfig
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -19,7 +19,7 @@ from vllm_dwdp.costs import Costs, rates_of
 from vllm_dwdp.dispatch import Dispatch, Limits
 from vllm_dwdp.experts import ExpertLayer
 from vllm_dwdp.integration import graphs, hooks, watchdog
-from vllm_dwdp.integration.graphs import has_graphs
+from vllm_dwdp.integration.graphs import has_graphs, has_pieces
 from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.kernels.tokens import FEW
 
@@ -89,17 +89,23 @@ def expectations(vllm_config: VllmConfig, options: Options, layers: Sequence[Exp
     """
     given, largest, size = options.dispatch_max_tokens, vllm_config.scheduler_config.max_num_batched_tokens, layers[0].placement.size
     row_bytes = 2 * max(layer.hidden_size * layer.itemsize for layer in layers)  # of an inbox: activations, and sums
-    held = min(largest, INBOX_BYTES // (row_bytes * (size - 1)))
+    held, bound = min(largest, INBOX_BYTES // (row_bytes * (size - 1))), largest // size
     if current_platform.is_cpu():
-        return None, 0 if given else held, largest // size
-    wanted = min(options.graph_max_tokens or 0, largest)
-    costs = costs_of(layers, current_platform.get_device_name(), graphs.most_tokens(vllm_config, wanted))
-    helped = 0 if given else costs.helped_max_tokens(held)
+        return None, 0 if given else held, bound
+
+    def with_graphs(tokens: int) -> Costs:
+        wanted = min(options.graph_max_tokens or 0, tokens)
+        return costs_of(layers, current_platform.get_device_name(), graphs.most_tokens(vllm_config, wanted))
+
+    if given:
+        costs = with_graphs(given)
+        return dataclasses.replace(costs, graph_tokens=min(costs.graph_tokens, given)), 0, bound
+    costs = with_graphs(largest)
+    helped = costs.helped_max_tokens(held)
     if min(helped, costs.graph_tokens) >= largest:
         return costs, helped, min((largest + FEW * (size - 1)) // size, largest)
-    last = graphs.most_tokens(vllm_config, min(wanted, given or largest - FEW * (size - 1)))  # graph_bounds
-    costs = dataclasses.replace(costs, graph_tokens=min(last, given or last))
-    return costs, 0 if given else costs.helped_max_tokens(held), largest // size
+    costs = with_graphs(largest - FEW * (size - 1))  # as graph_bounds has it
+    return costs, costs.helped_max_tokens(held), bound
 
 
 def graph_bounds(most: int, helped: int, largest: int, size: int, limit: int) -> list[int]:
@@ -206,11 +212,9 @@ def fit_to_round(vllm_config: VllmConfig, dispatch: Dispatch) -> None:
     Hooks stay for the life of the process, in which one engine may follow another: the last one's rounds count.
     """
     global _fitted, _has_pieces
-    _fitted = dispatch
+    _fitted, _has_pieces = dispatch, has_pieces(vllm_config)
     if not has_graphs(vllm_config):
         return
-
-    _has_pieces = vllm_config.compilation_config.cudagraph_mode.mixed_mode() == CUDAGraphMode.PIECEWISE
 
     def wrapper(original: Callable) -> Callable:
         @functools.wraps(original)

@@ -41,6 +41,11 @@ def has_graphs(vllm_config: VllmConfig) -> bool:
     return not vllm_config.model_config.enforce_eager and mode != CUDAGraphMode.NONE
 
 
+def has_pieces(vllm_config: VllmConfig) -> bool:
+    """Whether graphs of prompts, where there are graphs, are in pieces."""
+    return vllm_config.compilation_config.cudagraph_mode.mixed_mode() == CUDAGraphMode.PIECEWISE
+
+
 def most_tokens(vllm_config: VllmConfig, wanted: int) -> int:
     """The largest graph that this engine may have where graphs of up to `wanted` tokens are added; 0 where it has none."""
     if not has_graphs(vllm_config):
@@ -50,9 +55,8 @@ def most_tokens(vllm_config: VllmConfig, wanted: int) -> int:
 
 
 def _why_none_added(vllm_config: VllmConfig) -> str | None:
-    mode = vllm_config.compilation_config.cudagraph_mode
-    if mode.mixed_mode() != CUDAGraphMode.PIECEWISE:
-        return f"cudagraph_mode={mode.name} has none of prompts in pieces"
+    if not has_pieces(vllm_config):
+        return f"cudagraph_mode={vllm_config.compilation_config.cudagraph_mode.name} has none of prompts in pieces"
     if is_breakable_cudagraph_enabled():
         return "vLLM breaks graphs off"
     return "a model drafts, over padded rows" if vllm_config.speculative_config is not None else None
