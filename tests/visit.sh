@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that is owed on two GPUs, in one visit. Run where vLLM is importable: tests/visit.sh MODEL OUT PART...
 #   MODEL: a folder with Qwen3-30B-A3B's config.json. OUT gets JSON, pictures and logs. Parts, with seconds on two H100s:
-#   before (155)  layers (40)  steps (200)  decode (150)  prefill (200)  serve (500)  unequal (260)  tests (460)  sanitize (220)
+#   before (155)  layers (40)  steps (200)  decode (150)  prefill (200)  serve (500)  unequal (260)  tests (460)  sanitize (500)
 #   logits (110)  soak (560)  formats (350 a model)  sweep (500)  backends (300)
 # DECODE_MODES and SERVE_MODES name the bench's modes for decode and serve, LOADS the servers' loads, SERVE_ARGS further arguments
 # of theirs, STEP_MODES the modes whose steps are timed, ENGINE (JSON) arguments of their engines, LAYERS the layers of all models
@@ -76,7 +76,7 @@ for part; do
         --hf-overrides "$layers" --engine-args "$engine" --side-by-side --max-num-batched-tokens ${steps%%,*} --num-prompts $prompts \
         --rounds 2 --repeats 2 --out "$out/backends" ;;
     sanitize)
-      timeout 280 compute-sanitizer --tool memcheck --target-processes all --report-api-errors no --error-exitcode 3 \
+      timeout 560 compute-sanitizer --tool memcheck --target-processes all --report-api-errors no --error-exitcode 3 \
         python3 -P -m pytest -q -m gpu "$here/test_transport.py" "$here/test_tokens.py" -k "views or sums or stream" > "$out/sanitize.log" 2>&1
       ended=$?; tail -5 "$out/sanitize.log"; (exit $ended) ;;
   esac
