@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from vllm_dwdp.dispatch import Dispatch, Limits
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import dispatching
 from vllm_dwdp.integration.dispatching import HOST_PATIENCE_S, checked, dispatched_sizes, fit_to_round
+from vllm_dwdp.integration.helping import Helper
 from vllm_dwdp.integration.hooks import CHOOSE_GRAPH
 from vllm_dwdp.kernels.tokens import FEW, RoundLayout, did_not_come
 
@@ -557,6 +558,32 @@ def offer_all(rank: int) -> None:
     )
 
 
+def offer_all_and_count(rank: int) -> None:
+    """And note each call of vLLM's attention."""
+    offer_all(rank)
+    init = Helper.__init__
+
+    def counting(self: Helper, worker: Any, dispatch: Dispatch, layers: Iterable[Any]) -> None:
+        dispatch.attended, layers = [], list(layers)
+        for layer in layers:
+            for name in ("forward", "do_kv_cache_update"):
+                if method := getattr(getattr(layer, "impl", None), name, None):
+                    noted = functools.partial(noting, dispatch.attended, method)
+                    setattr(layer.impl, name, functools.wraps(method)(noted))
+        init(self, worker, dispatch, layers)
+
+    Helper.__init__ = counting
+
+
+def noting(calls: list[str], method: Callable, *args: Any, **kwargs: Any) -> Any:
+    calls.append(method.__name__)
+    return method(*args, **kwargs)
+
+
+def attended(llm: Any) -> int:
+    return len(streamed_model(llm).dispatch.attended)
+
+
 def lend(llm: Any, over: Path) -> None:
     while not over.exists():
         llm.llm_engine.model_executor.driver_worker.worker.dwdp_help()
@@ -568,14 +595,15 @@ def test_prompts_with_which_an_idle_rank_helps_are_answered_as_by_stock_vllm(mod
     model, work = models("qwen3_moe", **SHAPE | dict(dtype="float32")), functools.partial(generate, lengths=(200, 255, 90), tokens=6)
     with Group(model, 0) as stock:
         (expected,) = stock.run(work)
-    with Group(model, 2, {"dispatch_max_tokens": 16}, setup=offer_all) as group:
+    with Group(model, 2, {"dispatch_max_tokens": 16}, setup=offer_all_and_count) as group:
         first, second = group.ranks
-        was = first.run(stats)["forwards"]
+        was, calls = first.run(stats)["forwards"], group.run(attended)
         second.send(lend, over := tmp_path / "over")
         await_that(lambda: first.run(has_helpers), "rank 1 to be idle")
         assert first.run(work) == expected
         over.touch()
         second.answer(60)
+        assert first.run(attended) > calls[0] and second.run(attended) == calls[1], "a helper attends to nothing"
         now, (met, helped) = first.run(stats)["forwards"], group.run(meetings)
     steps = now["dispatched"] - was["dispatched"]
     assert steps >= 8 and now["streamed"] == was["streamed"] and now["direct"] == was["direct"]

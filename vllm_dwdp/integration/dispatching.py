@@ -9,7 +9,6 @@ from typing import Any
 
 from vllm import envs
 from vllm.config import VllmConfig
-from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
@@ -18,7 +17,7 @@ from vllm_dwdp.config import Options
 from vllm_dwdp.costs import Costs, rates_of
 from vllm_dwdp.dispatch import Dispatch, Limits
 from vllm_dwdp.experts import ExpertLayer
-from vllm_dwdp.integration import graphs, hooks, watchdog
+from vllm_dwdp.integration import graphs, hooks
 from vllm_dwdp.integration.graphs import has_graphs, has_pieces
 from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.kernels.tokens import FEW
@@ -158,31 +157,6 @@ def why_not(vllm_config: VllmConfig, options: Options, device: Device, layers: S
     if has_graphs(vllm_config) and not vllm_config.use_v2_model_runner:
         return "vLLM's older model runner pads batches by itself; use its default one, or --enforce-eager"
     return None
-
-
-def help_between_calls() -> None:
-    """Let a worker process whose engine has no request take part in rounds until the engine calls."""
-
-    def wrapper(_: Callable) -> Callable:
-        def worker_busy_loop(self: Any) -> None:
-            calls = self.rpc_broadcast_mq
-            while True:
-                with watchdog.paused():
-                    self.worker.dwdp_help_until(lambda: _has_message(calls))
-                    call = calls.dequeue(indefinite=True)
-                self._execute_worker_rpc(call)
-                del call
-
-        return worker_busy_loop
-
-    hooks.WORKER_LOOP.install(wrapper)
-    hooks.WORKER_LOOP.verify()
-
-
-def _has_message(queue: MessageQueue) -> bool:
-    """Whether the queue's reader, in this process, would read at once."""
-    with queue.buffer.get_metadata(queue.current_idx) as flags:
-        return queue.shutting_down or bool(flags[0] and not flags[queue.local_reader_rank + 1])
 
 
 def checked(output: Any, dispatch: Dispatch) -> Any:

@@ -17,9 +17,8 @@ from vllm.platforms import current_platform
 
 from vllm_dwdp import assembly, config, descriptors, launcher
 from vllm_dwdp.budget import Limit
-from vllm_dwdp.dispatch import Dispatch
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.integration import binding, checks, dispatching, joining, loading, metrics
+from vllm_dwdp.integration import binding, checks, dispatching, helping, joining, loading, metrics
 from vllm_dwdp.integration.graphs import GraphHooks, fit_graphs
 from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.rendezvous import Group
@@ -30,7 +29,6 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
 logger = init_logger("vllm.dwdp.worker")
-HELP_ROWS = 128  # of each request of a helper's forward in a graph
 HELP_S = 0.01  # between looks whether a large step has ended on the device
 
 
@@ -107,9 +105,10 @@ class DWDPWorker(PlatformWorker):
         fit_graphs(self.vllm_config, prefetcher.direct_max_tokens)
         set_offloader(GraphHooks(prefetcher))
         if self.dwdp.dispatch is not None:
-            self.dwdp.dispatch.help_out = functools.partial(self._help_out, self.dwdp.dispatch)
+            called = self.vllm_config.compilation_config.static_forward_context.values()
+            self.dwdp.dispatch.help_out = helping.Helper(self, self.dwdp.dispatch, called)
             dispatching.fit_to_round(self.vllm_config, self.dwdp.dispatch)
-            dispatching.help_between_calls()
+            helping.help_between_calls()
         self._end_metrics = metrics.export(self.dwdp)
 
     def compile_or_warm_up_model(self) -> Any:
@@ -172,15 +171,6 @@ class DWDPWorker(PlatformWorker):
         """While the engine has no request, take part in the peers' rounds, until `wake()`."""
         while self._is_idle and not wake():
             self._help(HELP_S, wake)
-
-    def _help_out(self, dispatch: Dispatch) -> None:
-        """A forward of rows that are nobody's, as requests of few: those of one would attend to each other like a long prompt's."""
-        requests = dispatch.padded // HELP_ROWS
-        if requests <= 1:
-            self.execute_dummy_batch()
-        else:
-            requests = min(requests, self.vllm_config.scheduler_config.max_num_seqs)
-            self.model_runner._dummy_run(requests * self.model_runner.decode_query_len, uniform_decode=True)
 
     def _checked(self, output: Any) -> Any:
         """What a step returns, tokens or a pooling model's embeddings; None where they are sampled later."""
