@@ -6,8 +6,8 @@ MODEL is a folder with a config.json; weights are dummies. Engines as vLLM start
 asked. An idle peer of expert parallelism has a prompt of one token. With a peer in a large step it is the time of rank 0's prompt
 alone, which comes LARGE_HEAD_S after the peer's of the largest size; one engine of several GPUs gets its peers' prompts, too.
 OUT_FOLDER gets steps.json and, as MODE-PEERS-TOKENS-RANK-NUMBER, traces of one step of each size with peers idle and alike. From
-rank 0's is told how long its kernels took, exchanges with peers, waits included, apart, how long copies did, and the span from the
-first kernel to the last.
+rank 0's is told how long its kernels took by class, exchanges with peers with the waits in them, how long copies did, and the span from
+the first kernel to the last.
 """
 
 import gzip
@@ -33,7 +33,14 @@ from ranks_of_modes import LOAD_S, Mode
 REPEATS, LARGE_HEAD_S = 12, 0.01
 EP_REST_S = 0.25  # its ranks go on with up to 32 empty steps, beside which nothing is timed; a prompt in the last may wait for ever
 TOKENS = "256,512,1024,2048,4096,8192"
-EXCHANGES = re.compile(r"^(dispatch_rows|combine_sums)\b|nccl", re.IGNORECASE)
+CLASSES = {  # of kernels, by the first expression that is found in their names
+    "exchanges": re.compile(r"^(dispatch_rows|combine_sums)\b|nccl", re.IGNORECASE),
+    "norms, rotations": re.compile(r"^triton_(red|poi|per)_"),
+    "attention": re.compile(r"flash|reshape_and_cache|fmha|varlen", re.IGNORECASE),
+    "experts": re.compile(r"moe|act_and_mul|expert|marlin", re.IGNORECASE),
+    "other matrices": re.compile(r"nvjet|gemm|cutlass|cublas", re.IGNORECASE),
+    "the rest": re.compile(""),
+}
 
 Prompts = list[tuple[float, int]]  # seconds from now until each comes, and its tokens
 
@@ -82,7 +89,7 @@ class Timed(Mode):
         given = [of_rank_0, *[of_others] * (self.ranks - 1)]
         return given if len(given) == len(self.pipes) else [list(itertools.chain(*given))]
 
-    def profile(self, peers: str, tokens: int) -> dict[str, float]:
+    def profile(self, peers: str, tokens: int) -> dict[str, Any]:
         """ms of rank 0's device for one step of a prompt."""
         self.ask("start_profile")
         self.ask(*self.prompts(peers, tokens, 0))
@@ -95,11 +102,12 @@ class Timed(Mode):
         kernels = [each for each in events if each.get("cat") == "kernel"]
         if not kernels:
             return {}
-        exchanges_ms = sum(each["dur"] for each in kernels if EXCHANGES.search(each["name"])) / 1e3
+        classes_ms = dict.fromkeys(CLASSES, 0.0)
+        for each in kernels:
+            classes_ms[next(name for name, known in CLASSES.items() if known.search(each["name"]))] += each["dur"] / 1e3
         ends = max(each["ts"] + each["dur"] for each in kernels)
         return {
-            "kernels": len(kernels), "kernels_ms": sum(each["dur"] for each in kernels) / 1e3 - exchanges_ms,
-            "exchanges_ms": exchanges_ms,
+            "kernels": len(kernels), "classes_ms": classes_ms,
             "copies_ms": sum(each["dur"] for each in events if each.get("cat") == "gpu_memcpy") / 1e3,
             "span_ms": (ends - min(each["ts"] for each in kernels)) / 1e3,
         }

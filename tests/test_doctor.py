@@ -104,7 +104,7 @@ def test_handles_say_what_they_are_good_for() -> None:
     assert "no IMEX channel" in checks.handles(on_gpus(has_imex=False)).found
     assert "nvidia-imex" in checks.handles(on_gpus(has_imex=True)).do
     both = dataclasses.replace(H100, handles=frozenset({"fd", "fabric"}))
-    assert "FABRIC handles, which" in checks.handles(on_gpus(gpus=(both, both))).found
+    assert "FABRIC handles, for ranks on several hosts" in checks.handles(on_gpus(gpus=(both, both))).found
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import resource
 import socket
 import time
+import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -347,6 +348,10 @@ def test_who_shares_a_host() -> None:
 
     device, other = HostDevice(), msgspec.structs.replace(HELLO, rank=1, host="container")
     joining.choose_handles(device, [HELLO, other])
+    fabric, chosen = [msgspec.structs.replace(said, handles="fabric") for said in (HELLO, other)], []
+    for changed in ({}, {"network": 2}, {"boot": "there"}):
+        joining.choose_handles(types.SimpleNamespace(use_handles=chosen.append), [fabric[0], msgspec.structs.replace(fabric[1], **changed)])
+    assert chosen == ["fd"], "on one host small steps dispatch, whatever its driver exports; ranks apart keep FABRIC handles"
     with pytest.raises(DWDPError, match="containers container, here of one host have a network each: "):
         joining.choose_handles(device, [HELLO, msgspec.structs.replace(other, network=2)])
     with pytest.raises(DWDPError, match="ranks on container, here cannot share memory: "):

@@ -2,7 +2,7 @@
 # All that is owed on two GPUs, in one visit. Run where vLLM is importable: tests/visit.sh MODEL OUT PART...
 #   MODEL: a folder with Qwen3-30B-A3B's config.json. OUT gets JSON, pictures and logs. Parts, with seconds on two H100s:
 #   before (155)  layers (40)  steps (200)  decode (150)  prefill (200)  serve (500)  unequal (260)  tests (460)  sanitize (500)
-#   logits (110)  soak (560)  formats (350 a model)  sweep (500)  backends (300)
+#   logits (110)  soak (560)  formats (350 a model)  sweep (500)  backends (300)  ceiling (200)  residents (500)
 # DECODE_MODES and SERVE_MODES name the bench's modes for decode and serve, LOADS the servers' loads, SERVE_ARGS further arguments
 # of theirs, STEP_MODES the modes whose steps are timed, ENGINE (JSON) arguments of their engines, LAYERS the layers of all models
 # but servers', FORMATS the models of tests/true_shapes.py that formats goes through, BACKENDS vLLM's all2all backends.
@@ -14,6 +14,7 @@ mkdir -p "$out"
 export PYTHONPATH="${PYTHONPATH:-}:$here"
 bench="python3 -P -m vllm_dwdp.entrypoints.cli bench --model $model --load-format dummy"
 serving="python3 -P -m vllm_dwdp.entrypoints.cli bench --serve --model $model"
+remote_gib=0.5625  # of a layer's experts of MODEL, on each of two ranks
 depth=${LAYERS:-12} layers="{\"num_hidden_layers\": ${LAYERS:-12}}"
 engine='{"kv_cache_memory_bytes": 3221225472}'
 serve='--load-format dummy --gpu-memory-utilization 0.45 --kv-cache-memory-bytes 8589934592 --hf-overrides {\"num_hidden_layers\":24}'
@@ -26,7 +27,7 @@ unequal=8192:1:inf:64@0+512:256:2:16@1,8192:64:2:16@0+512:256:4:32@1
 if [ -n "${VISIT_CPU:-}" ]; then
   layers='{}' engine='{"kv_cache_memory_bytes": 67108864, "max_num_seqs": 8}'
   serve='--load-format dummy --kv-cache-memory-bytes 67108864 --dtype float32 --enforce-eager --max-model-len 200'
-  lengths=32,64 rival=tp batches=1,2 steps=256 prompts=3 minutes=6 loads=20:8:inf:6 unequal=100:1:inf:4@0+20:8:4:4@1
+  lengths=32,64 rival=tp remote_gib=0.0001 batches=1,2 steps=256 prompts=3 minutes=6 loads=20:8:inf:6 unequal=100:1:inf:4@0+20:8:4:4@1
 fi
 for part; do
   case $part in
@@ -75,6 +76,20 @@ for part; do
       timeout 400 $bench --modes "dwdp$(printf ',ep+all2all_backend=%s' ${BACKENDS:-allgather_reducescatter flashinfer_nvlink_one_sided})" \
         --hf-overrides "$layers" --engine-args "$engine" --side-by-side --max-num-batched-tokens ${steps%%,*} --num-prompts $prompts \
         --rounds 2 --repeats 2 --out "$out/backends" ;;
+    ceiling)  # large steps by class of kernels, beside a GPU that holds all experts
+      timeout 300 python3 -P "$here/step_times.py" "$model" "$out/ceiling" dwdp,single "$steps" "{\"max_num_batched_tokens\": ${steps%%,*}}" $depth ;;
+    residents)  # prefill and decode with a quarter, half, three quarters and all of the remote experts kept
+      residents_failed=0
+      share() { python3 -c "print('dwdp+cache_gib=%g' % ($1 * $depth * $remote_gib))"; }
+      turn() {
+        timeout 280 $bench --modes "$1" --hf-overrides "$layers" --engine-args "$engine" --side-by-side --rounds 2 --repeats 2 \
+          "${@:3}" --out "$out/residents-$2" || residents_failed=1
+      }
+      prefill="--max-num-batched-tokens ${steps%%,*} --num-prompts $prompts"
+      turn "dwdp,$(share 0.25),$(share 0.5)" prefill-to-half $prefill
+      turn "dwdp,$(share 0.75),$(share 1)" prefill-to-all $prefill
+      turn "dwdp,$(share 0.5),$(share 1)" decode --decode 1,16,64 --max-num-batched-tokens 16384
+      (exit $residents_failed) ;;
     sanitize)
       timeout 560 compute-sanitizer --tool memcheck --target-processes all --report-api-errors no --error-exitcode 3 \
         python3 -P -m pytest -q -m gpu "$here/test_transport.py" "$here/test_tokens.py" -k "views or sums or stream" > "$out/sanitize.log" 2>&1

@@ -147,7 +147,7 @@ def handles(facts: Facts) -> Verdict:
     if not kinds:
         return fail("the driver gives neither POSIX descriptors nor FABRIC handles", "update it, and use whole GPUs")
     if "fabric" in kinds:
-        return ok("FABRIC handles, which serve across hosts; small steps are not dispatched with them")
+        return ok("FABRIC handles, for ranks on several hosts, which do not dispatch; within one host ranks use POSIX descriptors")
     channel = "there is an IMEX channel" if facts.has_imex else "no IMEX channel is there"
     return Verdict(
         verdict="ok", found=f"POSIX descriptors, which serve within a host; FABRIC handles are refused ({channel})",

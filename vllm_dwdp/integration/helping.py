@@ -1,12 +1,12 @@
 """Helping: an idle rank's worker looks for peers' rounds between its engine's calls, and runs forwards whose rows are nobody's.
 
-Such a forward is there for the experts. Its attention is left out wherever vLLM calls it from Python, which is in all graphs but those
-of whole decode steps: launching it takes the host as long as the device needs for a layer's experts, and a peer waits for both.
+Such a forward is there for the experts. vLLM's common attention is left out wherever vLLM calls it from Python, which is in all graphs
+but those of whole decode steps: launching it takes the host as long as the device needs for a layer's experts, and peers wait for both.
 """
 
-import functools
+import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
@@ -18,53 +18,57 @@ from vllm_dwdp.integration import hooks, watchdog
 REQUEST_ROWS = 128  # of each request of a forward in a graph
 
 
+class StandIn(NamedTuple):
+    """What takes the place of an object's method."""
+
+    attributes: dict[str, Any]  # the object's own
+    name: str
+    method: Callable[..., Any]
+
+
+def stand_ins(layer: object) -> list[StandIn]:
+    """For a layer's attention, zeros [rows, ...]; for what it does to the KV cache, nothing. Of other layers and operators, none."""
+    if isinstance(layer, MLAAttention):
+        target, attend, update = layer, "forward_impl", "update_kv_cache"
+    elif isinstance(layer, Attention):
+        target, attend, update = layer.impl, "forward", "do_kv_cache_update"
+    else:
+        return []
+    zeros = StandIn(vars(target), attend, _zeros(getattr(target, attend)))
+    return [zeros, StandIn(vars(target), update, lambda *args, **kwargs: None)] if hasattr(target, update) else [zeros]
+
+
+def _zeros(original: Callable[..., Any]) -> Callable[..., torch.Tensor]:
+    at = list(inspect.signature(original).parameters).index("output")
+    return lambda *args, **kwargs: (kwargs["output"] if "output" in kwargs else args[at]).zero_()
+
+
 class Helper:
-    """What a worker runs for its peers: called, a forward of rows that are nobody's."""
+    """What a worker runs for its peers: called, a forward of rows that are nobody's, in which `layers` have their stand-ins."""
 
     def __init__(self, worker: Any, dispatch: Dispatch, layers: Iterable[object]):
-        """`layers` are vLLM's: attention among them writes zeros [rows, ...] in such forwards and leaves the KV cache as it is.
-
-        Other operators that keep a state, such as linear attention, run as ever.
-        """
-        self._worker, self._dispatch, self._is_helping = worker, dispatch, False
-        for layer in layers:
-            if isinstance(layer, MLAAttention):
-                layer.forward_impl = self._zeros(layer.forward_impl)
-                layer.update_kv_cache = self._nothing(layer.update_kv_cache)
-            elif isinstance(layer, Attention):
-                layer.impl.forward = self._zeros(layer.impl.forward)
-                if hasattr(layer.impl, "do_kv_cache_update"):
-                    layer.impl.do_kv_cache_update = self._nothing(layer.impl.do_kv_cache_update)
+        self._worker, self._dispatch = worker, dispatch
+        self._stand_ins = [(each, each.attributes.get(each.name)) for layer in layers for each in stand_ins(layer)]
 
     def __call__(self) -> None:
-        """As requests of few rows where it is more than that: those of one would be laid out like a long prompt's."""
-        self._is_helping = True
+        for each, _ in self._stand_ins:
+            each.attributes[each.name] = each.method
         try:
             self._forward()
         finally:
-            self._is_helping = False
+            for each, own in self._stand_ins:
+                del each.attributes[each.name]
+                if own is not None:
+                    each.attributes[each.name] = own
 
     def _forward(self) -> None:
+        """As requests of few rows where it is more than that: those of one would be laid out like a long prompt's."""
         requests, runner = self._dispatch.padded // REQUEST_ROWS, self._worker.model_runner
         if requests <= 1:
             self._worker.execute_dummy_batch()
         else:
             requests = min(requests, self._worker.vllm_config.scheduler_config.max_num_seqs)
             runner._dummy_run(requests * runner.decode_query_len, uniform_decode=True)
-
-    def _zeros(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def forward(*args: Any, output: torch.Tensor, **kwargs: Any) -> Any:
-            return output.zero_() if self._is_helping else original(*args, output=output, **kwargs)
-
-        return forward
-
-    def _nothing(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def update(*args: Any, **kwargs: Any) -> Any:
-            return None if self._is_helping else original(*args, **kwargs)
-
-        return update
 
 
 def help_between_calls() -> None:

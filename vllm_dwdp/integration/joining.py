@@ -138,21 +138,19 @@ def agree_on_checkpoint(group: Group, vllm_config: VllmConfig) -> None:
 
 
 def choose_handles(device: Device, group: list[Hello]) -> None:
-    """FABRIC handles where every rank can export them, else file descriptors, which stay within one host."""
-    if all(said.handles == "fabric" for said in group):
-        return
+    """File descriptors where one host's ranks can pass them, as rounds are agreed there, else FABRIC handles if all ranks export them."""
     hosts = ", ".join(sorted({said.host for said in group}))
-    if len({said.boot for said in group}) > 1:
+    apart = len({said.boot for said in group}) > 1
+    if not apart and len({said.network for said in group}) == 1:
+        device.use_handles("fd")
+    elif any(said.handles != "fabric" for said in group):
         raise DWDPError(
             f"ranks on {hosts} cannot share memory: across hosts every GPU must export FABRIC handles "
             f"(multi-node NVLink with IMEX); keep a DWDP group within one host"
-        )
-    if len({said.network for said in group}) > 1:
-        raise DWDPError(
+            if apart else
             f"containers {hosts} of one host have a network each: ranks hand memory over by Unix sockets of one "
             f"network; start them with the host's (--network host) or one that they share (one pod)"
         )
-    device.use_handles("fd")
 
 
 def warn_of_hidden_peers(device: Device, mine: Hello, group: list[Hello]) -> None:
