@@ -156,8 +156,9 @@ def test_a_kernel_without_seals_or_locks(monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(meeting, "_SEAL", 0x0002)  # F_SEAL_SHRINK
         assert "can still be written" in facts.convoy_fault()
-    monkeypatch.setattr(meeting.Meeting, "_lock", lambda self, byte: True)
-    assert "keeps nobody out" in (fault := facts.convoy_fault())
+    with monkeypatch.context() as patch:
+        patch.setattr(meeting.Meeting, "_lock", lambda self, byte: True)
+        assert "keeps nobody out" in (fault := facts.convoy_fault())
     assert checks.convoy(dataclasses.replace(here(), convoy_fault=fault)).verdict == "fail"
 
 
