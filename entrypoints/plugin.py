@@ -103,12 +103,13 @@ def _add_cli_args(original: Callable) -> Callable:
 def _argument(field: msgspec.structs.FieldInfo) -> dict[str, Any]:
     """argparse's keywords for one option. One that is not given leaves no trace; `config.parse` checks the values."""
     text, default = config.describe(field)
-    kind = config.allowed(msgspec.inspect.type_info(field.type))
+    kind = msgspec.inspect.type_info(field.type)
+    assert isinstance(kind, msgspec.inspect.Metadata), field.name
     shown: dict[str, Any] = {"default": argparse.SUPPRESS, "help": f"{text} (default: {default})"}
     if isinstance(field.default, bool):
         return shown | {"action": argparse.BooleanOptionalAction}
-    is_choice = " or " in kind and not isinstance(field.default, float)
-    return shown | {"type": scalar, "metavar": f"{{{kind.replace(' or ', ',')}}}" if is_choice else "VALUE"}
+    choices = kind.type.values if isinstance(kind.type, msgspec.inspect.LiteralType) else ()
+    return shown | {"type": scalar, "metavar": f"{{{','.join(map(str, choices))}}}" if choices else "VALUE"}
 
 
 def scalar(text: str) -> Any:

@@ -3,7 +3,7 @@
     python examples/offline_inference.py MODEL --size 2 --engine-args '{"max_model_len": 4096}'
 
 A rank is an ordinary single-GPU `LLM` whose `additional_config` names the group: its size, this rank, and a port that
-rank 0 opens. Ranks find each other once, while loading; afterwards only small steps wait, briefly, for ranks at hand.
+rank 0 opens. Ranks find each other once, while loading; afterwards steps wait, briefly, for ranks at hand.
 """
 
 import argparse

@@ -115,7 +115,7 @@ class CudaDevice(Device):
             free, total, _ = self.memory()
             raise DWDPError(
                 f"cannot allocate {nbytes / 2**20:.0f} MiB on {self.device}, {free / 2**20:.0f} of "
-                f"{total / 2**20:.0f} MiB are free ({error}): use more ranks, fewer slots or a smaller cache_gib"
+                f"{total / 2**20:.0f} MiB are free ({error}): end what else uses the GPU, lower --gpu-memory-utilization, or use more ranks"
             ) from None
         self.allocated_bytes += nbytes
         return CudaBlock(handle, nbytes, self)

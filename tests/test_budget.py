@@ -47,7 +47,7 @@ def test_engines_that_share_a_device() -> None:
 
 
 def test_an_inbox_that_does_not_fit_is_named() -> None:
-    with pytest.raises(DWDPError, match=r"2 slots of 0.56 GiB and an inbox of 1.00 GiB do not fit .* --dwdp-dispatch off, or"):
+    with pytest.raises(DWDPError, match=r"2 slots of 0.56 GiB and an inbox of 1.00 GiB do not fit .* use more ranks, --dwdp-dispatch off or "):
         cache_bytes(LAYERS, device(9.5), Options(size=2), LIMIT, inbox_bytes=GIB)
     assert cache_bytes(LAYERS, device(9.5), Options(size=2), LIMIT) == 0
 
@@ -57,7 +57,7 @@ def test_an_inbox_that_does_not_fit_is_named() -> None:
     [
         (
             9, {"slots": 3},
-            "3 slots of 0.56 GiB do not fit .* 0.69 GiB are missing; .* or a higher --gpu-memory-utilization",
+            "3 slots of 0.56 GiB do not fit .* 0.69 GiB are missing; use more ranks, --dwdp-slots 2 or a higher --gpu-memory-utilization",
         ),
         (20, {"cache_gib": 12}, "--dwdp-cache-gib 12.* the largest cache that does is --dwdp-cache-gib 10.87"),
     ],
@@ -97,8 +97,8 @@ def test_announcement() -> None:
     """One line a rank, which never prints the number that stands for "always direct"."""
     rest = dict(rank=1, direct_max_tokens=24, held_bytes=30 * GIB)
     assert announce(LAYERS, streamed_bytes=24 * GIB, **rest) == (
-        "DWDP on: rank 1 of 2 owns 64 of 128 experts in each of 48 layers, streams 24.00 GiB a step above 24 tokens, "
-        "holds 30.00 GiB"
+        "DWDP on: rank 1 of 2 owns 64 of 128 experts in each of 48 layers, streams 24.00 GiB in a step that is "
+        "not dispatched and has more than 24 tokens, holds 30.00 GiB"
     )
     rest["direct_max_tokens"] = 2**31
     text = announce(LAYERS, streamed_bytes=0, **rest)

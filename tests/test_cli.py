@@ -104,7 +104,7 @@ def test_help_tells_defaults_and_choices(serve_parser, capsys) -> None:
         text, default = describe(field)
         assert f"--dwdp-{field.name.replace('_', '-')}" in shown and len(text) > 8 and default
         assert shown.count(f"(default: {default})") >= 1, field.name
-    assert "--dwdp-dispatch {auto,off}" in shown and "(default: 2)" in shown
+    assert "--dwdp-dispatch {auto,off}" in shown and "--dwdp-rendezvous VALUE" in shown and "(default: 2)" in shown
 
 
 def test_help_of_bench_tells_both_defaults(capsys) -> None:

@@ -109,7 +109,7 @@ def test_the_log_says_that_dwdp_is_on(server: Server) -> None:
     """One line a rank, in the reader's words; what a step moves is what the counters then count."""
     log = server.log.read_text()
     line = (r"DWDP on: rank (\d) of 2 owns 6 of 12 experts in each of (\d+) layers, "
-            r"streams ([\d.]+) MiB a step above 0 tokens, holds")
+            r"streams ([\d.]+) MiB in a step that is not dispatched and has more than 0 tokens, holds")
     found = re.findall(line, log)
     assert sorted(rank for rank, *_ in found) == ["0", "1"] and log.count("DWDP on") == 2
     assert "direct_max_tokens=" not in log

@@ -61,11 +61,12 @@ def cache_bytes(
     remote = max(layer.remote_bytes for layer in layers)
     room -= options.slots * remote + inbox_bytes
     within = f"beside the shard within {setting}"
-    inbox, smaller = (f" and an inbox of {inbox_bytes / GIB:.2f} GiB", ", --dwdp-dispatch off,") if inbox_bytes else ("", "")
+    inbox = f" and an inbox of {inbox_bytes / GIB:.2f} GiB" if inbox_bytes else ""
     if room < 0:
+        remedies = ["more ranks", *["--dwdp-slots 2"] * (options.slots > 2), *["--dwdp-dispatch off"] * (inbox_bytes > 0)]
         raise DWDPError(
             f"{options.slots} slots of {remote / GIB:.2f} GiB{inbox} do not fit {within}: {-room / GIB:.2f} GiB are "
-            f"missing; use more ranks, --dwdp-slots 2{smaller} or {remedy}"
+            f"missing; use {', '.join(remedies)} or {remedy}"
         )
     if options.cache_gib == "auto":
         floor = int(options.cache_floor_gib * GIB) - (limit.kv_cache_memory_bytes or 0)
@@ -106,7 +107,7 @@ def announce(
         share = f"{sum(owned)} of {sum(experts)} experts in {len(layers)} layers"
     moves = "streams nothing, as every remote expert is resident"
     if streamed_bytes:
-        moves = f"streams {size_text(streamed_bytes)} a step above {direct_max_tokens} tokens"
+        moves = f"streams {size_text(streamed_bytes)} in a step that is not dispatched and has more than {direct_max_tokens} tokens"
     return f"DWDP on: rank {rank} of {layers[0].placement.size} owns {share}, {moves}, holds {size_text(held_bytes)}"
 
 

@@ -49,8 +49,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = "auto"
     dispatch_max_tokens: Annotated[
         Annotated[int, Meta(ge=1)] | None,
-        Meta(description="steps up to this many tokens are dispatched; if set, larger ones never are, even with all ranks",
-             extra={"unset": "derived at start-up"}),
+        Meta(description="steps up to this many tokens are dispatched, at most --max-num-batched-tokens over the ranks; if set, larger "
+                         "ones never are, even with all ranks",
+             extra={"unset": "where dispatch stops paying, as the log says"}),
     ] = None
     graph_max_tokens: Annotated[
         Annotated[int, Meta(ge=0)] | None,

@@ -69,7 +69,8 @@ def verdict(plan: "Plan", steps: Callable[[int], Step], hidden_from: int | None,
         + (f"from {hidden_from:,} tokens a step." if hidden_from else "at no number of tokens a step."),
         f"DWDP is faster than expert parallelism from {wins_from:,} tokens a step." if wins_from else
         "DWDP is faster than expert parallelism at no number of tokens a step.",
-        "That is of steps that are streamed; within a host smaller ones are dispatched, which is not forecast.",
+        "That is of steps that are streamed; within a host smaller ones are dispatched, which is not forecast. Nor are dispatch's inbox, "
+        "of 1 GiB at most, and CUDA graphs, which take from the KV cache.",
     ]
     if not plan.gpu.has_cuda:
         lines.append(f"DWDP does not run on {plan.settings.gpu} yet: its kernels are CUDA.")

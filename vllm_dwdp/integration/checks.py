@@ -61,7 +61,7 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
     if (options.dispatch_max_tokens or 0) > most:
         raise DWDPError(
             f"--dwdp-dispatch-max-tokens {options.dispatch_max_tokens} is above --max-num-batched-tokens over {options.size} "
-            f"ranks: a round brings so many tokens of every rank together; lower it to {most} or raise that"
+            f"ranks: a round brings so many tokens of every rank together; lower it to {most}, raise that, or leave it to DWDP"
         )
     if model.get_num_experts() > 0:
         Placement(num_experts=model.get_num_experts(), size=options.size, experts_per_rank=options.experts_per_rank)
@@ -118,7 +118,7 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
         (engram is not None and (engram.dp_shared_memory or engram.embedding_across_dp),
          "an Engram table that data-parallel ranks share (dp_shared_memory, embedding_across_dp): each rank is an "
          "engine of its own; set both to false in --engram-config"),
-        *((part in architecture, f"{architecture}: {why}; drop it")
+        *((part in architecture, f"{architecture}: {why}; serve it without --parallel dwdp")
           for architecture in model.architectures for part, why in MODELS.items()),
     ):
         if refused:
@@ -129,7 +129,9 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
             "--dwdp-rendezvous HOST:PORT, a free port on rank 0's host"
         )
     if parallel.data_parallel_size == 1 and options.rank is None:
-        raise DWDPError("an engine started as one rank of a DWDP group must be told which: set rank beside size")
+        raise DWDPError(
+            "an engine started as one rank of a DWDP group must be told which: set --dwdp-rank, or rank in additional_config"
+        )
 
 
 def _connectors(transfer: KVTransferConfig | None) -> set[str | None]:

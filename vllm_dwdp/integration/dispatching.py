@@ -66,8 +66,8 @@ def limits(
         graphs.add_graphs(vllm_config, graph_bounds(most, helped, largest, size, graph_limit))
         sizes = vllm_config.compilation_config.cudagraph_capture_sizes
     logger.info(
-        "DWDP dispatch is on: steps of up to %d tokens send them to their experts' owners, with the ranks at hand (%s)%s",
-        most, why, f"; of up to {helped} with all ranks, or else alone" if helped > most else "",
+        "DWDP dispatch is on: a step of up to %d tokens sends them to the owners of their experts, with the ranks at hand (%s)%s",
+        most, why, f"; one of up to {helped} with all ranks, or else alone" if helped > most else "",
     )
     made = Limits(
         max_tokens=most, helped_max_tokens=helped, most_rows=largest, graph_sizes=dispatched_sizes(sizes, (most, helped), lengths),
@@ -149,7 +149,7 @@ def why_not(vllm_config: VllmConfig, options: Options, device: Device, layers: S
     if options.dispatch == "off":
         return "--dwdp-dispatch off"
     if device.handle_kind != "fd":
-        return "ranks hand over memory by FABRIC handles, and rounds are agreed within one host"
+        return "rounds are agreed within one host and one network, and ranks are on several"
     if any(layer.module.quant_method.is_monolithic for layer in layers):
         return "the expert kernel routes by itself; --moe-backend triton does not"
     if envs.VLLM_BATCH_INVARIANT:
