@@ -72,6 +72,8 @@ def verdict(plan: "Plan", steps: Callable[[int], Step], hidden_from: int | None,
         "That is of steps that are streamed; within a host smaller ones are dispatched, which is not forecast. Nor are dispatch's inbox, "
         "of 1 GiB at most, and CUDA graphs, which take from the KV cache.",
     ]
+    if plan.model.format.compute == "fp4":
+        lines.append("Kernels that compute in FP4 are assumed; so far DWDP streams this format to Marlin's alone, which compute in bf16.")
     if not plan.gpu.has_cuda:
         lines.append(f"DWDP does not run on {plan.settings.gpu} yet: its kernels are CUDA.")
     if plan.settings.size > 2 and plan.gpu.links_gb_per_s is None:
