@@ -47,7 +47,7 @@ def test_engines_that_share_a_device() -> None:
 
 
 def test_an_inbox_that_does_not_fit_is_named() -> None:
-    with pytest.raises(DWDPError, match=r"2 slots of 0.56 GiB and an inbox of 1.00 GiB do not fit .* use more ranks, --dwdp-dispatch off or "):
+    with pytest.raises(DWDPError, match=r"2 slots of 0.56 GiB and an inbox of 1.00 GiB do not fit .* ranks, --dwdp-dispatch off or "):
         cache_bytes(LAYERS, device(9.5), Options(size=2), LIMIT, inbox_bytes=GIB)
     assert cache_bytes(LAYERS, device(9.5), Options(size=2), LIMIT) == 0
 

@@ -28,7 +28,7 @@ from vllm.model_executor.utils import replace_parameter
 
 from vllm_dwdp import checkpoint
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.exchange import _join
+from vllm_dwdp.handover import _join
 from vllm_dwdp.integration import hooks, loading
 from vllm_dwdp.integration.binding import _rebuild_kernel, _refuse_loading, refuse_loading
 from vllm_dwdp.integration.loading import (
@@ -399,11 +399,9 @@ def test_a_hook_that_another_plugin_has_replaced_is_named(monkeypatch: pytest.Mo
     module = SimpleNamespace(choose=lambda rows: rows)
     monkeypatch.setitem(sys.modules, "replaced", module)
     hook = hooks.Hook("replaced", "choose", ("rows",))
-    hook.install(lambda original: lambda rows: original(rows))
-    hook.verify()
-    module.choose = lambda rows: rows
-    with pytest.raises(DWDPError, match="hook choose did not take: another plugin has replaced it"):
-        hook.verify()
+    said = pytest.raises(DWDPError, match="hook choose did not take: another plugin has replaced it")
+    with said, hook.during(lambda original: lambda rows: original(rows)):
+        module.choose = lambda rows: rows
 
 
 def test_checkpoints_that_differ_in_content_alone_are_told_apart(tmp_path: Path) -> None:

@@ -142,26 +142,3 @@ def test_switch_off_on_the_command_line(value: str) -> None:
     assert parser.parse_args(["--additional-config", value]).additional_config == json.loads(value)
     with pytest.raises(SystemExit):
         parser.parse_args(["--additional-config", value, "--parallel", "dwdp"])
-
-
-@pytest.mark.engine
-def test_launch_hook_not_taken(models) -> None:
-    """A launch hook that is not in place stops the launch and is named: vLLM would run coordinated ranks."""
-    fresh(WATCHED + """
-register()
-from vllm_dwdp.integration.hooks import Hook
-from vllm_dwdp.errors import DWDPError
-take, stock = Hook.install, watched()
-for path in ("EngineCoreProc.run_engine_core", "DPCoordinator", "wait_for_engine_startup"):
-    core.EngineCoreProc.run_engine_core, _, utils.DPCoordinator, utils.wait_for_engine_startup, _ = stock
-    core.EngineCoreProc.run_engine_core = staticmethod(stock[0])
-    Hook.install = lambda hook, wrapper: None if hook.path == path else take(hook, wrapper)
-    try:
-        configure({"dwdp": {}})
-    except DWDPError as error:
-        assert f"hook {path} did not take" in str(error), error
-    else:
-        raise SystemExit(f"went on without {path}")
-Hook.install = take
-configure({"dwdp": {}})
-""", model=models("qwen3_moe"))

@@ -18,7 +18,7 @@ import pytest
 from vllm_dwdp import descriptors, rendezvous
 from vllm_dwdp.channel import Channel, Listener, name, parse
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.exchange import PeerClient, PeerServer
+from vllm_dwdp.handover import PeerClient, PeerServer
 from vllm_dwdp.kernels.host import HostDevice
 from vllm_dwdp.rendezvous import Group, Hello, PeerStopped, agree, agree_where_common
 

@@ -24,7 +24,7 @@ import pytest
 
 from vllm_dwdp.channel import _GREETING, Channel
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.exchange import PeerClient, PeerServer
+from vllm_dwdp.handover import PeerClient, PeerServer
 from vllm_dwdp.kernels.host import HostDevice
 from vllm_dwdp.rendezvous import Group
 from vllm_dwdp.store import STOPPED

@@ -14,8 +14,8 @@ import torch
 from vllm_dwdp.budget import LayerSize
 from vllm_dwdp.descriptors import needed
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.exchange import exchange, replicate
 from vllm_dwdp.experts import ExpertLayer
+from vllm_dwdp.handover import import_shards, replicate
 from vllm_dwdp.layout import Layout
 from vllm_dwdp.placement import Placement
 from vllm_dwdp.prefetch import Prefetcher
@@ -75,7 +75,7 @@ class Shards:
             empty = torch.empty(0, dtype=torch.int32, device=torch_device(self.device))
             self.layers[-1].parameters = [torch.nn.Parameter(empty, requires_grad=False) for _ in tensors]
         self.group.barrier("migrated")
-        exchange(self.group, self.device, self.layers)
+        import_shards(self.group, self.device, self.layers)
         for layer in self.layers:
             for tensor in layer.tensors:
                 tensor.fill(self.device)
@@ -95,7 +95,7 @@ class Shards:
 
     def close(self) -> None:
         self.group.settle()
-        self.prefetcher.close()
+        self.prefetcher.stream.close()
         self.device.release_cached()
         for layer in self.layers:
             for tensor in layer.tensors:
@@ -112,9 +112,9 @@ def check_views(rank: int, size: int, port: int, kind: str, **shape) -> None:
             assert shards.same(layer, STREAMED), f"layer {layer.ordinal}"
             shards.prefetcher.release(layer, view)
     assert shards.prefetcher.counters.refills == 0
-    shards.prefetcher.drain()
+    shards.prefetcher.stream.drain()
     if shards.layers[0].copied_bytes:
-        assert shards.prefetcher.copy_ms > 0
+        assert shards.prefetcher.stream.copy_ms > 0
     shards.close()
     assert shards.device.allocated_bytes == 0
 

@@ -17,8 +17,8 @@ import torch
 from vllm_dwdp import budget
 from vllm_dwdp.config import Options
 from vllm_dwdp.dispatch import Dispatch, Limits
-from vllm_dwdp.exchange import exchange, replicate
 from vllm_dwdp.experts import ExpertLayer
+from vllm_dwdp.handover import import_shards, replicate
 from vllm_dwdp.inboxes import open_inboxes
 from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.kernels.tokens import InboxMap
@@ -91,7 +91,7 @@ class StreamedModel:
         self.layers, self.weights, self.replicas = composed.layers, composed.weights, composed.replicas
         self.slots, self.prefetcher = composed.slots, prefetcher
         self.dispatch = dispatch
-        self._device, self._undo = means.device, means.undo.pop_all()
+        self._device, self._undo = means.device, means.undo
 
     def start(self) -> None:
         """Fill the first slots. To be called once the layers are bound."""
@@ -105,14 +105,21 @@ class StreamedModel:
 
     def memory_bytes(self) -> dict[str, int]:
         """Expert memory on this rank by kind. `padding` is what whole pages add to the bytes of owned experts."""
-        return memory_bytes(
-            self.weights, self.replicas, self.rank, slots=self.slots.nbytes,
-            inbox=self.dispatch.inbox.nbytes if self.dispatch else 0,
-        )
+        tensors = [tensor for layer in self.weights for tensor in layer.tensors]
+        layouts = [tensor.spec.layout for tensor in tensors]
+        shard = sum(len(layout.bytes_of(layout.placement.owned(self.rank))) for layout in layouts)
+        return {
+            "shard": shard,
+            "resident": sum(block.nbytes for tensor in tensors for _, block in tensor.residents),
+            "slots": self.slots.nbytes,
+            "inbox": self.dispatch.inbox.nbytes if self.dispatch else 0,
+            "replicated": sum(tensor.nbytes for named in self.replicas for tensor in named.values()),
+            "padding": sum(block.nbytes for tensor in tensors for _, block in tensor.shard) - shard,
+        }
 
     def stats(self) -> dict[str, Any]:
         prefetcher, counters = self.prefetcher, self.prefetcher.counters
-        prefetcher.drain()
+        prefetcher.stream.drain()
         layout = self.weights[0].tensors[0].spec.layout
         owned, held = layout.placement.owned(self.rank), layout.placement.held(self.rank, layout.residents)
         return {
@@ -130,8 +137,8 @@ class StreamedModel:
             "drafts": dict(counters.drafts),
             "replays": counters.replays,
             "refills": counters.refills,
-            "exposed_wait_ms": prefetcher.exposed_wait_ms,
-            "copy_ms": prefetcher.copy_ms,
+            "exposed_wait_ms": prefetcher.stream.exposed_wait_ms,
+            "copy_ms": prefetcher.stream.copy_ms,
             "dispatch": self.dispatch and self.dispatch.report(),
         }
 
@@ -148,9 +155,12 @@ def assemble(
     Raises DWDPError on every rank when ranks disagree (before anything is freed) or memory does not suffice; nothing
     that was made is left then.
     """
-    with contextlib.ExitStack() as undo:
-        means = Means(group=group, device=device, options=options, limit=limit, steps=steps, undo=undo)
+    means = Means(group=group, device=device, options=options, limit=limit, steps=steps, undo=contextlib.ExitStack())
+    try:
         return start(compose(import_peers(place(agree(loaded, means), means), means), means), means)
+    except BaseException:
+        means.undo.close()
+        raise
 
 
 def agree(loaded: Loaded, means: Means) -> Agreed:
@@ -190,7 +200,7 @@ def place(agreed: Agreed, means: Means) -> Placed:
 
 def import_peers(placed: Placed, means: Means) -> Imported:
     means.group.barrier("shard in place")
-    exchange(means.group, means.device, placed.weights)
+    import_shards(means.group, means.device, placed.weights)
     for layer in placed.weights:
         for tensor in layer.tensors:
             tensor.fill(means.device)
@@ -210,26 +220,23 @@ def compose(imported: Imported, means: Means) -> Composed:
 
 
 def start(composed: Composed, means: Means) -> StreamedModel:
-    options, rank, layers = means.options, means.group.rank, composed.weights
+    options, layers = means.options, composed.weights
     is_remote = any(layer.copies for layer in layers)
     stream = means.device.stream(timing=options.timing)
     prefetcher = Prefetcher(
         layers, stream, schedule=composed.slots.schedule,
         direct_max_tokens=(options.direct_max_tokens or 0) if is_remote else EVERYTHING,
     )
-    means.undo.callback(prefetcher.close)
+    means.undo.callback(stream.close)
     dispatch, inbox = None, inbox_map(composed.layers, means)
     if inbox is not None and means.steps is not None:
         placements = [layer.placement for layer in composed.layers]
         dispatch = Dispatch(*open_inboxes(means.group, means.device, means.undo, inbox, placements), stream, means.steps)
-    mine = memory_bytes(
-        layers, composed.replicas, rank, slots=composed.slots.nbytes,
-        inbox=dispatch.inbox.nbytes if dispatch else 0,
-    )
-    everyone = means.group.gather("pages complete", mine)
-    if rank == 0:
+    model = StreamedModel(composed, prefetcher, dispatch, means)
+    everyone = means.group.gather("pages complete", model.memory_bytes())
+    if means.group.rank == 0:
         logger.info("DWDP expert memory\n%s", budget.table(everyone))
-    return StreamedModel(composed, prefetcher, dispatch, means)
+    return model
 
 
 def inbox_map(layers: Sequence[ExpertLayer], means: Means) -> InboxMap | None:
@@ -240,20 +247,3 @@ def inbox_map(layers: Sequence[ExpertLayer], means: Means) -> InboxMap | None:
         size=means.group.size, rows=means.steps.helped_max_tokens, hidden=max(layer.hidden_size for layer in layers),
         top_k=max(layer.top_k for layer in layers), itemsize=max(layer.itemsize for layer in layers),
     )
-
-
-def memory_bytes(
-    layers: Sequence[LayerWeights], replicas: Sequence[dict[str, torch.Tensor]], rank: int, *, slots: int, inbox: int,
-) -> dict[str, int]:
-    """Bytes of expert memory by kind; `slots` and `inbox` are those of the slots and the inbox."""
-    tensors = [tensor for layer in layers for tensor in layer.tensors]
-    layouts = [tensor.spec.layout for tensor in tensors]
-    shard = sum(len(layout.bytes_of(layout.placement.owned(rank))) for layout in layouts)
-    return {
-        "shard": shard,
-        "resident": sum(block.nbytes for tensor in tensors for _, block in tensor.residents),
-        "slots": slots,
-        "inbox": inbox,
-        "replicated": sum(tensor.nbytes for named in replicas for tensor in named.values()),
-        "padding": sum(block.nbytes for tensor in tensors for _, block in tensor.shard) - shard,
-    }

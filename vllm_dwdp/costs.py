@@ -30,16 +30,10 @@ class Rates:
     drag: float  # what copying beside computing adds, as a part of the copies' time
 
 
-H100 = Rates(
+H100 = Rates(  # stands for every GPU: faster links have come with faster GPUs
     link=370e3, direct=296e3, memory=2.9e6, compute=408e6, exchange=265e3, rest=22e3,
     experts_us=8, dispatch_us=15, exchange_us=16, rest_us=90, launch_us=2300, drag=0.16,
 )
-RATES = {"h100": H100}  # by a word of the device's name
-
-
-def rates_of(device_name: str) -> Rates:
-    """A GPU's rates; where none are known, the H100's: faster links have come with faster GPUs."""
-    return next((rates for word, rates in RATES.items() if word in device_name.lower()), H100)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

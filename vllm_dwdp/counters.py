@@ -13,29 +13,11 @@ class Counters:
     replays: int = 0  # the streamed forwards that were replays of graphs
     prefetched_bytes: int = 0  # those that peers served
     refills: int = 0  # layers that were not in their slot when they were needed
-    drafts: dict[View, int] = dataclasses.field(default_factory=lambda: {DIRECT: 0, STREAMED: 0})  # a draft model's layers
+    drafts: dict[View, int] = dataclasses.field(default_factory=lambda: {DIRECT: 0, STREAMED: 0})  # eager forwards of a draft's layers
     _streamed_before: int = 0  # this step
 
     def begin_step(self) -> None:
         self._streamed_before = self.forwards[STREAMED]
-
-    def stream(self) -> None:
-        """An eager forward of the streamed view begins."""
-        self.forwards[STREAMED] += 1
-
-    def dispatch(self) -> None:
-        """A step whose layers dispatch."""
-        self.forwards[DISPATCHED] += 1
-
-    def draft(self, view: View) -> None:
-        """An eager forward of a draft model's layer."""
-        self.drafts[view] += 1
-
-    def fill(self, nbytes: int) -> None:
-        self.prefetched_bytes += nbytes
-
-    def refill(self) -> None:
-        self.refills += 1
 
     def end_step(self, replayed_bytes: int | None) -> None:
         """Count the step's forward, unless it was eager and streamed: that is counted already.

@@ -78,7 +78,7 @@ class Announced(NamedTuple):
 
 
 class Dispatch:
-    """One rank's dispatched steps. Only the thread that runs the model may call it.
+    """One rank's dispatched steps. Only the thread that runs the model may call it, but for `report`.
 
     `help_out`, which the worker sets, runs a forward of a dummy row, in which this rank computes its experts for the members of a round.
     `meets` is set once the engine has warmed up: its steps until then go alone, however long they compile kernels.
@@ -99,7 +99,7 @@ class Dispatch:
         self._was_large = False  # the last round had a large step
         self._helped_until_s = 0.0  # when the last large step in which all ranks took part is expected to have ended
         self._paces = {False: 1.0, True: 1.0}  # what large, and small, steps alone have taken, as a part of what was expected
-        self._is_marked = False  # by the step under way, if it is large
+        self._end_is_due = False  # the step under way is large, and its last layer not reached
 
     def report(self) -> dict[str, Any]:
         """Counts so far: dispatched steps (rounds with tokens of this rank's), helper rounds, and what meeting took."""
@@ -128,7 +128,7 @@ class Dispatch:
         A step that is not ready, as it has inputs to encode or KV to load first, is nobody's to wait for: it goes alone.
         """
         self.tokens.check()
-        self._in_step, self._is_marked = True, True
+        self._in_step, self._end_is_due = True, False
         if not is_ready:
             made = self._announce(num_tokens)
         elif num_tokens > self.limits.max_tokens:
@@ -175,7 +175,7 @@ class Dispatch:
         return self._announce(num_tokens, num_tokens)
 
     def _announce(self, num_tokens: int, offered: int = 0) -> Round | None:
-        """Tell peers that the step under way is large, and until when they need not expect this rank; or else `_offer`."""
+        """Go alone as a large step, whose end peers are told, or in the round that takes the `offered` tokens."""
         now_s, takes_s = time.monotonic(), self._alone_s(num_tokens)
         before_s = self._announced.takes if self._is_at_large_step() else 0.0  # the host is one step ahead at most
         ends_in = max(before_s, self._helped_until_s - now_s) + takes_s
@@ -187,13 +187,13 @@ class Dispatch:
             self._launch(made)
         ends_in = max(ends_in, time.monotonic() - now_s + takes_s)
         self._announced = Announced(now_s, takes_s, ends_in, num_tokens <= self.limits.max_tokens)
-        self._is_marked = False
+        self._end_is_due = True
         return None
 
     def reach_last_layer(self) -> None:
         """All of the step but its last layer is enqueued. Not told of a step that replays a graph."""
-        if self._in_step and not self._is_marked:
-            self._is_large = self._is_marked = True
+        if self._end_is_due:
+            self._is_large, self._end_is_due = True, False
             self._stream.compute_record(self._ending)
 
     def end_step(self) -> None:

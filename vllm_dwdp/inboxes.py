@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_dwdp.exchange import serving
+from vllm_dwdp.handover import serving
 from vllm_dwdp.kernels.device import Block, Device
 from vllm_dwdp.kernels.tokens import InboxMap, TokenExchange, owners_of
 from vllm_dwdp.meeting import Meeting, create

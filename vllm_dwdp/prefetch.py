@@ -20,29 +20,14 @@ of the graph's events.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
 
 from vllm_dwdp.counters import Counters
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.kernels.device import CopyStream
-from vllm_dwdp.ranges import named
+from vllm_dwdp.profiling import profiled
 from vllm_dwdp.schedule import DISPATCHED, STREAMED, Schedule, View, view_of
 from vllm_dwdp.slots import Overlay, Slot, State
-
-
-class Layer(Protocol):
-    """What prefetching needs of a layer: see weights.LayerWeights."""
-
-    ordinal: int
-    name: str
-
-    @property
-    def copies(self) -> Sequence[tuple[int, int, int]]: ...
-
-    @property
-    def copied_bytes(self) -> int: ...
-
-    def bind(self, view: View) -> None: ...
+from vllm_dwdp.weights import LayerWeights
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -50,18 +35,17 @@ class Step:
     """From begin_step to end_step. A step that does not get there has left the slots as nobody knows."""
 
     view: View | None  # None: the first layer tells
-    launched: bool = False  # graphs that stream layers
+    launched_streaming: bool = False  # a graph
 
 
 class Prefetcher:
     """Owns the side stream and the slots. Only the thread that runs the model may call it."""
 
-    def __init__(self, layers: Sequence[Layer], stream: CopyStream, *, schedule: Schedule, direct_max_tokens: int):
-        self.schedule = schedule
+    def __init__(self, layers: Sequence[LayerWeights], stream: CopyStream, *, schedule: Schedule, direct_max_tokens: int):
+        self.schedule, self.stream = schedule, stream
         self.direct_max_tokens = direct_max_tokens
         self.counters = Counters()
         self._layers = layers
-        self._stream = stream
         self._plans = [stream.plan(layer.copies) for layer in layers]
         self._step: Step | None = None
         self._view: View | None = None  # of the forward that has begun
@@ -99,10 +83,10 @@ class Prefetcher:
         self.counters.begin_step()
         for slot, ordinal in zip(self._slots, self.schedule.first, strict=True):
             if not slot.holds(ordinal):
-                self.counters.refill()
+                self.counters.refills += 1
                 self._fill(slot, ordinal)
 
-    def acquire(self, layer: Layer, num_rows: int) -> View:
+    def acquire(self, layer: LayerWeights, num_rows: int) -> View:
         """Make `layer`'s parameters readable by kernels enqueued from now on; returns the view of the forward.
 
         At or below `direct_max_tokens` the direct view, whose addresses never change and which needs no event. Raises
@@ -112,14 +96,14 @@ class Prefetcher:
         view = self._keep_view(layer, num_rows)
         layer.bind(view)
         if view == STREAMED:
-            capturing = self._stream.is_capturing()
+            capturing = self.stream.is_capturing()
             if capturing:
                 self._overlay.carries = True
             else:
                 self._lose_what_graphs_moved()
                 self._overlay.drop()
                 if layer.ordinal == 0:
-                    self.counters.stream()
+                    self.counters.forwards[STREAMED] += 1
             slot = self._slot_of(layer, capturing)
             if not slot.holds(layer.ordinal):
                 if not self.schedule.is_draft(layer.ordinal):
@@ -128,28 +112,28 @@ class Prefetcher:
                             f"MoE layers of this model run out of order (layer {layer.ordinal} after {slot.ordinal}), "
                             f"which a CUDA graph cannot stream: set --max-cudagraph-capture-size {self.direct_max_tokens}"
                         )
-                    self.counters.refill()
+                    self.counters.refills += 1
                 self._fill(slot, layer.ordinal)
             must_wait = slot.state is State.FILLED or not capturing
             slot.become(State.READ, layer.ordinal)
             if must_wait:
-                self._stream.compute_wait(slot.copy_done)
+                self.stream.compute_wait(slot.copy_done)
             self._follow(capturing)
         return view
 
-    def release(self, layer: Layer, view: View) -> None:
+    def release(self, layer: LayerWeights, view: View) -> None:
         """`layer`'s kernels are enqueued: its slot is for the next layer that uses it."""
         is_last, is_draft = self.schedule.is_last(layer.ordinal), self.schedule.is_draft(layer.ordinal)
         if view == STREAMED:
-            capturing = self._stream.is_capturing()
+            capturing = self.stream.is_capturing()
             slot = self._slot_of(layer, capturing)
             slot.become(State.RELEASED, layer.ordinal)
             if self.schedule.is_alone(layer.ordinal):  # no other layer comes: its only copy stays
                 slot.state = State.JOINED if capturing else State.FILLED
             if is_last or is_draft:
                 self._follow(capturing)
-        if is_draft and not self._stream.is_capturing():
-            self.counters.draft(view)
+        if is_draft and not self.stream.is_capturing():
+            self.counters.drafts[view] += 1
         if is_last:
             self._view = None if self._step is None else self._step.view
 
@@ -159,16 +143,16 @@ class Prefetcher:
         step = self._step
         if step is None or step.view in (None, STREAMED) or len(self._layers) > self.schedule.num_layers:  # a draft's, perhaps
             if step is not None:
-                step.launched = self._overlay.carries
+                step.launched_streaming = self._overlay.carries
             for slot in self._slots:
-                self._stream.compute_wait(slot.copy_done)
+                self.stream.compute_wait(slot.copy_done)
 
     def join_graph(self) -> None:
         """The capture of a graph ends: whatever runs after the graph runs after its copies."""
         for slot in self._overlay.slots:
             if slot.state is State.FILLED:
                 slot.become(State.JOINED, slot.ordinal)
-                self._stream.compute_wait(slot.copy_done)
+                self.stream.compute_wait(slot.copy_done)
         self._overlay.commit()
 
     def end_step(self, num_tokens: int) -> None:
@@ -177,9 +161,9 @@ class Prefetcher:
         Counts the step, if it had tokens: a replayed graph has called no `acquire`.
         """
         step = self._step
-        replayed = step is not None and step.launched
+        replayed = step is not None and step.launched_streaming
         if step is not None and step.view == DISPATCHED:
-            self.counters.dispatch()
+            self.counters.forwards[DISPATCHED] += 1
         elif num_tokens:
             ring = self._layers[: self.schedule.num_layers]
             moving = [layer.copied_bytes for layer in ring if not self.schedule.is_alone(layer.ordinal)]
@@ -188,23 +172,7 @@ class Prefetcher:
             self._lose_what_graphs_moved()
         self._step = self._view = None
 
-    def drain(self) -> None:
-        """Wait for the copies under way."""
-        self._stream.drain()
-
-    def close(self) -> None:
-        """Stop copying. Peers may unmap after every rank has done this."""
-        self._stream.close()
-
-    @property
-    def exposed_wait_ms(self) -> float | None:
-        return self._stream.exposed_wait_ms
-
-    @property
-    def copy_ms(self) -> float | None:
-        return self._stream.copy_ms
-
-    def _keep_view(self, layer: Layer, num_rows: int) -> View:
+    def _keep_view(self, layer: LayerWeights, num_rows: int) -> View:
         asked = view_of(num_rows, self.direct_max_tokens)
         if self.schedule.is_draft(layer.ordinal):  # each is a forward by itself
             return asked
@@ -219,13 +187,13 @@ class Prefetcher:
             )
         return asked
 
-    def _slot_of(self, layer: Layer, capturing: bool) -> Slot:
+    def _slot_of(self, layer: LayerWeights, capturing: bool) -> Slot:
         return (self._overlay.slots if capturing else self._slots)[self.schedule.slot(layer.ordinal)]
 
     def _lose_what_graphs_moved(self) -> None:
         """Graphs were launched and the step did not end: they may have stopped at any layer."""
-        if self._step is not None and self._step.launched:
-            self._step.launched = False
+        if self._step is not None and self._step.launched_streaming:
+            self._step.launched_streaming = False
             for slot in self._slots:
                 slot.state = State.LOST
 
@@ -239,11 +207,11 @@ class Prefetcher:
         """Copy a layer into its slot, behind everything that the computing stream has been given by now."""
         layer = self._layers[ordinal]
         slot.state = State.LOST
-        self._stream.compute_record(slot.slot_free)
-        self._stream.wait(slot.slot_free)
-        with named("copy", layer.name):
-            self._stream.copy(self._plans[ordinal])
-        self._stream.record(slot.copy_done)
+        self.stream.compute_record(slot.slot_free)
+        self.stream.wait(slot.slot_free)
+        with profiled("copy", layer.name):
+            self.stream.copy(self._plans[ordinal])
+        self.stream.record(slot.copy_done)
         slot.ordinal, slot.state = ordinal, State.FILLED
         if not slot.is_captured:
-            self.counters.fill(layer.copied_bytes)
+            self.counters.prefetched_bytes += layer.copied_bytes

@@ -14,7 +14,7 @@ from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.experts import ExpertLayer
 from vllm_dwdp.integration import checks, proof
 from vllm_dwdp.prefetch import Prefetcher
-from vllm_dwdp.ranges import named
+from vllm_dwdp.profiling import profiled
 from vllm_dwdp.schedule import DIRECT, STREAMED
 from vllm_dwdp.weights import LayerWeights
 
@@ -115,7 +115,7 @@ def _ahead_of_use(forward: Callable, weights: LayerWeights, prefetcher: Prefetch
     @functools.wraps(forward)
     def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         view = prefetcher.acquire(weights, x.shape[0])
-        with named(view, weights.name):
+        with profiled(view, weights.name):
             output = forward(x, *args, **kwargs)
         prefetcher.release(weights, view)
         return output
@@ -161,7 +161,7 @@ def _dispatching(
         module._expert_map = guarded
         if shared_experts_input is None:
             own["shared_experts_input"] = x
-        with named("dispatch", weights.name):
+        with profiled("dispatch", weights.name):
             rows, own["topk_weights"], own["topk_ids"] = dispatch.tokens.dispatch(
                 weights.ordinal, x, topk_weights, topk_ids, total
             )

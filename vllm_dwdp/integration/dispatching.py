@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_dwdp.config import Options
-from vllm_dwdp.costs import Costs, rates_of
+from vllm_dwdp.costs import H100, Costs
 from vllm_dwdp.dispatch import Dispatch, Limits
 from vllm_dwdp.experts import ExpertLayer
 from vllm_dwdp.integration import graphs, hooks
@@ -30,8 +30,7 @@ MOST_PADDING = 1.5  # of a batch whose own graph does not dispatch, in one that 
 # prompt, as hardly any decodes more.
 WHOLE_ROWS = 256
 INBOX_BYTES = 2**30  # what an inbox may have for steps in which all ranks take part
-_fitted: Dispatch | None = None  # of the engine in this process
-_has_pieces = False  # its graphs of prompts are in pieces
+_fitted: tuple[Dispatch, bool] | None = None  # of the engine in this process, and whether its graphs of prompts are in pieces
 
 
 def limits(
@@ -94,7 +93,7 @@ def expectations(vllm_config: VllmConfig, options: Options, layers: Sequence[Exp
 
     def with_graphs(tokens: int) -> Costs:
         wanted = min(options.graph_max_tokens or 0, tokens)
-        return costs_of(layers, current_platform.get_device_name(), graphs.most_tokens(vllm_config, wanted))
+        return costs_of(layers, graphs.most_tokens(vllm_config, wanted))
 
     if given:
         costs = with_graphs(given)
@@ -135,11 +134,11 @@ def dispatched_sizes(sizes: Sequence[int], bounds: Sequence[int], lengths: Seque
     return found
 
 
-def costs_of(layers: Sequence[ExpertLayer], device_name: str, graph_tokens: int) -> Costs:
+def costs_of(layers: Sequence[ExpertLayer], graph_tokens: int) -> Costs:
     """All layers are taken to be like the one that has the most to move."""
     layer = max(layers, key=lambda layer: layer.size.remote_bytes)
     return Costs(
-        rates=rates_of(device_name), num_layers=len(layers), num_experts=layer.placement.num_experts, top_k=layer.top_k,
+        rates=H100, num_layers=len(layers), num_experts=layer.placement.num_experts, top_k=layer.top_k,
         expert_bytes=sum(layer.size.expert_bytes), hidden_size=layer.hidden_size, itemsize=layer.itemsize,
         size=layer.placement.size, graph_tokens=graph_tokens,
     )
@@ -185,8 +184,8 @@ def fit_to_round(vllm_config: VllmConfig, dispatch: Dispatch) -> None:
 
     Hooks stay for the life of the process, in which one engine may follow another: the last one's rounds count.
     """
-    global _fitted, _has_pieces
-    _fitted, _has_pieces = dispatch, has_pieces(vllm_config)
+    global _fitted
+    _fitted = dispatch, has_pieces(vllm_config)
     if not has_graphs(vllm_config):
         return
 
@@ -197,8 +196,9 @@ def fit_to_round(vllm_config: VllmConfig, dispatch: Dispatch) -> None:
             max_query_len: int | None = None, need_eager: bool = False, **kwargs: Any,
         ) -> Any:
             assert _fitted is not None
-            rows, eager = max(num_tokens, _fitted.padded), need_eager or _fitted.is_beyond_graphs
-            if _has_pieces and rows > max(WHOLE_ROWS, 2 * num_tokens):  # as the peer's
+            dispatch, in_pieces = _fitted
+            rows, eager = max(num_tokens, dispatch.padded), need_eager or dispatch.is_beyond_graphs
+            if in_pieces and rows > max(WHOLE_ROWS, 2 * num_tokens):  # as the peer's
                 uniform_token_count = max_query_len = None
             return original(
                 manager, num_reqs, rows, uniform_token_count, *args, max_query_len=max_query_len, need_eager=eager, **kwargs
@@ -207,4 +207,3 @@ def fit_to_round(vllm_config: VllmConfig, dispatch: Dispatch) -> None:
         return choose
 
     hooks.CHOOSE_GRAPH.install(wrapper)
-    hooks.CHOOSE_GRAPH.verify()

@@ -87,7 +87,6 @@ def help_between_calls() -> None:
         return worker_busy_loop
 
     hooks.WORKER_LOOP.install(wrapper)
-    hooks.WORKER_LOOP.verify()
 
 
 def _has_message(queue: MessageQueue) -> bool:

@@ -31,22 +31,18 @@ class Hook:
         if not self._is_installed():
             self._replace(wrapper)
 
-    def verify(self) -> None:
-        """Raises DWDPError when the hook is not in place: vLLM would quietly run without DWDP."""
-        if not self._is_installed():
-            raise DWDPError(
-                f"hook {self.path} did not take: another plugin has replaced it; DWDP stops rather than run without"
-            )
-
     @contextlib.contextmanager
     def during(self, wrapper: Callable[[Any], Any]) -> Iterator[None]:
-        """Replace the attribute while the body runs. Raises DWDPError as `install` does, and as `verify` at the end."""
+        """Replace the attribute while the body runs. Raises DWDPError as `install` does, and where the body has replaced it in turn."""
         owner, name = self._locate()
         original = inspect.getattr_static(owner, name)
         self._replace(wrapper)
         try:
             yield
-            self.verify()
+            if not self._is_installed():
+                raise DWDPError(
+                    f"hook {self.path} did not take: another plugin has replaced it; DWDP stops rather than run without"
+                )
         finally:
             setattr(owner, name, original)
 

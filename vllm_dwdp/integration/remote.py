@@ -137,7 +137,6 @@ def install(vllm_config: VllmConfig) -> None:
             (hooks.GENERATE, _named), (hooks.ENCODE, _named),
         ):
             hook.install(wrapper)
-            hook.verify()
 
 
 def _choose(original: Callable) -> Callable:

@@ -29,7 +29,7 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
 logger = init_logger("vllm.dwdp.worker")
-HELP_S = 0.01  # between looks whether a large step has ended on the device
+HELP_S = 0.01  # between looks whether a member has stayed away from a round
 
 
 def _telling(method: Callable) -> Callable:
@@ -150,7 +150,7 @@ class DWDPWorker(PlatformWorker):
         if self.dwdp.dispatch is None:
             return None
         self._is_idle = True
-        return self._help(0.0, lambda: False)
+        return self.dwdp.dispatch.help()
 
     @_telling
     def dwdp_expect(self) -> None:
@@ -169,17 +169,14 @@ class DWDPWorker(PlatformWorker):
     @_telling
     def dwdp_help_until(self, wake: Callable[[], bool]) -> None:
         """While the engine has no request, take part in the peers' rounds, until `wake()`."""
-        while self._is_idle and not wake():
-            self._help(HELP_S, wake)
+        dispatch = self.dwdp.dispatch
+        while dispatch is not None and self._is_idle and not wake():
+            dispatch.help(HELP_S, wake)
 
     def _checked(self, output: Any) -> Any:
         """What a step returns, tokens or a pooling model's embeddings; None where they are sampled later."""
         dispatch = self.dwdp.dispatch
         return output if dispatch is None or output is None else dispatching.checked(output, dispatch)
-
-    def _help(self, timeout_s: float, wake: Callable[[], bool]) -> bool:
-        dispatch = self.dwdp.dispatch
-        return dispatch is not None and dispatch.help(timeout_s, wake)
 
     def profile(self, is_start: bool = True, profile_prefix: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Into files with this rank in their names: for vLLM every rank is rank 0."""

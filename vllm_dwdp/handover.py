@@ -1,4 +1,4 @@
-"""Exchange: how peers hand over memory handles and small tensors while the group starts.
+"""Handover: how peers pass each other memory handles and small tensors while the group starts.
 
 Within a host over Unix sockets, which serve this user's processes that know a key from the store; across hosts, where
 handles are FABRIC bytes, through the store itself.
@@ -27,7 +27,7 @@ _FDS_PER_MESSAGE = 128  # the kernel takes 253
 _GIVEN, _FAILED = b"+", b"-"  # how an answer begins
 
 
-def exchange(group: Group, device: Device, layers: Sequence[LayerWeights]) -> None:
+def import_shards(group: Group, device: Device, layers: Sequence[LayerWeights]) -> None:
     """Import every peer's shard of every layer. Returns on all ranks or raises DWDPError on all that can tell."""
 
     def export(ordinal: int) -> list[Any]:
