@@ -22,6 +22,7 @@ import functools
 
 import torch
 
+from vllm_dwdp.convoy import Round
 from vllm_dwdp.errors import DWDPError
 
 FLAG_BYTES = 8
@@ -107,33 +108,9 @@ def seat(sender: int, receiver: int) -> int:
     return sender - (sender > receiver)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RoundLayout:
-    """Who takes part in a forward with how many rows, and where each rank's rows begin among the gathered ones.
-
-    `tokens` counts every rank's rows, 0 of those who help or stay away. Rows follow each other.
-    """
-
-    number: int
-    members: tuple[int, ...]
-    tokens: tuple[int, ...]
-
-    @property
-    def starts(self) -> tuple[int, ...]:
-        return tuple(sum(self.tokens[:rank]) for rank in range(len(self.tokens)))
-
-    @property
-    def num_rows(self) -> int:
-        return sum(self.tokens)
-
-    @property
-    def mask(self) -> int:
-        return sum(1 << rank for rank in self.members)
-
-
-def alone(rank: int, size: int, num_rows: int) -> RoundLayout:
+def alone(rank: int, size: int, num_rows: int) -> Round:
     """Of a forward of `num_rows`, or fewer, without peers."""
-    return RoundLayout(number=0, members=(rank,), tokens=tuple(num_rows if r == rank else 0 for r in range(size)))
+    return Round(number=0, members=(rank,), tokens=tuple(num_rows if r == rank else 0 for r in range(size)))
 
 
 @functools.cache
@@ -170,7 +147,7 @@ class TokenExchange(abc.ABC):
     """One rank's inbox and its peers'. Only the thread that runs the model may call it."""
 
     @abc.abstractmethod
-    def begin(self, layout: RoundLayout) -> None:
+    def begin(self, layout: Round) -> None:
         """What is enqueued from now on belongs to this round."""
 
     @abc.abstractmethod

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import torch
 import triton
 
+from vllm_dwdp.convoy import Round
 from vllm_dwdp.kernels.arrivals_cuda import THREADS, WARPS
 from vllm_dwdp.kernels.exchange_cuda import combine_sums, dispatch_rows
-from vllm_dwdp.kernels.tokens import FEW, LANES, WAIT_S, InboxMap, RoundLayout, TokenExchange, alone, did_not_come
+from vllm_dwdp.kernels.tokens import FEW, LANES, WAIT_S, InboxMap, TokenExchange, alone, did_not_come
 
 RING = 16  # steps whose control words may be under way at once
 REGISTERS = 128  # of a thread at most, so that two programs find room on every SM: a waiting one keeps out none that has to send
@@ -36,7 +37,7 @@ class CudaTokens(TokenExchange):
         self._most = self._room(device)
         self.begin(alone(rank, at.size, at.rows))  # of forwards outside of steps
 
-    def begin(self, layout: RoundLayout) -> None:
+    def begin(self, layout: Round) -> None:
         staged, words = self._rows[self._turn % RING]
         self._turn += 1
         words[:] = (layout.number * len(self._owners) + 1, layout.mask, *layout.tokens, *layout.starts)

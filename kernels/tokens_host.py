@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from vllm_dwdp.kernels.tokens import WAIT_S, InboxMap, RoundLayout, TokenExchange, alone, did_not_come, seat
+from vllm_dwdp.convoy import Round
+from vllm_dwdp.kernels.tokens import WAIT_S, InboxMap, TokenExchange, alone, did_not_come, seat
 
 POLL_S = 20e-6
 
@@ -40,7 +41,7 @@ class HostTokens(TokenExchange):
         start = offset + seat(sender, inbox) * self._at.rows * row_bytes
         return self._bytes[inbox][start : start + shape[0] * shape[1] * dtype.itemsize].view(dtype).view(shape)
 
-    def begin(self, layout: RoundLayout) -> None:
+    def begin(self, layout: Round) -> None:
         self._layout = layout
         self._peers = [rank for rank in layout.members if rank != self._rank]
         self._senders = [rank for rank in self._peers if layout.tokens[rank]]

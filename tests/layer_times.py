@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from test_tokens import Ranks, run
 
-from vllm_dwdp.kernels.tokens import InboxMap, RoundLayout, alone
+from vllm_dwdp.convoy import Round
+from vllm_dwdp.kernels.tokens import InboxMap, alone
 
 E, TOP_K, HIDDEN, WIDTH, LAYERS, REPLAYS = 128, 8, 2048, 768, 12, 40
 
@@ -76,7 +77,7 @@ def measure(rank: int, size: int, kind: str, pipes: dict, batches: list[int], ou
                 times = []
                 for _ in range(REPLAYS):
                     number += 1
-                    together = RoundLayout(number=number, members=tuple(range(size)), tokens=(batch,) * size)
+                    together = Round(number=number, members=tuple(range(size)), tokens=(batch,) * size)
                     everyone()
                     with torch.cuda.stream(stream):
                         tokens.begin(together if who == "together" else alone(rank, size, batch))

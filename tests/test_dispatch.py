@@ -33,7 +33,7 @@ from vllm_dwdp.integration import dispatching
 from vllm_dwdp.integration.dispatching import HOST_PATIENCE_S, checked, dispatched_sizes, fit_to_round
 from vllm_dwdp.integration.helping import Helper
 from vllm_dwdp.integration.hooks import CHOOSE_GRAPH
-from vllm_dwdp.kernels.tokens import FEW, RoundLayout, did_not_come
+from vllm_dwdp.kernels.tokens import FEW, did_not_come
 
 from harness import WORKERS, Group, await_that, generate, reference, stats, streamed_model
 from quantized import SHAPE
@@ -106,7 +106,7 @@ class Fakes:
     def large_done(self) -> None:
         self.note("large done")
 
-    def begin(self, layout: RoundLayout) -> None:
+    def begin(self, layout: Round) -> None:
         self.note("begin", layout.number, layout.members, layout.tokens)
 
     def check(self) -> None:
@@ -610,12 +610,12 @@ def test_prompts_with_which_an_idle_rank_helps_are_answered_as_by_stock_vllm(mod
     assert met["rounds"] == helped["helper_rounds"] == steps
 
 
-def count_mixed(llm: Any) -> list[RoundLayout]:
+def count_mixed(llm: Any) -> list[Round]:
     """Note the rounds from now on in which this rank's step and a large one of a peer are together."""
     dispatch, found = streamed_model(llm).dispatch, []
     begin = dispatch._begin
 
-    def noting(layout: RoundLayout) -> None:
+    def noting(layout: Round) -> None:
         if all(layout.tokens) and max(layout.tokens) > dispatch.limits.max_tokens:
             found.append(layout)
         begin(layout)
@@ -624,7 +624,7 @@ def count_mixed(llm: Any) -> list[RoundLayout]:
     return found
 
 
-def mixed(llm: Any) -> list[RoundLayout]:
+def mixed(llm: Any) -> list[Round]:
     return streamed_model(llm).dispatch.mixed
 
 

@@ -53,8 +53,6 @@ def ours(name: str) -> set[str]:
 
 def level(name: str) -> int:
     room = name.split(".")[1]
-    if name in ("vllm_dwdp.kernels.device", "vllm_dwdp.kernels.tokens"):  # the interface alone, no memory of its own
-        return LEVELS["pure"]
     return LEVELS["pure" if room in PURE else "memory" if room in MEMORY else room]
 
 

@@ -19,7 +19,7 @@ from vllm_dwdp import dispatch, meeting
 from vllm_dwdp.convoy import Round
 from vllm_dwdp.costs import H100, Costs
 from vllm_dwdp.dispatch import Dispatch, Limits
-from vllm_dwdp.kernels.tokens import FEW, RoundLayout
+from vllm_dwdp.kernels.tokens import FEW
 
 TICK_S, HOST_S, HELP_S, STEPS = 5e-4, 1e-3, 1e-2, 40
 LARGE = 8192
@@ -129,8 +129,8 @@ class Rank:
 
     def check(self) -> None: ...
 
-    def begin(self, layout: RoundLayout) -> None:
-        self._round = Round(layout.number, layout.members, layout.tokens) if layout.number else None
+    def begin(self, layout: Round) -> None:
+        self._round = layout if layout.number else None
 
     def event(self) -> list[int]:
         return [0]

@@ -15,9 +15,10 @@ import pytest
 import torch
 from test_transport import DEVICES, make_device, torch_device
 
+from vllm_dwdp.convoy import Round
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.kernels import tokens
-from vllm_dwdp.kernels.tokens import FEW, STAMPED, InboxMap, RoundLayout, TokenExchange, owners_of, seat
+from vllm_dwdp.kernels.tokens import FEW, STAMPED, InboxMap, TokenExchange, owners_of, seat
 from vllm_dwdp.placement import Placement
 
 from harness import CONTEXT
@@ -98,7 +99,7 @@ def experts(hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> t
 
 
 def expected(
-    seed: int, rank: int, layout: RoundLayout, owners: list[list[int]], dtype: torch.dtype, width: int, top_k: int
+    seed: int, rank: int, layout: Round, owners: list[list[int]], dtype: torch.dtype, width: int, top_k: int
 ) -> torch.Tensor:
     hidden, weights, ids = rows_of(seed, rank, layout.tokens[rank], dtype, width, top_k)
     owner = torch.tensor(owners[layout.mask])[ids.long()]
@@ -109,22 +110,22 @@ def expected(
     return total.to(dtype)
 
 
-def rounds(size: int, count: int, seed: int = 0) -> list[RoundLayout]:
+def rounds(size: int, count: int, seed: int = 0) -> list[Round]:
     rng = random.Random(seed)
     found = []
     for number in range(1, count + 1):
         members = tuple(sorted(rng.sample(range(size), rng.randint(2, size))))
         tokens = tuple(rng.choice([0, 1, rng.randint(1, ROWS)]) if r in members else 0 for r in range(size))
-        found.append(RoundLayout(number=number, members=members, tokens=tokens))
+        found.append(Round(number=number, members=members, tokens=tokens))
     return found
 
 
-def everyone(*tokens: tuple[int, ...]) -> list[RoundLayout]:
+def everyone(*tokens: tuple[int, ...]) -> list[Round]:
     """Rounds of all ranks."""
-    return [RoundLayout(number=number + 1, members=tuple(range(len(row))), tokens=row) for number, row in enumerate(tokens)]
+    return [Round(number=number + 1, members=tuple(range(len(row))), tokens=row) for number, row in enumerate(tokens)]
 
 
-def large(size: int, count: int, rows: int) -> list[RoundLayout]:
+def large(size: int, count: int, rows: int) -> list[Round]:
     """Rounds of all ranks, in which one has up to `rows` rows and the others some."""
     rng = random.Random(0)
 
@@ -134,7 +135,7 @@ def large(size: int, count: int, rows: int) -> list[RoundLayout]:
     return everyone(*(tuple(draw(rows if r == number % size else FEW) for r in range(size)) for number in range(count)))
 
 
-def helped(size: int, count: int, rows: int) -> list[RoundLayout]:
+def helped(size: int, count: int, rows: int) -> list[Round]:
     """Rounds of all ranks in which one has up to `rows` rows and the others help."""
     rng = random.Random(0)
     return everyone(*(
@@ -150,7 +151,7 @@ def poison(ranks: Ranks, rank: int, senders: Sequence[int], offset: int, seat_by
 
 
 def check_rounds(
-    rank: int, size: int, kind: str, pipes: dict, dtype: torch.dtype, layouts: list[RoundLayout], per_rank: int | None, num_layers: int,
+    rank: int, size: int, kind: str, pipes: dict, dtype: torch.dtype, layouts: list[Round], per_rank: int | None, num_layers: int,
     width: int = HIDDEN, num_rows: int = ROWS, room: int = 0, top_k: int = TOP_K, stamped: int = STAMPED,
 ) -> None:
     """`stamped` stands for STAMPED.
@@ -165,7 +166,7 @@ def check_rounds(
     for layout in layouts:
         if rank not in layout.members:
             alone = tuple(rng.randint(1, ROWS) if r == rank else 0 for r in range(size))
-            layout = RoundLayout(number=layout.number, members=(rank,), tokens=alone)
+            layout = Round(number=layout.number, members=(rank,), tokens=alone)
         ranks.tokens.begin(layout)
         own = num_rows if room else layout.tokens[rank]
         total = room or layout.num_rows
@@ -308,7 +309,7 @@ def test_sums_in_large_graphs_are_exact(kind: str, size: int, others: int) -> No
     ids=["padded", "many experts a row", "graph", "many rows"],
 )
 def test_kernels_of_gpus_sum_exactly(
-    kind: str, size: int, dtype: torch.dtype, width: int, top_k: int, layouts: list[RoundLayout], num_rows: int, room: int
+    kind: str, size: int, dtype: torch.dtype, width: int, top_k: int, layouts: list[Round], num_rows: int, room: int
 ) -> None:
     """Also where no GPU is: there Triton interprets them."""
     outcomes = run(check_rounds, size, kind, dtype=dtype, layouts=layouts, per_rank=None, num_layers=2, width=width, num_rows=num_rows,
@@ -346,7 +347,7 @@ def test_a_member_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch, a
     owners = [owners_of((range(12), range(12, 24)), EXPERTS)] * LAYERS
     tokens = tokens_host.HostTokens(0, at, [inbox.data_ptr() for inbox in inboxes], owners, lambda _: alive)
     flags = [inboxes[0][at.flag(number, 1) :][:8].view(torch.int64) for number in range(2)]
-    tokens.begin(RoundLayout(number=5, members=(0, 1), tokens=(2, 1)))
+    tokens.begin(Round(number=5, members=(0, 1), tokens=(2, 1)))
     hidden, weights, ids = rows_of(0, 0, 2, torch.float32)
     awaited = 5 * LAYERS + 1 + 1
     for missing in (awaited - 1, awaited - LAYERS, awaited + LAYERS):  # the layer before, the rounds beside
@@ -367,7 +368,7 @@ def send_narrow(rank: int, size: int, kind: str, pipes: dict) -> None:
     inboxes = [torch.zeros(at.nbytes, dtype=torch.uint8, device=where) for _ in range(3)]
     owners = [owners_of((range(8), range(8, 16), range(16, 24)), EXPERTS)]
     made = make_tokens(kind, where, 2, at, [inbox.data_ptr() for inbox in inboxes], owners)
-    made.begin(RoundLayout(number=1, members=(0, 2), tokens=(0, 0, 2)))
+    made.begin(Round(number=1, members=(0, 2), tokens=(0, 0, 2)))
     hidden, weights, ids = (tensor.to(where) for tensor in rows_of(0, 2, 2, torch.float32, HIDDEN // 2))
     made.dispatch(0, hidden, weights, ids, 2)
     areas = [(at.hiddens, at.rows * at.row_bytes), (at.ids, at.rows * 4 * at.top_k), (at.weights, at.rows * 4 * at.top_k)]
@@ -404,7 +405,7 @@ def wait_in_vain(rank: int, size: int, kind: str, pipes: dict, late: str) -> Non
     rows, awaited = [tensor.to(where) for tensor in rows_of(0, 0, count, torch.float32)], 5 * LAYERS + 1 + 1
     for epoch in (awaited, awaited - 1, awaited - LAYERS, awaited + LAYERS)[: 4 if kind == "cuda" else 2]:
         made = make_tokens(kind, where, 0, at, [inbox.data_ptr() for inbox in inboxes], owners, wait_s)
-        made.begin(RoundLayout(number=5, members=(0, 1), tokens=(count, count)))
+        made.begin(Round(number=5, members=(0, 1), tokens=(count, count)))
         inboxes[1].zero_()
         for name, area in areas.items():
             shift = 0 if name.endswith("flags") else 32
@@ -434,7 +435,7 @@ def wait_for_two(rank: int, size: int, kind: str, pipes: dict) -> None:
     inboxes = [torch.zeros(at.nbytes, dtype=torch.uint8, device=where) for _ in range(3)]
     owners = [owners_of((range(8), range(8, 16), range(16, 24)), EXPERTS)]
     made = make_tokens(kind, where, 0, at, [inbox.data_ptr() for inbox in inboxes], owners, wait_s=0.5)
-    made.begin(RoundLayout(number=1, members=(0, 1, 2), tokens=(1, 1, 1)))
+    made.begin(Round(number=1, members=(0, 1, 2), tokens=(1, 1, 1)))
     made.dispatch(0, *[tensor.to(where) for tensor in rows_of(0, 0, 1, torch.float32)], 3)
     if kind == "cuda":
         torch.cuda.synchronize()

@@ -42,6 +42,19 @@ class Round(NamedTuple):
     members: tuple[int, ...]
     tokens: tuple[int, ...]
 
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where each rank's rows begin among the gathered ones, which follow each other."""
+        return tuple(sum(self.tokens[:rank]) for rank in range(len(self.tokens)))
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.tokens)
+
+    @property
+    def mask(self) -> int:
+        return sum(1 << rank for rank in self.members)
+
 
 class Record(NamedTuple):
     """What the ranks share: the last round's number and, by rank, state, tokens of its waiting step, and the round that it owes."""

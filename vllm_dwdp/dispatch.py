@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from vllm_dwdp.convoy import Round
 from vllm_dwdp.kernels.device import Block, CopyStream
-from vllm_dwdp.kernels.tokens import FEW, RoundLayout, TokenExchange, alone
+from vllm_dwdp.kernels.tokens import FEW, TokenExchange, alone
 from vllm_dwdp.meeting import WORK_S, Meeting
 from vllm_dwdp.rendezvous import DispatchManifest
 
@@ -89,7 +89,7 @@ class Dispatch:
         self.help_out: Callable[[], None] = lambda: None
         self.meets = False
         self._meeting, self._stream = meeting, stream
-        self._layout: RoundLayout | None = None  # of the step under way, if its layers dispatch
+        self._round: Round | None = None  # of the step under way, if its layers dispatch
         self._padded = 0
         self._in_step = self._is_streamed = False  # a step is under way; alone, and must not replay the graph of its size
         self._last = stream.event()  # the end of the last step
@@ -113,14 +113,14 @@ class Dispatch:
     @property
     def padded(self) -> int:
         """The rows to which the step under way must be padded; 0 for no more than its own."""
-        return self._padded if self._layout is not None else 0
+        return self._padded if self._round is not None else 0
 
     @property
     def is_beyond_graphs(self) -> bool:
         """Whether the step under way must run without a graph: none has room for the round, or that of a step alone would read
         peers in place where a step alone is faster streamed.
         """
-        return self._is_streamed if self._layout is None else not self._padded
+        return self._is_streamed if self._round is None else not self._padded
 
     def begin_step(self, num_tokens: int, is_ready: bool = True) -> bool:
         """Meet the peers, if the step is worth it. Returns whether its layers dispatch: with peers, or alone in a graph.
@@ -136,12 +136,12 @@ class Dispatch:
         else:
             made = self._meet(num_tokens) if self.meets else None
         if made is not None:
-            self._begin(RoundLayout(**made._asdict()))
+            self._begin(made)
         elif self.limits.padded((num_tokens,)):
             self._is_streamed = num_tokens > self.limits.alone_graph_tokens
             if not self._is_streamed:
                 self._begin(self._alone(num_tokens))
-        return self._layout is not None
+        return self._round is not None
 
     def _meet(self, num_tokens: int) -> Round | None:
         """The round that takes a small step; None: it goes alone."""
@@ -200,7 +200,7 @@ class Dispatch:
         """The step's kernels are enqueued."""
         self.reach_last_layer()
         self._stream.compute_record(self._last)
-        self._layout, self._in_step, self._is_streamed = None, False, False
+        self._round, self._in_step, self._is_streamed = None, False, False
 
     def help(self, timeout_s: float = 0.0, wake: Callable[[], bool] = lambda: False) -> bool:
         """No request: launch the round that asks for this rank, once one does within `timeout_s` and before `wake()`."""
@@ -241,9 +241,9 @@ class Dispatch:
         """
         if not self._in_step:
             return self.limits.rows(num_rows, self._meeting.size) if self.limits.padded((num_rows,)) else None
-        if self._layout is None:
+        if self._round is None:
             return None
-        return self.limits.rows(self._padded, self._meeting.size) if self._padded else self._layout.num_rows
+        return self.limits.rows(self._padded, self._meeting.size) if self._padded else self._round.num_rows
 
     def check(self) -> None:
         """Raises DWDPError naming a member of a round that did not come."""
@@ -256,28 +256,28 @@ class Dispatch:
     def _launch(self, owed: Round) -> None:
         """Help the members of a round."""
         in_step, self._in_step = self._in_step, True
-        with self._laid_out(RoundLayout(**owed._asdict())):
+        with self._laid_out(owed):
             self.help_out()
         self._stream.compute_record(self._last)
         self._in_step = in_step
 
     @contextlib.contextmanager
-    def _laid_out(self, layout: RoundLayout) -> Iterator[None]:
-        self._begin(layout)
+    def _laid_out(self, made: Round) -> Iterator[None]:
+        self._begin(made)
         try:
             yield
         finally:
-            self._layout = None
+            self._round = None
 
-    def _begin(self, layout: RoundLayout) -> None:
-        self._layout, self._padded = layout, self.limits.padded(layout.tokens)
-        self.tokens.begin(layout)
-        if layout.number:
-            self._was_large = max(layout.tokens) > self.limits.max_tokens
+    def _begin(self, made: Round) -> None:
+        self._round, self._padded = made, self.limits.padded(made.tokens)
+        self.tokens.begin(made)
+        if made.number:
+            self._was_large = max(made.tokens) > self.limits.max_tokens
             if self._was_large:
-                self._helped_until_s = time.monotonic() + self.limits.helped_s(sum(layout.tokens))
+                self._helped_until_s = time.monotonic() + self.limits.helped_s(made.num_rows)
 
-    def _alone(self, num_tokens: int) -> RoundLayout:
+    def _alone(self, num_tokens: int) -> Round:
         return alone(self._meeting.rank, self._meeting.size, num_tokens)
 
     def _end_large_step(self) -> None:
