@@ -11,9 +11,9 @@ from vllm.config import CUDAGraphMode
 from vllm_dwdp.budget import LayerSize
 from vllm_dwdp.config import Options
 from vllm_dwdp.costs import H100, LEAST_PATIENCE_S, MOST_PATIENCE_S, WORTH, Costs
-from vllm_dwdp.dispatch import Limits
 from vllm_dwdp.integration import dispatching
 from vllm_dwdp.kernels.tokens import FEW
+from vllm_dwdp.limits import Limits
 from vllm_dwdp.placement import Placement
 
 QWEN3 = Costs(  # Qwen3-30B-A3B in bf16 on two H100s

@@ -24,16 +24,17 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
-from vllm_dwdp import dispatch as module
+from vllm_dwdp import large_steps
 from vllm_dwdp.convoy import Round
 from vllm_dwdp.counters import Stats
-from vllm_dwdp.dispatch import Dispatch, Limits
+from vllm_dwdp.dispatch import Dispatch
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import dispatching
 from vllm_dwdp.integration.dispatching import HOST_PATIENCE_S, checked, dispatched_sizes, fit_to_round
 from vllm_dwdp.integration.helping import Helper
 from vllm_dwdp.integration.hooks import CHOOSE_GRAPH
 from vllm_dwdp.kernels.tokens import FEW, did_not_come
+from vllm_dwdp.limits import Limits
 
 from harness import WORKERS, Group, await_that, generate, reference, stats, streamed_model
 from quantized import SHAPE
@@ -300,7 +301,7 @@ def test_a_step_that_can_meet_nobody_is_launched_behind_a_large_one() -> None:
 
 def test_a_large_step_without_end_is_waited_for_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rank then goes alone: its peers are not told that it takes part again."""
-    monkeypatch.setattr(module, "WORK_S", 0.02)
+    monkeypatch.setattr(large_steps, "WORK_S", 0.02)
     fakes = Fakes(looks=10**9)
     made = make(fakes)
     made.begin_step(LARGE)
@@ -312,7 +313,7 @@ def test_a_large_step_without_end_is_waited_for_within_a_bound(monkeypatch: pyte
 def test_an_idle_rank_never_waits() -> None:
     fakes = Fakes(HELP[:1], looks=1)
     made = make(fakes)
-    made._is_large = True
+    made._large_steps._is_marked = True
     assert made.help() and not made.help()
     assert fakes.said() == [
         ("check",), ("look", "event 2"), ("help", 0.0), *HELPED[0],

@@ -11,7 +11,7 @@ from conftest import ROOT
 ROOMS = {"vllm_dwdp": "vllm_dwdp", "kernels": "vllm_dwdp.kernels", "entrypoints": "vllm_dwdp.entrypoints"}
 PURE = {"config", "errors", "placement", "layout", "schedule", "budget", "counters", "profiling", "costs"}
 MEMORY = {"kernels", "channel", "checkpoint", "descriptors", "launcher", "store", "records", "meeting", "inboxes", "slots", "weights",
-          "prefetch", "dispatch", "convoy", "rendezvous", "handover", "experts"}
+          "prefetch", "dispatch", "convoy", "rendezvous", "handover", "experts", "limits", "large_steps"}
 LEVELS = {"pure": 0, "memory": 1, "assembly": 2, "integration": 3, "entrypoints": 4}
 
 

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from vllm_dwdp import dispatch, meeting
+from vllm_dwdp import dispatch, large_steps, meeting
 from vllm_dwdp.convoy import Round
 from vllm_dwdp.costs import H100, Costs
-from vllm_dwdp.dispatch import Dispatch, Limits
+from vllm_dwdp.dispatch import Dispatch
 from vllm_dwdp.kernels.tokens import FEW
+from vllm_dwdp.limits import Limits
 
 TICK_S, HOST_S, HELP_S, STEPS = 5e-4, 1e-3, 1e-2, 40
 LARGE = 8192
@@ -199,7 +200,7 @@ class Rank:
 def world(monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
     def make(size: int, layers: int = 24, off: float = 1.0) -> World:
         clock = Clock()
-        for module in (meeting, dispatch):
+        for module in (meeting, dispatch, large_steps):
             monkeypatch.setattr(module, "time", clock)
         return World(size, layers, off, clock)
 

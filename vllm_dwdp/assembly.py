@@ -16,12 +16,13 @@ import torch
 
 from vllm_dwdp import budget
 from vllm_dwdp.config import Options
-from vllm_dwdp.dispatch import Dispatch, Limits
+from vllm_dwdp.dispatch import Dispatch
 from vllm_dwdp.experts import ExpertLayer
 from vllm_dwdp.handover import import_shards, replicate
 from vllm_dwdp.inboxes import open_inboxes
 from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.kernels.tokens import InboxMap
+from vllm_dwdp.limits import Limits
 from vllm_dwdp.prefetch import Prefetcher
 from vllm_dwdp.rendezvous import Group, Manifest, agree_where_common
 from vllm_dwdp.rendezvous import agree as agree_on

@@ -8,73 +8,20 @@ that went alone and takes longer than its rank waits for peers counts as large, 
 give up just before it ends and go alone in turn, without end. An idle rank helps.
 """
 
-import bisect
 import contextlib
-import dataclasses
 import functools
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from vllm_dwdp.convoy import Round
 from vllm_dwdp.kernels.device import Block, CopyStream
-from vllm_dwdp.kernels.tokens import FEW, TokenExchange, alone
-from vllm_dwdp.meeting import WORK_S, Meeting
-from vllm_dwdp.rendezvous import DispatchManifest
+from vllm_dwdp.kernels.tokens import TokenExchange, alone
+from vllm_dwdp.large_steps import LargeSteps
+from vllm_dwdp.limits import Limits
+from vllm_dwdp.meeting import Meeting
 
-_LOOK_S = 50e-6
 APART = 0.55  # of two ranks that go alone by turns, one waits for the other: half a step alone at most, and some more
-MOST_PACE = 4.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Which steps meet, and for how long they wait for it.
-
-    `graph_sizes` are the rows of the graphs that dispatch, ascending. `most_rows` are the most that vLLM's expert buffers hold: a
-    larger round is computed in halves. A step without peers that has more than `alone_graph_tokens` runs without a graph.
-
-    `helped_max_tokens`, no less than `max_tokens`, are of steps in which all other ranks take part; `helped_s` and `alone_s` are
-    how long such a step, and one that goes without peers, are expected to take on the device; `spare_s` is how long a large step
-    waits for ranks that come soon.
-    """
-
-    max_tokens: int
-    helped_max_tokens: int
-    most_rows: int
-    graph_sizes: Sequence[int]
-    alone_graph_tokens: int
-    patience_s: Callable[[int], float]
-    helped_s: Callable[[int], float]
-    alone_s: Callable[[int], float]
-    spare_s: Callable[[int], float]
-
-    def manifest(self) -> DispatchManifest:
-        """What has to be alike on all ranks, whose rows and flags lie in each other's inboxes."""
-        return DispatchManifest(
-            dispatch_max_tokens=self.max_tokens, helped_max_tokens=self.helped_max_tokens,
-            cudagraph_capture_sizes=list(self.graph_sizes),
-        )
-
-    def padded(self, tokens: Sequence[int]) -> int:
-        """What ranks with so many rows pad them to, so that all launch the same graph; 0 where none has room for all."""
-        at = bisect.bisect_left(self.graph_sizes, max(tokens))
-        found = self.graph_sizes[at] if at < len(self.graph_sizes) else 0
-        return found if sum(tokens) <= self.rows(found, len(tokens)) else 0
-
-    def rows(self, padded: int, size: int) -> int:
-        """The rows of a graph's layers, own and received: where a step is large, the peers' are few."""
-        return padded * size if padded <= self.max_tokens else min(padded * size, padded + FEW * (size - 1))
-
-
-class Announced(NamedTuple):
-    """What peers were told of the last large step, in seconds."""
-
-    at: float = 0.0
-    takes: float = 0.0  # by itself
-    ends_in: float = 0.0  # behind the one before it
-    is_small: bool = False
 
 
 class Dispatch:
@@ -93,13 +40,8 @@ class Dispatch:
         self._padded = 0
         self._in_step = self._is_streamed = False  # a step is under way; alone, and must not replay the graph of its size
         self._last = stream.event()  # the end of the last step
-        self._ending = stream.event()  # the last layer of the last large step
-        self._is_large = False  # peers know of one
-        self._announced = Announced()
+        self._large_steps = LargeSteps(meeting, stream, limits)
         self._was_large = False  # the last round had a large step
-        self._helped_until_s = 0.0  # when the last large step in which all ranks took part is expected to have ended
-        self._paces = {False: 1.0, True: 1.0}  # what large, and small, steps alone have taken, as a part of what was expected
-        self._end_is_due = False  # the step under way is large, and its last layer not reached
 
     def report(self) -> dict[str, Any]:
         """Counts so far: dispatched steps (rounds with tokens of this rank's), helper rounds, and what meeting took."""
@@ -128,7 +70,8 @@ class Dispatch:
         A step that is not ready, as it has inputs to encode or KV to load first, is nobody's to wait for: it goes alone.
         """
         self.tokens.check()
-        self._in_step, self._end_is_due = True, False
+        self._in_step = True
+        self._large_steps.begin_step()
         if not is_ready:
             made = self._announce(num_tokens)
         elif num_tokens > self.limits.max_tokens:
@@ -146,10 +89,10 @@ class Dispatch:
     def _meet(self, num_tokens: int) -> Round | None:
         """The round that takes a small step; None: it goes alone."""
         patience_s, rank = self.limits.patience_s(num_tokens), self._meeting.rank
-        alone_s = self._alone_s(num_tokens)
+        alone_s = self._large_steps.alone_s(num_tokens)
         end_s = max(patience_s, APART * alone_s)
-        if not self._is_at_large_step() or self._meeting.has_company(end_s):
-            self._end_large_step()
+        if not self._large_steps.are_under_way or self._meeting.has_company(end_s):
+            self._large_steps.end()
         join = functools.partial(self._meeting.join, num_tokens, patience_s, end_s, self._is_at_work)
         while (made := join(not self._was_large)) is not None and not made.tokens[rank]:
             self._launch(made)
@@ -157,28 +100,21 @@ class Dispatch:
             self._announce(num_tokens)
         return made
 
-    def _alone_s(self, num_tokens: int) -> float:
-        return self._paces[num_tokens <= self.limits.max_tokens] * self.limits.alone_s(num_tokens)
-
     def _is_at_work(self) -> bool:
         return not self._stream.is_done(self._last)
-
-    def _is_at_large_step(self) -> bool:
-        return self._is_large and not self._stream.is_done(self._ending)
 
     def _offer(self, num_tokens: int) -> Round | None:
         """The round of a large step in which all other ranks take part; None: it goes alone."""
         if num_tokens > self.limits.helped_max_tokens:
             return self._announce(num_tokens)
-        if not self._is_at_large_step() or self._meeting.are_at_hand(are_idle=self._was_large):
-            self._end_large_step()
+        if not self._large_steps.are_under_way or self._meeting.are_at_hand(are_idle=self._was_large):
+            self._large_steps.end()
         return self._announce(num_tokens, num_tokens)
 
     def _announce(self, num_tokens: int, offered: int = 0) -> Round | None:
         """Go alone as a large step, whose end peers are told, or in the round that takes the `offered` tokens."""
-        now_s, takes_s = time.monotonic(), self._alone_s(num_tokens)
-        before_s = self._announced.takes if self._is_at_large_step() else 0.0  # the host is one step ahead at most
-        ends_in = max(before_s, self._helped_until_s - now_s) + takes_s
+        now_s, takes_s = time.monotonic(), self._large_steps.alone_s(num_tokens)
+        ends_in = self._large_steps.ends_in(takes_s)
         spare_s = self.limits.spare_s(offered) if offered else 0.0
         large = functools.partial(self._meeting.large, ends_in, offered, spare_s, self._is_at_work)
         while self.meets and (made := large(not self._was_large)) is not None:
@@ -186,15 +122,12 @@ class Dispatch:
                 return made
             self._launch(made)
         ends_in = max(ends_in, time.monotonic() - now_s + takes_s)
-        self._announced = Announced(now_s, takes_s, ends_in, num_tokens <= self.limits.max_tokens)
-        self._end_is_due = True
+        self._large_steps.announced(num_tokens, now_s, takes_s, ends_in)
         return None
 
     def reach_last_layer(self) -> None:
         """All of the step but its last layer is enqueued. Not told of a step that replays a graph."""
-        if self._end_is_due:
-            self._is_large, self._end_is_due = True, False
-            self._stream.compute_record(self._ending)
+        self._large_steps.reach_last_layer()
 
     def end_step(self) -> None:
         """The step's kernels are enqueued."""
@@ -205,9 +138,9 @@ class Dispatch:
     def help(self, timeout_s: float = 0.0, wake: Callable[[], bool] = lambda: False) -> bool:
         """No request: launch the round that asks for this rank, once one does within `timeout_s` and before `wake()`."""
         self.tokens.check()
-        if not (at_large := self._is_at_large_step()):
-            self._end_large_step()
-        made = self._meeting.help(timeout_s, lambda: wake() or (at_large and not self._is_at_large_step()))
+        if not (at_large := self._large_steps.are_under_way):
+            self._large_steps.end()
+        made = self._meeting.help(timeout_s, lambda: wake() or (at_large and not self._large_steps.are_under_way))
         if made is not None:
             self._launch(made)
         return made is not None
@@ -275,25 +208,7 @@ class Dispatch:
         if made.number:
             self._was_large = max(made.tokens) > self.limits.max_tokens
             if self._was_large:
-                self._helped_until_s = time.monotonic() + self.limits.helped_s(made.num_rows)
+                self._large_steps.helped(self.limits.helped_s(made.num_rows))
 
     def _alone(self, num_tokens: int) -> Round:
         return alone(self._meeting.rank, self._meeting.size, num_tokens)
-
-    def _end_large_step(self) -> None:
-        """A rank whose device is still at a large step must not be met: its peers' kernels would wait for all of it."""
-        if not self._is_large:
-            return
-        entered, is_seen = time.monotonic(), False
-        while self._is_at_large_step():
-            if time.monotonic() > entered + WORK_S:
-                return
-            is_seen = True
-            time.sleep(_LOOK_S)
-        now, told = time.monotonic(), self._announced
-        self._meeting.stats.waited_s += now - entered
-        if is_seen and 0 < told.ends_in < math.inf:
-            pace = self._paces[told.is_small] * (1 + (now - told.at) / told.ends_in) / 2
-            self._paces[told.is_small] = min(max(pace, 1 / MOST_PACE), MOST_PACE)
-        self._is_large = False
-        self._meeting.large_done()

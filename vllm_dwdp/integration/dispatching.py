@@ -15,12 +15,13 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_dwdp.config import Options
 from vllm_dwdp.costs import H100, Costs
-from vllm_dwdp.dispatch import Dispatch, Limits
+from vllm_dwdp.dispatch import Dispatch
 from vllm_dwdp.experts import ExpertLayer
 from vllm_dwdp.integration import graphs, hooks
 from vllm_dwdp.integration.graphs import has_graphs, has_pieces
 from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.kernels.tokens import FEW
+from vllm_dwdp.limits import Limits
 
 logger = init_logger("vllm.dwdp.dispatching")
 # On CPU, whose costs are not known: some steps of a busy machine, and a peer that stops costs it once; no large step ends soon.
