@@ -81,6 +81,7 @@ class Fakes:
         return self._next("large", takes_s, *offered, otherwise=self._helped if num_tokens else None)
 
     def are_at_hand(self, are_idle: bool) -> bool:
+        self.are_idle = are_idle
         self._late -= 1
         return self._late < 0
 
@@ -220,6 +221,17 @@ def test_a_large_step_that_has_ended_stands_in_no_peers_way(looks: int, late: in
     said, large = [call for call in fakes.said() if call[0] != "look"], ("large", pytest.approx(takes_s, rel=0.01), MEDIUM, SPARE_S)
     assert said == [("check",), *([("large done",)] if takes_s < 14.0 else []), large]
     assert fakes.events == 2, "the driver frees none"
+
+
+@pytest.mark.parametrize("theirs", [6, MEDIUM], ids=["small", "large"])
+def test_after_a_round_with_a_large_step_the_next_one_counts_on_idle_ranks_alone(theirs: int) -> None:
+    """No small step goes with two large ones in a row: a busy rank would be waited for in vain."""
+    fakes = Fakes(joined=Round(9, (0, 1), (SMALL, theirs)), looks=10**9, late=1)
+    made = make(fakes)
+    for tokens in (SMALL, LARGE, MEDIUM):
+        made.begin_step(tokens)
+        made.end_step()
+    assert fakes.are_idle == (theirs == MEDIUM)
 
 
 def test_a_small_step_first_launches_what_it_owes_then_joins_again() -> None:
