@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_serve import Server
 from vllm.config import CUDAGraphMode
 from vllm.v1.outputs import AsyncModelRunnerOutput
@@ -30,6 +31,7 @@ from vllm_dwdp.counters import Stats
 from vllm_dwdp.dispatch import Dispatch, Limits
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import dispatching
+from vllm_dwdp.integration.binding import _in_parts
 from vllm_dwdp.integration.dispatching import HOST_PATIENCE_S, checked, dispatched_sizes, fit_to_round
 from vllm_dwdp.integration.helping import Helper
 from vllm_dwdp.integration.hooks import CHOOSE_GRAPH
@@ -660,6 +662,26 @@ def test_prompts_that_a_rank_that_decodes_goes_along_with_are_answered_as_by_sto
     assert first == second and len(first) >= 2 and max(sum(made.tokens) for made in first) > 256
     numbers = [made.number for made in first]
     assert all(later - sooner > 1 for sooner, later in itertools.pairwise(numbers))
+
+
+@pytest.mark.parametrize(("count", "parts"), [(4, [4]), (5, [3, 2]), (8, [4, 4])], ids=str)
+def test_a_round_of_more_rows_than_a_step_has_computes_shared_experts_once(count: int, parts: list[int]) -> None:
+    """With each part go the weights and ids of its rows; shared experts are for own rows, which are not parted."""
+    own, asked, computed = torch.randn(2, 3), [], []
+
+    def forward(
+        rows: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, shared_experts: Callable | None,
+        shared_experts_input: torch.Tensor,
+    ) -> torch.Tensor:
+        computed.append(len(rows))
+        if shared_experts is not None:
+            shared_experts(shared_experts_input)
+        return rows * topk_weights + topk_ids
+
+    rows, weights, ids = torch.randn(count, 3), torch.randn(count, 1), torch.arange(count).view(-1, 1)
+    given = dict(topk_weights=weights, topk_ids=ids, shared_experts=asked.append, shared_experts_input=own)
+    assert torch.equal(_in_parts(forward, rows, given, most=4), rows * weights + ids)
+    assert computed == parts and len(asked) == 1 and asked[0] is own
 
 
 @pytest.mark.parametrize("is_async", [False, True])
