@@ -240,8 +240,9 @@ def test_lost_handles(answers: bool, named: str) -> None:
     def hand_over_one(channel: Channel) -> None:
         channel.recv()
         channel.send(b"+")
-        with open(os.devnull) as sent:
-            socket.send_fds(channel.socket, [b"+"], [sent.fileno()])
+        sent = os.memfd_create("lost")
+        socket.send_fds(channel.socket, [b"+"], [sent])
+        os.close(sent)
         if not answers:
             time.sleep(2)
 
