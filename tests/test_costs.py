@@ -204,10 +204,32 @@ def test_what_reads_in_place_otherwise_does_so_alone_in_a_graph(monkeypatch) -> 
         assert limits and limits.alone_graph_tokens == (given or WITH_GRAPHS.in_place_max_tokens())
 
 
-def test_no_round_changes_what_is_asked_to_be_invariant(monkeypatch) -> None:
-    monkeypatch.setattr(dispatching.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
-    reason = dispatching.why_not(SimpleNamespace(), Options(size=2), SimpleNamespace(handle_kind="fd"), [])
-    assert reason and reason.startswith("VLLM_BATCH_INVARIANT=1: ")
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({}, None),
+        ({"dispatch": "off"}, "--dwdp-dispatch off"),
+        ({"handles": "fabric"}, "rounds are agreed within one host and one network"),
+        ({"routes": True}, "the expert kernel routes by itself"),
+        ({"invariant": True}, "VLLM_BATCH_INVARIANT=1: "),
+        ({"is_v2": False}, "vLLM's older model runner pads batches by itself"),
+        ({"is_v2": False, "eager": True}, None),
+        ({"is_v2": False, "mode": CUDAGraphMode.NONE}, None),
+    ],
+    ids=str,
+)
+def test_why_no_step_of_an_engine_dispatches(monkeypatch, given: dict, reason: str | None) -> None:
+    """One layer whose kernel routes by itself is enough; the older model runner pads graphs alone."""
+    monkeypatch.setattr(dispatching.envs, "VLLM_BATCH_INVARIANT", given.get("invariant", False), raising=False)
+    config = SimpleNamespace(
+        use_v2_model_runner=given.get("is_v2", True), model_config=SimpleNamespace(enforce_eager=given.get("eager", False)),
+        compilation_config=SimpleNamespace(cudagraph_mode=given.get("mode", CUDAGraphMode.FULL_AND_PIECEWISE)),
+    )
+    options, device = Options(size=2, dispatch=given.get("dispatch", "auto")), SimpleNamespace(handle_kind=given.get("handles", "fd"))
+    methods = [SimpleNamespace(is_monolithic=routes) for routes in (False, given.get("routes", False))]
+    layers = [SimpleNamespace(module=SimpleNamespace(quant_method=method)) for method in methods]
+    said = dispatching.why_not(config, options, device, layers)
+    assert said is None if reason is None else said and said.startswith(reason)
 
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_serve import Server
 from vllm.config import CUDAGraphMode
 from vllm.v1.outputs import AsyncModelRunnerOutput
@@ -30,6 +31,7 @@ from vllm_dwdp.counters import Stats
 from vllm_dwdp.dispatch import Dispatch
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import dispatching
+from vllm_dwdp.integration.binding import _in_parts
 from vllm_dwdp.integration.dispatching import HOST_PATIENCE_S, checked, dispatched_sizes, fit_to_round
 from vllm_dwdp.integration.helping import Helper
 from vllm_dwdp.integration.hooks import CHOOSE_GRAPH
@@ -82,6 +84,7 @@ class Fakes:
         return self._next("large", takes_s, *offered, otherwise=self._helped if num_tokens else None)
 
     def are_at_hand(self, are_idle: bool) -> bool:
+        self.are_idle = are_idle
         self._late -= 1
         return self._late < 0
 
@@ -221,6 +224,17 @@ def test_a_large_step_that_has_ended_stands_in_no_peers_way(looks: int, late: in
     said, large = [call for call in fakes.said() if call[0] != "look"], ("large", pytest.approx(takes_s, rel=0.01), MEDIUM, SPARE_S)
     assert said == [("check",), *([("large done",)] if takes_s < 14.0 else []), large]
     assert fakes.events == 2, "the driver frees none"
+
+
+@pytest.mark.parametrize("theirs", [6, MEDIUM], ids=["small", "large"])
+def test_after_a_round_with_a_large_step_the_next_one_counts_on_idle_ranks_alone(theirs: int) -> None:
+    """No small step goes with two large ones in a row: a busy rank would be waited for in vain."""
+    fakes = Fakes(joined=Round(9, (0, 1), (SMALL, theirs)), looks=10**9, late=1)
+    made = make(fakes)
+    for tokens in (SMALL, LARGE, MEDIUM):
+        made.begin_step(tokens)
+        made.end_step()
+    assert fakes.are_idle == (theirs == MEDIUM)
 
 
 def test_a_small_step_first_launches_what_it_owes_then_joins_again() -> None:
@@ -649,6 +663,26 @@ def test_prompts_that_a_rank_that_decodes_goes_along_with_are_answered_as_by_sto
     assert first == second and len(first) >= 2 and max(sum(made.tokens) for made in first) > 256
     numbers = [made.number for made in first]
     assert all(later - sooner > 1 for sooner, later in itertools.pairwise(numbers))
+
+
+@pytest.mark.parametrize(("count", "parts"), [(4, [4]), (5, [3, 2]), (8, [4, 4])], ids=str)
+def test_a_round_of_more_rows_than_a_step_has_computes_shared_experts_once(count: int, parts: list[int]) -> None:
+    """With each part go the weights and ids of its rows; shared experts are for own rows, which are not parted."""
+    own, asked, computed = torch.randn(2, 3), [], []
+
+    def forward(
+        rows: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, shared_experts: Callable | None,
+        shared_experts_input: torch.Tensor,
+    ) -> torch.Tensor:
+        computed.append(len(rows))
+        if shared_experts is not None:
+            shared_experts(shared_experts_input)
+        return rows * topk_weights + topk_ids
+
+    rows, weights, ids = torch.randn(count, 3), torch.randn(count, 1), torch.arange(count).view(-1, 1)
+    given = dict(topk_weights=weights, topk_ids=ids, shared_experts=asked.append, shared_experts_input=own)
+    assert torch.equal(_in_parts(forward, rows, given, most=4), rows * weights + ids)
+    assert computed == parts and len(asked) == 1 and asked[0] is own
 
 
 @pytest.mark.parametrize("is_async", [False, True])

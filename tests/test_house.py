@@ -9,9 +9,9 @@ import pytest
 from conftest import ROOT
 
 ROOMS = {"vllm_dwdp": "vllm_dwdp", "kernels": "vllm_dwdp.kernels", "entrypoints": "vllm_dwdp.entrypoints"}
-PURE = {"config", "errors", "placement", "layout", "schedule", "budget", "counters", "profiling", "costs"}
+PURE = {"config", "errors", "placement", "layout", "schedule", "budget", "counters", "costs"}
 MEMORY = {"kernels", "channel", "checkpoint", "descriptors", "launcher", "store", "records", "meeting", "inboxes", "slots", "weights",
-          "prefetch", "dispatch", "convoy", "rendezvous", "handover", "experts", "limits", "large_steps"}
+          "prefetch", "dispatch", "convoy", "rendezvous", "handover", "experts", "limits", "large_steps", "profiling"}
 LEVELS = {"pure": 0, "memory": 1, "assembly": 2, "integration": 3, "entrypoints": 4}
 
 
@@ -64,6 +64,14 @@ def test_only_two_rooms_know_vllm() -> None:
 def test_no_arrow_upwards() -> None:
     arrows = [(name, used) for name in MODULES if name != "vllm_dwdp" for used in ours(name)]
     assert len(arrows) > 30 and not [(name, used) for name, used in arrows if level(used) > level(name)]
+
+
+def test_pure_modules_know_no_torch() -> None:
+    """Nor what knows it, but as a type."""
+    pure = {f"vllm_dwdp.{room}" for room in PURE}
+    assert pure <= set(MODULES)
+    assert not {(name, found) for name in pure for found in imports(name) if found.split(".")[0] == "torch"}
+    assert not {(name, used) for name in pure for used in ours(name) - pure}
 
 
 def test_no_circle() -> None:

@@ -1,5 +1,6 @@
 """Invariant: ranks in processes of their own meet on one page; whoever is killed or stopped leaves the others going, in bounded time."""
 
+import functools
 import math
 import multiprocessing
 import os
@@ -141,16 +142,50 @@ def test_idle_rank_helps_before_its_own_step(pair) -> None:
     assert b.stats.helper_rounds == 1
 
 
-@pytest.mark.parametrize("was", ["busy", "idle"])
+@pytest.mark.parametrize("was", ["busy", "idle", "large"])
 @pytest.mark.parametrize("step", ["large", "leave", "close"])
 def test_no_wait_for_who_does_not_come(pair, step: str, was: str) -> None:
     """Nor is it counted on."""
     a, b = pair
-    b.join(1, 0) if was == "busy" else b.idle()
+    {"busy": functools.partial(b.join, 1, 0), "idle": b.idle, "large": functools.partial(b.large, 0.5)}[was]()
     assert getattr(b, step)() is None
+    assert not a.has_company(5) and not a.are_at_hand()
     began = time.monotonic()
     assert a.join(1, 5) is None
     assert time.monotonic() - began < 0.05
+
+
+@pytest.mark.parametrize("was", ["busy", "large"])
+def test_who_dies_while_it_is_waited_for_is_waited_for_no_longer(pair, was: str) -> None:
+    """It says nothing on the page: who waits looks."""
+    a, b = pair
+    b.join(1, 0) if was == "busy" else b.large(4)
+    death = threading.Timer(0.1, b.close)
+    began = time.monotonic()
+    death.start()
+    assert a.join(1, 5) is None
+    assert 0.1 <= time.monotonic() - began < 0.6 and a.stats.timeouts == [0, 0]
+    death.join()
+
+
+def test_a_device_that_stays_at_work_is_waited_for_within_a_bound(pair, monkeypatch) -> None:
+    """Then patience counts as if it had ended."""
+    a, b = pair
+    monkeypatch.setattr(page, "WORK_S", 0.1)
+    b.join(1, 0)
+    began = time.monotonic()
+    assert a.join(1, 0.1, is_at_work=lambda: time.monotonic() < began + 2) is None
+    assert 0.2 <= time.monotonic() - began < 1
+
+
+def test_who_has_no_patience_blames_nobody(pair) -> None:
+    """Time-outs are of peers that were waited for in vain; the end of a large step may be missed by who waits for it alone."""
+    a, b = pair
+    b.join(1, 0)
+    assert a.join(1, 0) is None
+    b.large(0.02)
+    assert a.join(1, 0, 0.05) is None
+    assert a.stats.timeouts == [0, 0]
 
 
 def test_company_is_who_may_be_met_when_the_own_large_step_ends(pair) -> None:
@@ -272,6 +307,17 @@ def test_stopped_with_the_lock(pair, monkeypatch) -> None:
     assert b.join(9, 5) is None
     with pytest.raises(PermissionError):
         os.pwrite(b._fd, b"x", 0)
+
+
+def test_nobody_is_met_on_a_sealed_page(pair) -> None:
+    """Whatever it said last."""
+    a, b = pair
+    b.idle()
+    assert a.has_company(0) and a.are_at_hand()
+    page.seal(a._fd)
+    a.expect()
+    assert b.is_alive(0) and a.is_alive(1) and a._states()[1] == State.IDLE
+    assert not a.has_company(10) and not a.are_at_hand() and not a.are_at_hand(are_idle=True)
 
 
 @pytest.mark.parametrize("then", ["leave", "expect"])

@@ -103,6 +103,37 @@ def test_interleave(size: int, rank: int, slice_bytes: int, data: st.DataObject)
         assert max(map(len, order)) <= slice_bytes
 
 
+@pytest.mark.parametrize(
+    ("slice_bytes", "order"),
+    [(0, [(2, 4), (6, 9), (0, 2), (4, 6)]), (2, [(2, 4), (0, 2), (6, 8), (4, 6), (8, 9)]), (9, [(2, 4), (0, 2), (6, 9), (4, 6)])],
+    ids=str,
+)
+def test_whole_ranges_come_source_by_source_and_slices_by_turns(slice_bytes: int, order: list[tuple[int, int]]) -> None:
+    """On rank 1 of 3."""
+    pieces = [(0, range(2)), (2, range(2, 4)), (0, range(4, 6)), (2, range(6, 9))]
+    assert interleave(pieces, 1, 3, slice_bytes) == [range(*span) for span in order]
+
+
+@pytest.mark.parametrize(
+    ("reader", "owners", "server"), [(0, [1, 2], 1), (3, [0, 1], 0), (2, [0, 1], 0), (2, [0, 1, 3], 3), (1, [0, 2, 3], 2), (1, [0], 0)],
+    ids=str,
+)
+def test_the_first_owner_after_a_reader_serves_it(reader: int, owners: list[int], server: int) -> None:
+    """Counting round, in whatever order owners are named."""
+    placement = Placement(num_experts=8, size=4, experts_per_rank=4)
+    assert placement.server(reader, owners) == placement.server(reader, owners[::-1]) == server
+
+
+@pytest.mark.parametrize(
+    ("rank", "residents", "held"),
+    [(1, 0, (4, 8)), (1, 2, (3, 9)), (1, 3, (3, 10)), (0, 2, (0, 6)), (2, 3, (5, 12)), (1, 7, (1, 12)), (1, 12, (0, 12))],
+    ids=str,
+)
+def test_residents_are_held_on_both_sides_of_the_owned(rank: int, residents: int, held: tuple[int, int]) -> None:
+    """Of 12 experts on three ranks; at an end of the layer all are on the other side."""
+    assert Placement(num_experts=12, size=3).held(rank, residents) == range(*held)
+
+
 @given(st.integers(0, 500), st.integers(1, 60))
 def test_residents_are_spread(total: int, num_layers: int) -> None:
     """The longest remaining prefetch is as short as the memory allows."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import os
 import resource
 import socket
@@ -17,6 +18,7 @@ import pytest
 
 from vllm_dwdp import descriptors, rendezvous
 from vllm_dwdp.channel import Channel, Listener, name, parse
+from vllm_dwdp.config import Options
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.handover import PeerClient, PeerServer
 from vllm_dwdp.kernels.host import HostDevice
@@ -151,11 +153,43 @@ def test_the_host_stays_until_its_peers_have_heard() -> None:
     assert time.monotonic() - start < 2, "the peer has said that it stopped"
 
 
+@pytest.mark.parametrize(("timeout_s", "until_s"), [(1.0, math.inf), (60.0, 1.0)], ids=["timeout", "vLLM gives up"])
 @pytest.mark.parametrize("address", [("127.0.0.1", 1), "\0vllm-dwdp-nobody"], ids=["TCP", "Unix"])
-def test_nobody_there(address) -> None:
+def test_nobody_there(address, timeout_s: float, until_s: float) -> None:
     """A rank that finds no store says where it looked, how long, and who should have opened it."""
+    until_s += time.monotonic()
     with pytest.raises(DWDPError, match=f"no rendezvous at {name(address)} within 1 s: rank 0 opens it"):
-        Group.connect(rank=1, size=2, address=address, secret=b"s", timeout_s=1.0)
+        Group.connect(rank=1, size=2, address=address, secret=b"s", timeout_s=timeout_s, until_s=until_s)
+
+
+@pytest.fixture
+def engine_of_2_s(monkeypatch):
+    """`joining`, where this process was started 2 s ago."""
+    from vllm_dwdp.integration import joining
+
+    started = time.time() - 2
+    monkeypatch.setattr(joining.psutil.Process, "create_time", lambda _: started)
+    return joining
+
+
+@pytest.mark.parametrize(("servers", "timeout_s", "ends_in_s"), [(1, 4, math.inf), (2, 4, 1), (2, 600, 588)])
+def test_when_vllm_gives_up(monkeypatch, engine_of_2_s, servers: int, timeout_s: int, ends_in_s: float) -> None:
+    """Several API servers do, less a margin, so long after the engine's start; a single one waits on."""
+    monkeypatch.setattr(engine_of_2_s.envs, "VLLM_ENGINE_READY_TIMEOUT_S", timeout_s, raising=False)
+    found = engine_of_2_s.vllm_gives_up_at(SimpleNamespace(_api_process_count=servers))
+    assert found == pytest.approx(time.monotonic() + ends_in_s, abs=0.2)
+
+
+def test_a_wait_for_a_peer_ends_before_vllm_gives_up(monkeypatch, engine_of_2_s) -> None:
+    """vLLM would name nobody."""
+    monkeypatch.setattr(engine_of_2_s.envs, "VLLM_ENGINE_READY_TIMEOUT_S", 4, raising=False)
+    began, config = time.monotonic(), SimpleNamespace(parallel_config=SimpleNamespace(_api_process_count=2))
+    group = engine_of_2_s.connect(config, Options(rendezvous=f"127.0.0.1:{free_port()}"), 0, 2)
+    said = "rank 0 waits for rank 1 to say 'hello': nothing within 1 s, when vLLM gives up too; .* or raise VLLM_ENGINE_READY_TIMEOUT_S"
+    with pytest.raises(DWDPError, match=said):
+        group.gather("hello", 0)
+    assert time.monotonic() - began < 4 - 2
+    group.close()
 
 
 class Peer:
@@ -240,8 +274,9 @@ def test_lost_handles(answers: bool, named: str) -> None:
     def hand_over_one(channel: Channel) -> None:
         channel.recv()
         channel.send(b"+")
-        with open(os.devnull) as sent:
-            socket.send_fds(channel.socket, [b"+"], [sent.fileno()])
+        sent = os.memfd_create("lost")
+        socket.send_fds(channel.socket, [b"+"], [sent])
+        os.close(sent)
         if not answers:
             time.sleep(2)
 

@@ -3,6 +3,7 @@
 The same bodies run over shared memory here and, marked `gpu`, over CUDA memory with ranks dealt out to the GPUs.
 """
 
+import itertools
 import os
 import signal
 import socket
@@ -11,19 +12,23 @@ import traceback
 import pytest
 import torch
 
-from vllm_dwdp.budget import LayerSize
+from vllm_dwdp.assembly import Loaded, assemble
+from vllm_dwdp.budget import LayerSize, Limit
+from vllm_dwdp.config import Options
 from vllm_dwdp.descriptors import needed
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.experts import ExpertLayer
 from vllm_dwdp.handover import import_shards, replicate
+from vllm_dwdp.kernels.device import Block
 from vllm_dwdp.layout import Layout
+from vllm_dwdp.limits import Limits
 from vllm_dwdp.placement import Placement
 from vllm_dwdp.prefetch import Prefetcher
 from vllm_dwdp.rendezvous import Group
 from vllm_dwdp.schedule import DIRECT, DISPATCHED, STREAMED, Schedule
 from vllm_dwdp.weights import FullTensor, LayerWeights, Slots, TensorSpec
 
-from harness import CONTEXT, free_port
+from harness import CONTEXT, await_that, free_port
 
 SMALL = {1: torch.float32, 33: torch.bfloat16, 12: torch.float8_e4m3fn, 600_000: torch.float32}  # values a row: dtype
 DEVICES = ["host", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -163,6 +168,30 @@ def check_replicas(rank: int, size: int, port: int, kind: str) -> None:
     group.settle()
 
 
+def fail_to_assemble(rank: int, size: int, port: int, kind: str, at: int, dispatches: bool) -> None:
+    """After `at` blocks there is no memory left on rank 1."""
+    def allocate(nbytes: int) -> Block:
+        if rank == 1 and next(made) == at:
+            raise DWDPError("no memory left")
+        return type(device).allocate(device, nbytes)
+
+    device, placement, made, layers = make_device(kind, rank), Placement(num_experts=6, size=size), itertools.count(), []
+    device.allocate = allocate
+    for name in ("layer0", "layer1", "layer2"):
+        module = torch.nn.Module()
+        module.register_parameter("w", torch.nn.Parameter(torch.ones(3, 1500), requires_grad=False))
+        shape = dict(hidden_size=4, top_k=2, itemsize=2)
+        layers.append(ExpertLayer(name=name, module=module, placement=placement, streamed=("w",), replicated=(), **shape))
+    seconds = dict.fromkeys(("patience_s", "helped_s", "alone_s", "spare_s"), lambda _: 0.0)
+    steps = Limits(max_tokens=4, helped_max_tokens=4, most_rows=8, graph_sizes=[], alone_graph_tokens=0, **seconds)
+    limit, before = Limit(gpu_memory_utilization=1.0, kv_cache_memory_bytes=None), len(os.listdir("/proc/self/fd"))
+    group = Group.connect(rank=rank, size=size, address=("127.0.0.1", port), secret=b"", timeout_s=60)
+    with pytest.raises(DWDPError, match="no memory left"), group.reporting():
+        assemble(Loaded(layers=layers, samples={}), group, device, Options(size=size), limit, steps if dispatches else None)
+    assert device.allocated_bytes == 0
+    await_that(lambda: len(os.listdir("/proc/self/fd")) <= before, "sockets and handles to be closed", 3)
+
+
 def write_once(rank: int, size: int, port: int, kind: str, view: str, expert: int) -> None:
     """Rank 0 writes into an expert through a view: 0 is its own, 3 the peer's."""
     shards = Shards(rank, size, port, kind, num_experts=4, rows={"w": 4096})
@@ -291,6 +320,18 @@ def check_graphs(rank: int, size: int, port: int, kind: str, pieces: int, **shap
 def test_graphs_stream(size: int, shape: dict, pieces: int) -> None:
     """Replays read every layer's own bytes, one after the other and between eager forwards, whole or in pieces."""
     run(check_graphs, size, "cuda", pieces=pieces, **shape)
+
+
+@pytest.mark.parametrize(
+    ("at", "dispatches"),
+    [
+        pytest.param(1, True, id="first layer"), pytest.param(5, True, id="last layer"), pytest.param(7, False, id="second slot"),
+        pytest.param(8, True, id="inbox"),
+    ],
+)
+def test_nothing_is_left_of_what_cannot_be_assembled(at: int, dispatches: bool) -> None:
+    """On no rank: the peer stops for the same reason."""
+    run(fail_to_assemble, 2, "host", at=at, dispatches=dispatches)
 
 
 @pytest.mark.parametrize("kind", DEVICES)

@@ -5,7 +5,7 @@ An inbox holds activations of requests, never weights; it is the one memory that
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vllm_dwdp.handover import serving
@@ -27,13 +27,13 @@ def open_inboxes(
     block = device.allocate(nbytes)
     undo.callback(block.close)
     device.zero(block)
-    page = create(group.size) if group.rank == 0 else -1
+    pages = [create(group.size)] if group.rank == 0 else []
 
     def handles(_: int) -> list[Any]:
-        return [device.export(block, writable=True), *([os.dup(page)] if page >= 0 else [])]
+        return [device.export(block, writable=True), *map(os.dup, pages)]
 
     regions = []
-    with serving(group, "inboxes", handles=handles) as peers:
+    with _closing(pages), serving(group, "inboxes", handles=handles) as peers:
         for rank in range(group.size):
             region = device.reserve(nbytes)
             undo.callback(region.close)
@@ -46,11 +46,20 @@ def open_inboxes(
                 undo.callback(inbox.close)
                 region.map(0, inbox, writable=True)
                 if rank == 0:
-                    page = os.dup(fds[1])
-        meeting = Meeting(page, group.rank, group.size)
+                    pages.append(os.dup(fds[1]))
+        meeting = Meeting(pages[0], group.rank, group.size)
         undo.callback(meeting.close)
-    os.close(page)
     owners = [owners_of(tuple(p.owned(rank) for rank in range(group.size)), p.num_experts) for p in placements]
     tokens = device.tokens(group.rank, at, [region.address for region in regions], owners, meeting.is_alive)
     undo.callback(tokens.close)
     return block, tokens, meeting
+
+
+@contextlib.contextmanager
+def _closing(fds: list[int]) -> Iterator[None]:
+    """Close what is in `fds` in the end."""
+    try:
+        yield
+    finally:
+        for fd in fds:
+            os.close(fd)
