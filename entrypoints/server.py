@@ -5,7 +5,9 @@ import http.client
 import json
 import os
 import re
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,8 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
-
-from vllm_dwdp.channel import free_port
 
 if TYPE_CHECKING:  # from Python 3.11
     from typing import Self
@@ -164,3 +164,18 @@ def session_members(session: int) -> list[psutil.Process]:
             if mine and process.status() != psutil.STATUS_ZOMBIE:
                 members.append(process)
     return members
+
+
+_given: set[int] = set()
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface below those that the kernel hands out by itself; another one each time."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    lowest, highest = (first // 2, first) if first > 2048 else (20_000, 30_000)  # some hosts' kernels hand out nearly all
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port := lowest + secrets.randbelow(highest - lowest)))
+            if port not in _given:
+                _given.add(port)
+                return port

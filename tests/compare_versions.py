@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from vllm_dwdp.channel import free_port
+from vllm_dwdp.entrypoints.server import free_port
 
 SIZE, PROMPTS, LENGTH, LAYERS, STEP, TURNS = 2, 16, 8192, 12, 16384, 30
 RANK = """

@@ -22,8 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from vllm_dwdp.channel import free_port
-from vllm_dwdp.entrypoints.server import QUIT_S, VLLM, Server, Session, SessionFailure
+from vllm_dwdp.entrypoints.server import QUIT_S, VLLM, Server, Session, SessionFailure, free_port
 
 import conftest  # vLLM's environment
 from harness import ARGUMENTS, WORKERS, await_that

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_dwdp.channel import free_port
+from vllm_dwdp.entrypoints.server import free_port
 
 GPUS = len(list(Path("/dev").glob("nvidia[0-9]*")))
 CONTEXT = multiprocessing.get_context("forkserver")

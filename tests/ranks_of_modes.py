@@ -7,10 +7,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from vllm_dwdp.channel import free_port
 from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, visible_devices
 from vllm_dwdp.entrypoints.bench.rank import Rank
-from vllm_dwdp.entrypoints.server import kill_session
+from vllm_dwdp.entrypoints.server import free_port, kill_session
 
 LOAD_S, ASK_S, END_S = 200, 60, 10
 

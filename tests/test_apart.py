@@ -7,7 +7,8 @@ from vllm.config import MultiModalConfig, ParallelConfig
 from vllm.multimodal import cache
 from vllm.multimodal.cache import factories
 
-from vllm_dwdp.integration import launch, worker
+from vllm_dwdp.integration import worker
+from vllm_dwdp.integration.engine import make_independent
 
 
 @pytest.mark.parametrize("kind", ["lru", "shm"])
@@ -28,7 +29,7 @@ def test_both_halves_of_the_multimodal_cache_are_there_or_neither(kind: str, par
     )
     vllm_config = types.SimpleNamespace(model_config=model, parallel_config=ParallelConfig(**parallel))
     assert factories._get_cache_type(vllm_config) == (kind if is_shared else "processor_only")
-    launch.make_independent(vllm_config)
+    make_independent(vllm_config)
     assert factories._get_cache_type(vllm_config) == (kind if is_shared else None)
     if not is_shared:
         assert cache.engine_receiver_cache_from_config(vllm_config) is None
@@ -39,7 +40,7 @@ def test_threads_are_shared_with_the_ranks_of_the_host() -> None:
     """An independent rank has size 1 and rank 0 for vLLM, but not the whole host."""
     parallel = ParallelConfig(data_parallel_size=4, data_parallel_size_local=2, data_parallel_rank=3)
     model = types.SimpleNamespace(multimodal_config=None)
-    assert launch.make_independent(types.SimpleNamespace(model_config=model, parallel_config=parallel)) == 3
+    assert make_independent(types.SimpleNamespace(model_config=model, parallel_config=parallel)) == 3
     assert (parallel.data_parallel_size, parallel.data_parallel_rank, parallel.data_parallel_size_local) == (1, 0, 2)
 
 

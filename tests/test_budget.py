@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_dwdp.budget import GIB, LayerSize, Limit, announce, cache_bytes, describe_cache, plan_cache, table
+from vllm_dwdp.budget import GIB, LayerSize, MemoryLimit, announce, cache_bytes, describe_cache, plan_cache, table
 from vllm_dwdp.config import Options
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.placement import Placement
 
 LAYERS = [LayerSize(placement=Placement(num_experts=128, size=2), expert_bytes=[6 << 20, 3 << 20])] * 48
 REMOTE = 64 * (9 << 20)  # bytes of a layer
-LIMIT = Limit(gpu_memory_utilization=0.9, kv_cache_memory_bytes=None)
+LIMIT = MemoryLimit(gpu_memory_utilization=0.9, kv_cache_memory_bytes=None)
 
 
 def device(free_gib: float, others_gib: float = 0) -> SimpleNamespace:
@@ -37,10 +37,10 @@ def test_room() -> None:
 def test_engines_that_share_a_device() -> None:
     """What others hold is not this engine's share; a KV cache given in bytes replaces the share, as it does in vLLM."""
     auto = Options(size=2, cache_gib="auto", cache_floor_gib=0)
-    quarter = Limit(gpu_memory_utilization=0.25, kv_cache_memory_bytes=None)
+    quarter = MemoryLimit(gpu_memory_utilization=0.25, kv_cache_memory_bytes=None)
     assert abs(cache_bytes(LAYERS, device(40, others_gib=30), auto, quarter) - (10 * GIB - 2 * REMOTE)) <= 1
     assert abs(cache_bytes(LAYERS, device(5, others_gib=70), auto, quarter) - (5 * GIB - 2 * REMOTE)) <= 1
-    given = Limit(gpu_memory_utilization=0.1, kv_cache_memory_bytes=8 * GIB)
+    given = MemoryLimit(gpu_memory_utilization=0.1, kv_cache_memory_bytes=8 * GIB)
     assert abs(cache_bytes(LAYERS, device(20, others_gib=50), auto, given) - (12 * GIB - 2 * REMOTE)) <= 1
     with pytest.raises(DWDPError, match=r"kv_cache_memory_bytes=8589934592: the largest cache that does is --dwdp-cache-gib 10.87"):
         cache_bytes(LAYERS, device(20), Options(size=2, cache_gib=12), given)

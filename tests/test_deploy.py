@@ -10,8 +10,8 @@ import sys
 import pytest
 import yaml
 
-from vllm_dwdp.channel import free_port
 from vllm_dwdp.entrypoints import cli
+from vllm_dwdp.entrypoints.server import free_port
 
 from conftest import ROOT
 from harness import ENGINE, refuse_unmarked

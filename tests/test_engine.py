@@ -14,6 +14,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm_dwdp import config
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import launch, watchdog, worker
+from vllm_dwdp.integration.engine import IndependentEngineCore
 from vllm_dwdp.kernels.tokens import did_not_come
 
 
@@ -32,8 +33,8 @@ class OtherExecutor:
     collective_rpc, __init__ = Executor.collective_rpc, Executor.__init__
 
 
-def engine(executor: Any, **attributes: Any) -> launch.IndependentEngineCore:
-    made = object.__new__(launch.IndependentEngineCore)
+def engine(executor: Any, **attributes: Any) -> IndependentEngineCore:
+    made = object.__new__(IndependentEngineCore)
     scheduler = types.SimpleNamespace(has_requests=lambda: False)
     given = dict(engines_running=False, batch_queue=None, _meets=True, _expected=None) | attributes
     vars(made).update(model_executor=executor, scheduler=scheduler, output_queue=queue.Queue(), post_step=lambda _: None, **given)
@@ -145,7 +146,7 @@ def test_every_rank_s_engine_helps(monkeypatch: pytest.MonkeyPatch, size: int) -
     before = core.EngineCoreProc, core.DPEngineCoreProc
     with pytest.raises(KeyError):
         launch.run_engine_core(vllm_config=given, dp_rank=0)
-    assert made == [(launch.IndependentEngineCore, 0)] and before == (core.EngineCoreProc, core.DPEngineCoreProc)
+    assert made == [(IndependentEngineCore, 0)] and before == (core.EngineCoreProc, core.DPEngineCoreProc)
 
 
 @pytest.mark.parametrize(("is_on", "code", "status"), [(True, None, 143), (True, 0, 143), (True, 3, 3), (False, 0, 0)])

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 ROOMS = {"vllm_dwdp": "vllm_dwdp", "kernels": "vllm_dwdp.kernels", "entrypoints": "vllm_dwdp.entrypoints"}
-PURE = {"config", "errors", "placement", "layout", "schedule", "budget", "counters", "costs"}
+PURE = {"config", "errors", "placement", "layout", "schedule", "budget", "counters", "costs", "manifests"}
 MEMORY = {"kernels", "channel", "checkpoint", "descriptors", "launcher", "store", "records", "meeting", "inboxes", "slots", "weights",
           "prefetch", "dispatch", "convoy", "rendezvous", "handover", "experts", "limits", "large_steps", "profiling"}
 LEVELS = {"pure": 0, "memory": 1, "assembly": 2, "integration": 3, "entrypoints": 4}

@@ -13,8 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vllm_dwdp import channel, config, launcher
-from vllm_dwdp.channel import free_port, private
+from vllm_dwdp import config, launcher
+from vllm_dwdp.channel import private
+from vllm_dwdp.entrypoints import server
+from vllm_dwdp.entrypoints.server import free_port
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import commands
 
@@ -164,9 +166,9 @@ def test_a_free_port_stays_free() -> None:
 def test_no_port_is_given_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that listens where the launcher of its other ranks does answers nobody."""
     numbers = (number // 2 for number in itertools.count())  # each twice
-    monkeypatch.setattr(channel, "_given", set())
-    monkeypatch.setattr(channel.secrets, "randbelow", lambda _: next(numbers))
-    assert len({channel.free_port() for _ in range(3)}) == 3
+    monkeypatch.setattr(server, "_given", set())
+    monkeypatch.setattr(server.secrets, "randbelow", lambda _: next(numbers))
+    assert len({free_port() for _ in range(3)}) == 3
 
 
 def test_servers_of_a_supervisor_meet_by_its_secret(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_dwdp.channel import free_port
+from vllm_dwdp.entrypoints.server import free_port
 from vllm_dwdp.integration import checks
 
 import forks

@@ -17,8 +17,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import FinishReason
 from vllm.v1.engine.output_processor import RequestState
 
-from vllm_dwdp.channel import free_port
-from vllm_dwdp.entrypoints.server import VLLM
+from vllm_dwdp.entrypoints.server import VLLM, free_port
 from vllm_dwdp.integration import remote
 
 from forks import ForkedServer, ForkedSession

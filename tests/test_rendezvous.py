@@ -22,7 +22,8 @@ from vllm_dwdp.config import Options
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.handover import PeerClient, PeerServer
 from vllm_dwdp.kernels.host import HostDevice
-from vllm_dwdp.rendezvous import Group, Hello, PeerStopped, agree, agree_where_common
+from vllm_dwdp.manifests import Hello
+from vllm_dwdp.rendezvous import Group, PeerStopped, agree, agree_where_common
 
 from harness import await_that, free_port
 

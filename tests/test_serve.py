@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_dwdp.channel import free_port
 from vllm_dwdp.entrypoints import server
-from vllm_dwdp.entrypoints.server import QUIT_S
+from vllm_dwdp.entrypoints.server import QUIT_S, free_port
 from vllm_dwdp.integration.metrics import UPDATE_S
 
 import forks

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vllm_dwdp.assembly import Loaded, assemble
-from vllm_dwdp.budget import LayerSize, Limit
+from vllm_dwdp.budget import LayerSize, MemoryLimit
 from vllm_dwdp.config import Options
 from vllm_dwdp.descriptors import needed
 from vllm_dwdp.errors import DWDPError
@@ -184,7 +184,7 @@ def fail_to_assemble(rank: int, size: int, port: int, kind: str, at: int, dispat
         layers.append(ExpertLayer(name=name, module=module, placement=placement, streamed=("w",), replicated=(), **shape))
     seconds = dict.fromkeys(("patience_s", "helped_s", "alone_s", "spare_s"), lambda _: 0.0)
     steps = Limits(max_tokens=4, helped_max_tokens=4, most_rows=8, graph_sizes=[], alone_graph_tokens=0, **seconds)
-    limit, before = Limit(gpu_memory_utilization=1.0, kv_cache_memory_bytes=None), len(os.listdir("/proc/self/fd"))
+    limit, before = MemoryLimit(gpu_memory_utilization=1.0, kv_cache_memory_bytes=None), len(os.listdir("/proc/self/fd"))
     group = Group.connect(rank=rank, size=size, address=("127.0.0.1", port), secret=b"", timeout_s=60)
     with pytest.raises(DWDPError, match="no memory left"), group.reporting():
         assemble(Loaded(layers=layers, samples={}), group, device, Options(size=size), limit, steps if dispatches else None)

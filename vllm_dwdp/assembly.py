@@ -23,8 +23,9 @@ from vllm_dwdp.inboxes import open_inboxes
 from vllm_dwdp.kernels.device import Device
 from vllm_dwdp.kernels.tokens import InboxMap
 from vllm_dwdp.limits import Limits
+from vllm_dwdp.manifests import Manifest
 from vllm_dwdp.prefetch import Prefetcher
-from vllm_dwdp.rendezvous import Group, Manifest, agree_where_common
+from vllm_dwdp.rendezvous import Group, agree_where_common
 from vllm_dwdp.rendezvous import agree as agree_on
 from vllm_dwdp.schedule import Schedule
 from vllm_dwdp.weights import FullTensor, LayerWeights, Slots
@@ -40,7 +41,7 @@ class Means:
     group: Group
     device: Device
     options: Options
-    limit: budget.Limit
+    limit: budget.MemoryLimit
     steps: Limits | None
     undo: contextlib.ExitStack
 
@@ -149,7 +150,7 @@ class StreamedModel:
 
 
 def assemble(
-    loaded: Loaded, group: Group, device: Device, options: Options, limit: budget.Limit, steps: Limits | None
+    loaded: Loaded, group: Group, device: Device, options: Options, limit: budget.MemoryLimit, steps: Limits | None
 ) -> StreamedModel:
     """Go through all phases. `steps` are those that dispatch, None for none. Source weights are freed layer by layer.
 

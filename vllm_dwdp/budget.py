@@ -32,7 +32,7 @@ class LayerSize:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Limit:
+class MemoryLimit:
     """What vLLM lets this engine take: a part of the device or, where the KV cache's bytes are given, all but those."""
 
     gpu_memory_utilization: float
@@ -51,7 +51,7 @@ class Limit:
 
 
 def cache_bytes(
-    layers: Sequence[LayerSize], device: "Device", options: Options, limit: Limit, inbox_bytes: int = 0
+    layers: Sequence[LayerSize], device: "Device", options: Options, limit: MemoryLimit, inbox_bytes: int = 0
 ) -> int:
     """Bytes of cache that `cache_gib` asks for and that fit beside the shard, which is allocated, slots and inbox.
 

@@ -14,7 +14,6 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from vllm_dwdp.errors import DWDPError
 
@@ -218,18 +217,3 @@ def _read(connection: socket.socket, nbytes: int) -> bytes:
 
 def _sign(secret: bytes, role: bytes, server_nonce: bytes, client_nonce: bytes) -> bytes:
     return hmac.digest(secret, role + server_nonce + client_nonce, hashlib.sha256)
-
-
-_given: set[int] = set()
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface below those that the kernel hands out by itself; another one each time."""
-    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    lowest, highest = (first // 2, first) if first > 2048 else (20_000, 30_000)  # some hosts' kernels hand out nearly all
-    while True:
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port := lowest + secrets.randbelow(highest - lowest)))
-            if port not in _given:
-                _given.add(port)
-                return port

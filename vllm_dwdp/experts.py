@@ -9,8 +9,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from vllm_dwdp.budget import LayerSize
 from vllm_dwdp.layout import Layout
+from vllm_dwdp.manifests import LayerManifest, TensorManifest
 from vllm_dwdp.placement import Placement
-from vllm_dwdp.rendezvous import LayerManifest, TensorManifest
 from vllm_dwdp.weights import TensorSpec
 
 

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from vllm_dwdp.kernels.tokens import FEW
-from vllm_dwdp.rendezvous import DispatchManifest
+from vllm_dwdp.manifests import DispatchManifest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -25,58 +25,6 @@ REPORT_S = 15.0
 READY_TIMEOUT = "VLLM_ENGINE_READY_TIMEOUT_S"
 _FAREWELL_S = 5.0
 _RETRY_S = 0.2
-
-
-class Hello(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank says of itself before it loads. All of it must be alike but `OWN`."""
-
-    OWN: ClassVar = ("rank", "host", "boot", "network", "device_name", "handles")
-
-    rank: int
-    size: int
-    plugin: str
-    vllm: str
-    model: dict[str, Any]
-    options: dict[str, Any]
-    device: str
-    host: str
-    boot: str  # id of the running kernel: containers have host names of their own
-    network: int  # namespace
-    device_name: str
-    handles: str
-
-
-class TensorManifest(msgspec.Struct, frozen=True, kw_only=True):
-    """One expert tensor of one layer: its shape and strides (elements) for a single expert, and how it is held."""
-
-    name: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: str
-    streamed: bool
-
-
-class LayerManifest(msgspec.Struct, frozen=True, kw_only=True):
-    name: str
-    num_experts: int
-    residents: int
-    tensors: list[TensorManifest]
-
-
-class DispatchManifest(msgspec.Struct, frozen=True, kw_only=True):
-    """Which steps a rank dispatches: the largest, whose rows an inbox has, and the rows of its graphs."""
-
-    dispatch_max_tokens: int
-    helped_max_tokens: int
-    cudagraph_capture_sizes: list[int]
-
-
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank has loaded. `dispatch` is None where no step dispatches."""
-
-    page_bytes: int
-    layers: list[LayerManifest]
-    dispatch: DispatchManifest | None
 
 
 class PeerStopped(DWDPError):

@@ -9,7 +9,6 @@ from typing import Any
 
 import msgspec
 
-from vllm_dwdp.channel import free_port
 from vllm_dwdp.entrypoints.bench.checks import refuse_impossible
 from vllm_dwdp.entrypoints.bench.comparison import Comparison
 from vllm_dwdp.entrypoints.bench.engines import EngineFailure, Engines
@@ -19,6 +18,7 @@ from vllm_dwdp.entrypoints.bench.rank import Held
 from vllm_dwdp.entrypoints.bench.report import FORMATS, POINTS, UNITS, Reading, chart, less, reading, summarize, table, total
 from vllm_dwdp.entrypoints.bench.room import too_large
 from vllm_dwdp.entrypoints.plan.model import load
+from vllm_dwdp.entrypoints.server import free_port
 from vllm_dwdp.errors import DWDPError
 
 WARMUP_STEPS = 2

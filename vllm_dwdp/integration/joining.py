@@ -25,7 +25,8 @@ from vllm_dwdp import checkpoint, config
 from vllm_dwdp.channel import TOGETHER, TOKEN, Address, name, parse, private, together
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.kernels.device import Device
-from vllm_dwdp.rendezvous import Group, Hello, agree, demand_alike
+from vllm_dwdp.manifests import Hello
+from vllm_dwdp.rendezvous import Group, agree, demand_alike
 
 logger = init_logger("vllm.dwdp.joining")
 

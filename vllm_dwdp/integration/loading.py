@@ -214,7 +214,7 @@ def describe(layer: RoutedExperts, placement: Placement, rank: int, *, is_draft:
     )
 
 
-def refuse_oversize(shards: Shards, rank: int, device: Device, options: Options, limit: budget.Limit) -> None:
+def refuse_oversize(shards: Shards, rank: int, device: Device, options: Options, limit: budget.MemoryLimit) -> None:
     """Raises DWDPError when slots or cache will not fit beside the shards, whose memory the layers have taken already,
     or when memory needs more descriptors than this process may have.
 

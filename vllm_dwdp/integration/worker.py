@@ -16,7 +16,7 @@ from vllm.model_executor.offloader import set_offloader
 from vllm.platforms import current_platform
 
 from vllm_dwdp import assembly, config, descriptors, launcher
-from vllm_dwdp.budget import Limit
+from vllm_dwdp.budget import MemoryLimit
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import binding, checks, dispatching, helping, joining, loading, metrics
 from vllm_dwdp.integration.graphs import GraphHooks, fit_graphs
@@ -67,7 +67,7 @@ class DWDPWorker(PlatformWorker):
         with group.reporting(), descriptors.named():
             joining.meet(group, self.vllm_config, options, device)
             cache = self.vllm_config.cache_config
-            limit = Limit(
+            limit = MemoryLimit(
                 gpu_memory_utilization=cache.gpu_memory_utilization, kv_cache_memory_bytes=cache.kv_cache_memory_bytes
             )
             with loading.sharded(
