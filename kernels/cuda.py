@@ -88,7 +88,7 @@ class CudaDevice(Device):
         self.use_handles("fabric" if self.can_export("fabric") else "fd")
 
     def use_handles(self, kind: str) -> None:
-        """Allocate with "fabric" or "fd" handles from now on: the kind that every rank of the group can export."""
+        """Allocate with "fabric" or "fd" handles from now on."""
         self.handle_kind = kind
         self._properties.requestedHandleTypes = _FABRIC if kind == "fabric" else _FD
         flag = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED

@@ -105,6 +105,8 @@ def test_handles_say_what_they_are_good_for() -> None:
     assert "nvidia-imex" in checks.handles(on_gpus(has_imex=True)).do
     both = dataclasses.replace(H100, handles=frozenset({"fd", "fabric"}))
     assert "FABRIC handles, for ranks on several hosts" in checks.handles(on_gpus(gpus=(both, both))).found
+    alone = dataclasses.replace(H100, handles=frozenset({"fabric"}))
+    assert checks.handles(on_gpus(gpus=(alone, both))).verdict == "warn"
 
 
 @pytest.mark.parametrize(

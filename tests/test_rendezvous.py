@@ -29,7 +29,7 @@ from harness import await_that, free_port
 
 HELLO = Hello(
     rank=0, size=3, plugin="1", vllm="2", model={"layers": 3}, options={"slots": 2, "deep": {"a": [1, 2]}}, device="cpu",
-    host="here", boot="here", network=1, device_name="gpu0", handles="fd",
+    host="here", boot="here", network=1, user=0, device_name="gpu0", handles="fd",
 )
 
 
@@ -385,11 +385,13 @@ def test_who_shares_a_host() -> None:
     device, other = HostDevice(), msgspec.structs.replace(HELLO, rank=1, host="container")
     joining.choose_handles(device, [HELLO, other])
     fabric, chosen = [msgspec.structs.replace(said, handles="fabric") for said in (HELLO, other)], []
-    for changed in ({}, {"network": 2}, {"boot": "there"}):
+    for changed in ({}, {"network": 2}, {"user": 1}, {"boot": "there"}):
         joining.choose_handles(types.SimpleNamespace(use_handles=chosen.append), [fabric[0], msgspec.structs.replace(fabric[1], **changed)])
     assert chosen == ["fd"], "on one host small steps dispatch, whatever its driver exports; ranks apart keep FABRIC handles"
     with pytest.raises(DWDPError, match="containers container, here of one host have a network each: "):
         joining.choose_handles(device, [HELLO, msgspec.structs.replace(other, network=2)])
+    with pytest.raises(DWDPError, match="ranks on container, here run as several users: "):
+        joining.choose_handles(device, [HELLO, msgspec.structs.replace(other, user=1)])
     with pytest.raises(DWDPError, match="ranks on container, here cannot share memory: "):
         joining.choose_handles(device, [HELLO, msgspec.structs.replace(other, boot="there")])
 

@@ -27,7 +27,7 @@ APART = 0.55  # of two ranks that go alone by turns, one waits for the other: ha
 class Dispatch:
     """One rank's dispatched steps. Only the thread that runs the model may call it, but for `report`.
 
-    `help_out`, which the worker sets, runs a forward of a dummy row, in which this rank computes its experts for the members of a round.
+    `help_out`, which the worker sets, runs a forward of dummy rows, in which this rank computes its experts for the members of a round.
     `meets` is set once the engine has warmed up: its steps until then go alone, however long they compile kernels.
     """
 

@@ -8,7 +8,7 @@ import msgspec
 class Hello(msgspec.Struct, frozen=True, kw_only=True):
     """What a rank says of itself before it loads. All of it must be alike but `OWN`."""
 
-    OWN: ClassVar = ("rank", "host", "boot", "network", "device_name", "handles")
+    OWN: ClassVar = ("rank", "host", "boot", "network", "user", "device_name", "handles")
 
     rank: int
     size: int
@@ -20,6 +20,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     boot: str  # id of the running kernel: containers have host names of their own
     network: int  # namespace
+    user: int
     device_name: str
     handles: str
 

@@ -146,6 +146,8 @@ def handles(facts: Facts) -> Verdict:
     kinds = frozenset.intersection(*(gpu.handles for gpu in facts.gpus)) if facts.gpus else frozenset()
     if not kinds:
         return fail("the driver gives neither POSIX descriptors nor FABRIC handles", "update it, and use whole GPUs")
+    if "fd" not in kinds:
+        return warn("FABRIC handles alone, no POSIX descriptors, by which ranks of one host share memory", "update the driver")
     if "fabric" in kinds:
         return ok("FABRIC handles, for ranks on several hosts, which do not dispatch; within one host ranks use POSIX descriptors")
     channel = "there is an IMEX channel" if facts.has_imex else "no IMEX channel is there"

@@ -113,6 +113,7 @@ def introduce(vllm_config: VllmConfig, options: config.Options, group: Group, de
         host=socket.gethostname(),
         boot=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
         network=os.stat("/proc/self/ns/net").st_ino,
+        user=os.geteuid(),
         device_name=device.name,
         handles=device.handle_kind,
     )
@@ -140,18 +141,22 @@ def agree_on_checkpoint(group: Group, vllm_config: VllmConfig) -> None:
 
 def choose_handles(device: Device, group: list[Hello]) -> None:
     """File descriptors where one host's ranks can pass them, as rounds are agreed there, else FABRIC handles if all ranks export them."""
-    hosts = ", ".join(sorted({said.host for said in group}))
-    apart = len({said.boot for said in group}) > 1
-    if not apart and len({said.network for said in group}) == 1:
-        device.use_handles("fd")
-    elif any(said.handles != "fabric" for said in group):
-        raise DWDPError(
-            f"ranks on {hosts} cannot share memory: across hosts every GPU must export FABRIC handles "
-            f"(multi-node NVLink with IMEX); keep a DWDP group within one host"
-            if apart else
-            f"containers {hosts} of one host have a network each: ranks hand memory over by Unix sockets of one "
-            f"network; start them with the host's (--network host) or one that they share (one pod)"
-        )
+    hosts, sockets = ", ".join(sorted({said.host for said in group})), "ranks hand memory over by Unix sockets of one"
+    for ranks_have, fault in (
+        ({said.boot for said in group},
+         f"ranks on {hosts} cannot share memory: across hosts every GPU must export FABRIC handles (multi-node NVLink with IMEX); "
+         f"keep a DWDP group within one host"),
+        ({said.network for said in group},
+         f"containers {hosts} of one host have a network each: {sockets} network; start them with the host's (--network host) or one "
+         f"that they share (one pod)"),
+        ({said.user for said in group},
+         f"ranks on {hosts} run as several users: {sockets} user; start all of them as the same"),
+    ):
+        if len(ranks_have) > 1:
+            if any(said.handles != "fabric" for said in group):
+                raise DWDPError(fault)
+            return
+    device.use_handles("fd")
 
 
 def warn_of_hidden_peers(device: Device, mine: Hello, group: list[Hello]) -> None:
