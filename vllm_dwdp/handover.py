@@ -135,7 +135,7 @@ class PeerServer:
                 for at in range(0, len(fds), _FDS_PER_MESSAGE):
                     socket.send_fds(channel.socket, [b"+"], fds[at : at + _FDS_PER_MESSAGE])
             finally:
-                _close_all(fds)
+                close_all(fds)
 
     def close(self) -> None:
         self._listener.close()
@@ -170,7 +170,7 @@ class PeerClient:
                         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             yield fds
         finally:
-            _close_all(fds)
+            close_all(fds)
 
     def close(self) -> None:
         self._channel.close()
@@ -195,7 +195,7 @@ class PeerClient:
             raise DWDPError(f"rank {self._peer} ended while it handed over {what}: see its log") from None
 
 
-def _close_all(fds: Sequence[int]) -> None:
+def close_all(fds: Sequence[int]) -> None:
     for fd in fds:
         with contextlib.suppress(OSError):
             socket.close(fd)

@@ -5,10 +5,10 @@ An inbox holds activations of requests, never weights; it is the one memory that
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from vllm_dwdp.handover import serving
+from vllm_dwdp.handover import close_all, serving
 from vllm_dwdp.kernels.device import Block, Device
 from vllm_dwdp.kernels.tokens import InboxMap, TokenExchange, owners_of
 from vllm_dwdp.meeting import Meeting, create
@@ -33,7 +33,9 @@ def open_inboxes(
         return [device.export(block, writable=True), *map(os.dup, pages)]
 
     regions = []
-    with _closing(pages), serving(group, "inboxes", handles=handles) as peers:
+    with contextlib.ExitStack() as stack:
+        stack.callback(close_all, pages)
+        peers = stack.enter_context(serving(group, "inboxes", handles=handles))
         for rank in range(group.size):
             region = device.reserve(nbytes)
             undo.callback(region.close)
@@ -53,13 +55,3 @@ def open_inboxes(
     tokens = device.tokens(group.rank, at, [region.address for region in regions], owners, meeting.is_alive)
     undo.callback(tokens.close)
     return block, tokens, meeting
-
-
-@contextlib.contextmanager
-def _closing(fds: list[int]) -> Iterator[None]:
-    """Close what is in `fds` in the end."""
-    try:
-        yield
-    finally:
-        for fd in fds:
-            os.close(fd)
