@@ -7,10 +7,10 @@ import os
 import random
 import signal
 import sys
-import threading
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -19,7 +19,10 @@ from vllm_dwdp.convoy import State
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.meeting import Meeting, create
 
+from virtual_time import Clock
+
 FORK = multiprocessing.get_context("fork")
+SOON_S = 4e-3  # a look or two
 
 
 def wander(fd: int, rank: int, size: int, seed: int, steps: int, out) -> None:
@@ -111,7 +114,25 @@ def test_random_steps(size: int, harm: signal.Signals | None, seed: int) -> None
 
 
 @pytest.fixture
-def pair():
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    monkeypatch.setattr(page, "time", made := Clock())
+    return made
+
+
+@pytest.fixture
+def timed(clock: Clock) -> Callable[[Callable[[], Any]], tuple[Any, Any]]:
+    """What a call returns, and its seconds, to compare."""
+    def call(work: Callable[[], Any]) -> tuple[Any, Any]:
+        began_s = clock.monotonic()
+        answer = work()
+        return answer, pytest.approx(clock.monotonic() - began_s, abs=SOON_S)
+
+    return call
+
+
+@pytest.fixture
+def pair(clock: Clock):
+    """In virtual time."""
     fd = create(2)
     both = [Meeting(fd, rank, 2) for rank in range(2)]
     os.close(fd)
@@ -120,17 +141,21 @@ def pair():
         meeting.close()
 
 
-def test_patience_is_a_bound(pair) -> None:
+def test_patience_is_a_bound(pair, timed) -> None:
     """A peer that does not come costs its patience once; then nobody waits for it."""
     a, b = pair
     assert b.join(1, 0) is None, "b is busy now"
-    began = time.monotonic()
-    assert a.join(1, 0.1) is None
-    assert 0.1 <= time.monotonic() - began < 0.2
+    assert timed(lambda: a.join(1, 0.1)) == (None, 0.1)
     assert a.stats.timeouts == [0, 1]
-    began = time.monotonic()
-    assert a.join(1, 5) is None
-    assert time.monotonic() - began < 0.05
+    assert timed(lambda: a.join(1, 5)) == (None, 0)
+
+
+def test_who_steps_is_waited_for_by_patience_and_who_ends_a_large_step_by_that(pair, timed) -> None:
+    a, b = pair
+    b.join(1, 0)
+    assert timed(lambda: a.join(1, 0.1, 0.3)) == (None, 0.1)
+    b.large(0.25)
+    assert timed(lambda: a.join(1, 0.1, 0.3)) == (None, 0.3)
 
 
 def test_idle_rank_helps_before_its_own_step(pair) -> None:
@@ -144,38 +169,32 @@ def test_idle_rank_helps_before_its_own_step(pair) -> None:
 
 @pytest.mark.parametrize("was", ["busy", "idle", "large"])
 @pytest.mark.parametrize("step", ["large", "leave", "close"])
-def test_no_wait_for_who_does_not_come(pair, step: str, was: str) -> None:
+def test_no_wait_for_who_does_not_come(pair, timed, step: str, was: str) -> None:
     """Nor is it counted on."""
     a, b = pair
     {"busy": functools.partial(b.join, 1, 0), "idle": b.idle, "large": functools.partial(b.large, 0.5)}[was]()
     assert getattr(b, step)() is None
     assert not a.has_company(5) and not a.are_at_hand()
-    began = time.monotonic()
-    assert a.join(1, 5) is None
-    assert time.monotonic() - began < 0.05
+    assert timed(lambda: a.join(1, 5)) == (None, 0)
 
 
 @pytest.mark.parametrize("was", ["busy", "large"])
-def test_who_dies_while_it_is_waited_for_is_waited_for_no_longer(pair, was: str) -> None:
+def test_who_dies_while_it_is_waited_for_is_waited_for_no_longer(pair, clock, timed, was: str) -> None:
     """It says nothing on the page: who waits looks."""
     a, b = pair
     b.join(1, 0) if was == "busy" else b.large(4)
-    death = threading.Timer(0.1, b.close)
-    began = time.monotonic()
-    death.start()
-    assert a.join(1, 5) is None
-    assert 0.1 <= time.monotonic() - began < 0.6 and a.stats.timeouts == [0, 0]
-    death.join()
+    found: list[Any] = []
+    clock.run([lambda: found.extend(timed(lambda: a.join(1, 5))), lambda: (clock.sleep(0.1), b.close())])
+    assert found == [None, 0.1] and a.stats.timeouts == [0, 0]
 
 
-def test_a_device_that_stays_at_work_is_waited_for_within_a_bound(pair, monkeypatch) -> None:
+def test_a_device_that_stays_at_work_is_waited_for_within_a_bound(pair, clock, timed, monkeypatch) -> None:
     """Then patience counts as if it had ended."""
     a, b = pair
     monkeypatch.setattr(page, "WORK_S", 0.1)
     b.join(1, 0)
-    began = time.monotonic()
-    assert a.join(1, 0.1, is_at_work=lambda: time.monotonic() < began + 2) is None
-    assert 0.2 <= time.monotonic() - began < 1
+    free_s = clock.monotonic() + 2
+    assert timed(lambda: a.join(1, 0.1, is_at_work=lambda: clock.monotonic() < free_s)) == (None, 0.2)
 
 
 def test_who_has_no_patience_blames_nobody(pair) -> None:
@@ -204,104 +223,101 @@ def test_company_is_who_may_be_met_when_the_own_large_step_ends(pair) -> None:
 
 @pytest.mark.parametrize("goes_along", [False, True])
 @pytest.mark.parametrize("is_first", [False, True])
-def test_a_large_step_takes_a_busy_rank_along_that_comes_and_agrees(pair, is_first: bool, goes_along: bool) -> None:
+def test_a_large_step_takes_a_busy_rank_along_that_comes_and_agrees(pair, clock, timed, is_first: bool, goes_along: bool) -> None:
     """Before or after the large one; who does not go along goes alone, and so does the large step, at once."""
     a, b = pair
     for meeting in pair:
         meeting.large(0.0)
         meeting.large_done()
-    made: list = []
-    other = threading.Timer(0.0 if is_first else 0.1, lambda: made.append(b.join(3, 0.3, goes_along=goes_along)))
-    began = time.monotonic()
-    other.start()
-    time.sleep(0.05 if is_first else 0.0)
-    mine = a.large(1.0, 99, 0.5, goes_along=goes_along)
-    assert time.monotonic() - began < 0.2
-    other.join()
-    assert made == [mine] and (mine is not None) == goes_along
-    assert mine is None or mine.tokens == (99, 3)
+    found: dict[Meeting, Any] = {}
+
+    def begin(rank: Meeting, step: Callable[[], Any], after_s: float) -> None:
+        clock.sleep(after_s)
+        found[rank] = timed(step)
+
+    clock.run([
+        lambda: begin(a, lambda: a.large(1.0, 99, 0.5, goes_along=goes_along), 0.05),
+        lambda: begin(b, lambda: b.join(3, 0.3, goes_along=goes_along), 0.0 if is_first else 0.15),
+    ])
+    (made, large_s), (same, small_s) = found[a], found[b]
+    assert made == same and (made is not None) == goes_along
+    assert made is None or made.tokens == (99, 3)
+    assert (large_s, small_s) == ((0, 0.05) if is_first else (0.1, 0))
 
 
-def test_a_large_step_waits_for_a_busy_rank_within_its_bound(pair) -> None:
+def test_a_large_step_waits_for_a_busy_rank_within_its_bound(pair, clock, timed) -> None:
     """It loses nothing while its own device is at work, as of its last look.
 
     Who was waited for in vain is waited for again once it comes.
     """
     a, b = pair
     b.join(1, 0)
-    began, ends = time.monotonic(), time.monotonic() + 0.2
-    assert a.large(1.0, 99, 0.1, lambda: time.monotonic() < ends) is None
-    assert 0.28 <= time.monotonic() - began < 0.4 and a._states() == [State.LARGE, State.AWAY]
+    ends_s = clock.monotonic() + 0.2
+    assert timed(lambda: a.large(1.0, 99, 0.1, lambda: clock.monotonic() < ends_s)) == (None, 0.3)
+    assert a._states() == [State.LARGE, State.AWAY]
     assert not a.are_at_hand()
     b.join(1, 0)
     assert a.are_at_hand() and not a.are_at_hand(are_idle=True)
     b.close()
     a.large_done()
-    began = time.monotonic()
-    assert a.large(1.0, 99, 5) is None and time.monotonic() - began < 0.05, "b is dead"
+    assert timed(lambda: a.large(1.0, 99, 5)) == (None, 0), "b is dead"
 
 
-def test_an_end_that_comes_near_while_the_own_device_is_at_work_is_waited_for(pair) -> None:
+def test_an_end_that_comes_near_while_the_own_device_is_at_work_is_waited_for(pair, clock) -> None:
     a, b = pair
     b.large(0.0)
     b.large_done()
-    at_work_s = time.monotonic() + 0.3
-    slow = [threading.Timer(0.25, b.large, (0.15,)), threading.Timer(0.4, b.large_done), threading.Timer(0.42, b.join, (5, 1))]
-    for each in slow:
-        each.start()
-    made = a.join(4, 0.2, 0.2, lambda: time.monotonic() < at_work_s)
-    for each in slow:
-        each.join()
-    assert made is not None and made.tokens == (4, 5)
+    free_s, made = clock.monotonic() + 0.3, []
+
+    def slow() -> None:
+        clock.sleep(0.25)
+        b.large(0.15)
+        clock.sleep(0.15)
+        b.large_done()
+        clock.sleep(0.02)
+        b.join(5, 1)
+
+    clock.run([lambda: made.append(a.join(4, 0.2, 0.2, lambda: clock.monotonic() < free_s)), slow])
+    assert made[0].tokens == (4, 5)
 
 
-def test_what_was_said_last_of_the_end_counts(pair) -> None:
+def test_what_was_said_last_of_the_end_counts(pair, timed) -> None:
     """Steps that take less than is expected of them do not put off their end further and further."""
     a, b = pair
     for _ in range(100):
         assert b.large(0.1) is None
-    began = time.monotonic()
-    assert a.join(4, 0.25) is None
-    assert time.monotonic() - began >= 0.25, "0.1 s are left"
+    assert timed(lambda: a.join(4, 0.25)) == (None, 0.25), "0.1 s are left"
 
 
-def test_the_end_of_a_large_step_is_met(pair) -> None:
+def test_the_end_of_a_large_step_is_met(pair, clock, timed) -> None:
     """It is waited for where it is expected within the patience, for no longer, and by who has no other company."""
     a, b = pair
     assert b.large(0.2) is None
-    ended = threading.Timer(0.2, lambda: (b.large_done(), threads.append(b.join(5, 1))))
-    threads: list = []
-    ended.start()
-    began = time.monotonic()
-    made = a.join(4, 1)
-    assert made.tokens == (4, 5) and 0.15 < time.monotonic() - began < 0.5
-    ended.join()
-    assert threads == [made]
+    mine: list[Any] = []
+    theirs: list[Any] = []
+    clock.run([
+        lambda: mine.extend(timed(lambda: a.join(4, 1))),
+        lambda: (clock.sleep(0.2), b.large_done(), theirs.append(b.join(5, 1))),
+    ])
+    assert mine == [theirs[0], 0.2] and mine[0].tokens == (4, 5)
     for takes_s, patience_s, waits_s in [(10, 0.3, 0.0), (0.1, 0.3, 0.3), (math.inf, 0.3, 0.0)]:
         assert b.large(takes_s) is None
-        began = time.monotonic()
-        assert a.join(4, patience_s) is None, "b does not end its step"
-        assert waits_s <= time.monotonic() - began < waits_s + 0.05
-        began = time.monotonic()
-        assert a.join(4, patience_s) is None
-        assert time.monotonic() - began < 0.05, "it is waited for once"
+        assert timed(lambda patience_s=patience_s: a.join(4, patience_s)) == (None, waits_s), "b does not end its step"
+        assert timed(lambda patience_s=patience_s: a.join(4, patience_s)) == (None, 0), "it is waited for once"
         b.large_done()
     assert a.stats.timeouts == [0, 1]
     assert b.large(0.1) is None and b.large(10) is None, "one follows the other on the device"
-    began = time.monotonic()
-    assert a.join(4, 0.3) is None and time.monotonic() - began < 0.05
+    assert timed(lambda: a.join(4, 0.3)) == (None, 0)
 
 
-def test_stopped_with_the_lock(pair, monkeypatch) -> None:
+def test_stopped_with_the_lock(pair, timed, monkeypatch) -> None:
     """The page is sealed: what was said stands, the rounds owed are launched once, what comes later is void on both sides."""
     a, b = pair
     monkeypatch.setattr(page, "LOCK_TIMEOUT_S", 0.1)
     assert a.idle() is None
     made = b.join(3, 0)
     assert b._acquire(), "b stops here"
-    began = time.monotonic()
-    assert a.join(4, 1) == made
-    assert 0.1 <= time.monotonic() - began < 0.3
+    assert timed(lambda: a.join(4, 1)) == (made, 0.1)
     assert a.join(4, 5) is None
     b._lock(0)  # b goes on
     assert b.join(9, 5) is None
@@ -329,46 +345,48 @@ def test_who_goes_first_launches_what_it_owes(pair, then) -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [7, 0], ids=["small", "large"])
-def test_whose_request_has_come_is_waited_for(pair, num_tokens) -> None:
+def test_whose_request_has_come_is_waited_for(pair, clock, timed, num_tokens) -> None:
     """It was idle, and a step that came then would have gone with its help, and its own after that."""
     a, b = pair
     b.idle()
     b.expect()
-    with ThreadPoolExecutor(1) as pool:
-        step = pool.submit(a.join, 7, 5) if num_tokens else pool.submit(a.large, math.inf, 99, 5)
-        time.sleep(0.1)
-        assert not step.done()
-        if num_tokens:
-            made = b.join(9, 5)
-            assert made == step.result() and made.tokens == (7, 9)
-        else:
-            assert b.large(math.inf, 99, 5) is None and step.result() is None, "each at once, by itself"
+    step = functools.partial(a.join, 7, 5) if num_tokens else functools.partial(a.large, math.inf, 99, 5)
+    late = functools.partial(b.join, 9, 5) if num_tokens else functools.partial(b.large, math.inf, 99, 5)
+    mine: list[Any] = []
+    theirs: list[Any] = []
+    clock.run([lambda: mine.extend(timed(step)), lambda: (clock.sleep(0.1), theirs.append(late()))])
+    assert mine == [theirs[0], 0.1]
+    if num_tokens:
+        assert theirs[0].tokens == (7, 9)
+    else:
+        assert theirs == [None], "each at once, by itself"
 
 
-def test_an_idle_rank_rests(pair, monkeypatch) -> None:
+def test_an_idle_rank_rests(pair, clock, monkeypatch) -> None:
     """After a quiet second, on a page that is sealed, too, where it can say no more that it is idle."""
     a, _ = pair
+    naps: list[float] = []
+    monkeypatch.setattr(clock, "sleep", lambda s, nap=clock.sleep: (naps.append(s), nap(s)))
     for is_sealed in (False, True):
         if is_sealed:
+            assert a.leave() is None
             page.seal(a._fd)
-            assert a.leave() is None and a._final is not None
-        naps = []
-        a._last = time.monotonic() - 60
-        monkeypatch.setattr(page.time, "sleep", lambda s, naps=naps, nap=time.sleep: (naps.append(s), nap(s)))
+            assert a.idle() is None and a._final is not None and a._states()[0] == State.AWAY
+        naps.clear()
+        a._last = clock.monotonic() - 60
         assert a.help(0.05) is None
-        monkeypatch.undo()
         assert page._REST_S in naps if is_sealed else max(naps) == page._WARM_S, naps
 
 
-def test_a_lock_that_changes_hands_is_waited_for(pair, monkeypatch) -> None:
+def test_a_lock_that_changes_hands_is_waited_for(pair, clock, monkeypatch) -> None:
     """Nobody has stopped: the page is not sealed, however often others were faster."""
     a, b = pair
-    monkeypatch.setattr(page, "LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(page, "LOCK_TIMEOUT_S", 0.01)
     a.idle()
-    lock, end = a._lock, time.monotonic() + 0.4
+    lock, end = a._lock, clock.monotonic() + 0.04
 
     def unlucky(byte: int) -> bool:
-        if byte == 0 and time.monotonic() < end:
+        if byte == 0 and clock.monotonic() < end:
             b.join(1, 0)
             return False
         return lock(byte)
@@ -401,7 +419,7 @@ def test_a_child_does_not_hold_the_place() -> None:
         os.kill(child, 0)
         began = time.monotonic()
         assert meeting.join(1, 5) is None
-        assert time.monotonic() - began < 0.05
+        assert time.monotonic() - began < 2.5
     finally:
         os.kill(child, signal.SIGKILL)
 

@@ -178,7 +178,7 @@ def test_when_vllm_gives_up(monkeypatch, engine_of_2_s, servers: int, timeout_s:
     """Several API servers do, less a margin, so long after the engine's start; a single one waits on."""
     monkeypatch.setattr(engine_of_2_s.envs, "VLLM_ENGINE_READY_TIMEOUT_S", timeout_s, raising=False)
     found = engine_of_2_s.vllm_gives_up_at(SimpleNamespace(_api_process_count=servers))
-    assert found == pytest.approx(time.monotonic() + ends_in_s, abs=0.2)
+    assert found == pytest.approx(time.monotonic() + ends_in_s, abs=0.8)
 
 
 def test_a_wait_for_a_peer_ends_before_vllm_gives_up(monkeypatch, engine_of_2_s) -> None:

@@ -5,11 +5,8 @@ the simulated devices take what the costs say, or `off` times that where they go
 """
 
 import functools
-import heapq
-import itertools
 import os
 import random
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,54 +19,11 @@ from vllm_dwdp.dispatch import Dispatch
 from vllm_dwdp.kernels.tokens import FEW
 from vllm_dwdp.limits import Limits
 
-TICK_S, HOST_S, HELP_S, STEPS = 5e-4, 1e-3, 1e-2, 40
+from virtual_time import TICK_S, Clock
+
+HOST_S, HELP_S, STEPS = 1e-3, 1e-2, 40
 LARGE = 8192
 End = Callable[[], float | None]  # when a step ends on the device; None until that is known
-
-
-class Clock:
-    """Stands in for the module `time`."""
-
-    def __init__(self) -> None:
-        self._now_s, self._count = 1000.0, itertools.count()
-        self._waking: list[tuple[float, int, threading.Semaphore]] = []
-        self._failed: list[BaseException] = []
-
-    def monotonic(self) -> float:
-        return self._now_s
-
-    def sleep(self, seconds: float) -> None:
-        turn = threading.Semaphore(0)
-        heapq.heappush(self._waking, (self._now_s + max(seconds, TICK_S), next(self._count), turn))
-        self._hand_over()
-        turn.acquire()
-
-    def _hand_over(self) -> None:
-        when_s, _, turn = heapq.heappop(self._waking)
-        self._now_s = max(self._now_s, when_s)
-        turn.release()
-
-    def run(self, bodies: Sequence[Callable[[], None]]) -> None:
-        def body(work: Callable[[], None], turn: threading.Semaphore) -> None:
-            turn.acquire()
-            try:
-                work()
-            except BaseException as error:
-                self._failed.append(error)
-            if self._waking:
-                self._hand_over()
-
-        threads = []
-        for work in bodies:
-            turn = threading.Semaphore(0)
-            heapq.heappush(self._waking, (self._now_s, next(self._count), turn))
-            threads.append(threading.Thread(target=body, args=(work, turn)))
-            threads[-1].start()
-        self._hand_over()
-        for thread in threads:
-            thread.join(60)
-        if self._failed:
-            raise self._failed[0]
 
 
 class World:
