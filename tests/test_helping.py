@@ -79,6 +79,21 @@ def test_attention_is_left_out_while_helping_and_only_then(kind: type, is_patche
     assert (rows == 2.0).all() and cache.all()
 
 
+def test_attention_that_takes_no_output_runs_as_it_is() -> None:
+    """A third party's may: neither what it returns nor what it does to the KV cache is known."""
+    layer = Common()
+    layer.impl = SimpleNamespace(forward=lambda layer, query: query.fill_(2.0), do_kv_cache_update=lambda layer, key: key.fill_(1.0))
+    rows, cache = torch.zeros(3, 2), torch.zeros(1)
+
+    def forward() -> None:
+        layer.impl.forward(layer, rows)
+        layer.impl.do_kv_cache_update(layer, cache)
+
+    worker = SimpleNamespace(execute_dummy_batch=forward, model_runner=None)
+    Helper(worker, SimpleNamespace(padded=1), [layer])()
+    assert (rows == 2.0).all() and cache.all()
+
+
 @pytest.mark.parametrize("rows", [1, 127, 128, 300, 4096])
 def test_a_forward_has_requests_of_few_rows(rows: int) -> None:
     """And no more of them than the engine takes."""

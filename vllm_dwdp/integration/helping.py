@@ -27,19 +27,23 @@ class StandIn(NamedTuple):
 
 
 def stand_ins(layer: object) -> list[StandIn]:
-    """For a layer's attention, zeros [rows, ...]; for what it does to the KV cache, nothing. Of other layers and operators, none."""
+    """For a layer's attention, zeros [rows, ...]; for what it does to the KV cache, nothing. Of other layers and operators, none.
+
+    Nor of attention that takes no `output`: all of vLLM's own does.
+    """
     if isinstance(layer, MLAAttention):
         target, attend, update = layer, "forward_impl", "update_kv_cache"
     elif isinstance(layer, Attention):
         target, attend, update = layer.impl, "forward", "do_kv_cache_update"
     else:
         return []
-    zeros = StandIn(vars(target), attend, _zeros(getattr(target, attend)))
+    if "output" not in (taken := list(inspect.signature(getattr(target, attend)).parameters)):
+        return []
+    zeros = StandIn(vars(target), attend, _zeros(taken.index("output")))
     return [zeros, StandIn(vars(target), update, lambda *args, **kwargs: None)] if hasattr(target, update) else [zeros]
 
 
-def _zeros(original: Callable[..., Any]) -> Callable[..., torch.Tensor]:
-    at = list(inspect.signature(original).parameters).index("output")
+def _zeros(at: int) -> Callable[..., torch.Tensor]:
     return lambda *args, **kwargs: (kwargs["output"] if "output" in kwargs else args[at]).zero_()
 
 
