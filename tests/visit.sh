@@ -19,7 +19,7 @@ depth=${LAYERS:-12} layers="{\"num_hidden_layers\": ${LAYERS:-12}}"
 engine='{"kv_cache_memory_bytes": 3221225472}'
 serve='--load-format dummy --gpu-memory-utilization 0.45 --kv-cache-memory-bytes 8589934592 --hf-overrides {\"num_hidden_layers\":24}'
 lengths=256,512,1024,2048,4096,8192
-rival=ep batches=1,4,16,32,64,128 steps=16384,8192 prompts=16 minutes=9
+rival=ep batches=1,4,16,32,64,128 few=1,16,64 steps=16384,8192 prompts=16 minutes=9
 saturated=2048:256:inf:256,8192:64:inf:128,8192:1:inf:160 chats=512:256:8:80,512:256:2:20
 prompts_alone=512:1:2:8,1024:1:2:8,2048:1:2:8,4096:1:2:8,8192:1:2:8,16384:1:1:6  # TTFT at a quiet server
 loads=${LOADS:-$saturated,$prompts_alone,2048:256:24:200,2048:256:16:160,2048:256:8:80,8192:64:12:100,8192:64:8:80,8192:64:4:40,$chats}
@@ -27,7 +27,7 @@ unequal=8192:1:inf:64@0+512:256:2:16@1,8192:64:2:16@0+512:256:4:32@1
 if [ -n "${VISIT_CPU:-}" ]; then
   layers='{}' engine='{"kv_cache_memory_bytes": 67108864, "max_num_seqs": 8}'
   serve='--load-format dummy --kv-cache-memory-bytes 67108864 --dtype float32 --enforce-eager --max-model-len 200'
-  lengths=32,64 rival=tp remote_gib=0.0001 batches=1,2 steps=256 prompts=3 minutes=6 loads=20:8:inf:6 unequal=100:1:inf:4@0+20:8:4:4@1
+  lengths=32,64 rival=tp remote_gib=0.0001 batches=1,2 few=1,2 steps=256 prompts=3 minutes=6 loads=20:8:inf:6 unequal=100:1:inf:4@0+20:8:4:4@1
 fi
 for part; do
   case $part in
@@ -65,7 +65,7 @@ for part; do
         shape="python3 -P -m vllm_dwdp.entrypoints.cli bench --model $out/shapes/$name --load-format dummy --side-by-side --rounds 2 --repeats 2"
         timeout 280 $shape --modes dwdp,$rival,tp,single --hf-overrides "$layers" --engine-args "$engine" --num-prompts $prompts \
           --max-num-batched-tokens ${steps%%,*} --out "$out/$name-prefill" || formats_failed=1
-        timeout 280 $shape --modes dwdp,$rival,tp,single --hf-overrides "$layers" --engine-args "$engine" --decode 1,16,64 \
+        timeout 280 $shape --modes dwdp,$rival,tp,single --hf-overrides "$layers" --engine-args "$engine" --decode $few \
           --max-num-batched-tokens 16384 --out "$out/$name-decode" || formats_failed=1
       done
       (exit $formats_failed) ;;
@@ -77,7 +77,7 @@ for part; do
         --hf-overrides "$layers" --engine-args "$engine" --side-by-side --max-num-batched-tokens ${steps%%,*} --num-prompts $prompts \
         --rounds 2 --repeats 2 --out "$out/backends" ;;
     ceiling)  # large steps by class of kernels, beside a GPU that holds all experts
-      timeout 300 python3 -P "$here/step_times.py" "$model" "$out/ceiling" dwdp,single "$steps" "{\"max_num_batched_tokens\": ${steps%%,*}}" $depth ;;
+      timeout 300 python3 -P "$here/step_times.py" "$model" "$out/ceiling" dwdp,single "$steps" "{}" $depth ;;
     residents)  # prefill and decode with a quarter, half, three quarters and all of the remote experts kept
       residents_failed=0
       share() { python3 -c "print('dwdp+cache_gib=%g' % ($1 * $depth * $remote_gib))"; }
@@ -88,7 +88,7 @@ for part; do
       prefill="--max-num-batched-tokens ${steps%%,*} --num-prompts $prompts"
       turn "dwdp,$(share 0.25),$(share 0.5)" prefill-to-half $prefill
       turn "dwdp,$(share 0.75),$(share 1)" prefill-to-all $prefill
-      turn "dwdp,$(share 0.5),$(share 1)" decode --decode 1,16,64 --max-num-batched-tokens 16384
+      turn "dwdp,$(share 0.5),$(share 1)" decode --decode $few --max-num-batched-tokens 16384
       (exit $residents_failed) ;;
     sanitize)
       timeout 560 compute-sanitizer --tool memcheck --target-processes all --report-api-errors no --error-exitcode 3 \
