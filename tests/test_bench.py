@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
 from vllm_dwdp.entrypoints import cli
 from vllm_dwdp.entrypoints.bench import checks, engines
+from vllm_dwdp.entrypoints.bench import rank as bench_rank
 from vllm_dwdp.entrypoints.bench import run as bench
+from vllm_dwdp.entrypoints.bench.comparison import Comparison
 from vllm_dwdp.entrypoints.bench.engines import EngineFailure, Engines, last_exception
 from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, short, visible_devices
 from vllm_dwdp.entrypoints.bench.rank import Held, Ran, make_prompts, prompt_lengths
@@ -215,6 +218,9 @@ def test_engines_are_those_of_vllm_serve_unless_told():
         (["--rounds", "0"], "--rounds"),
         (["--size", "1"], "at least 2"),
         (["--engine-args", '{"model": "x"}'], "sets model"),
+        (["--engine-args", '{"enforce_eager": true}'], "sets enforce_eager"),
+        (["--dwdp", '{"timing": false}'], "sets timing, which the bench sets itself"),
+        (["--modes", "ep,dwdp+rank=1"], "sets rank, which the bench sets itself"),
         (["--engine-args", '{"kv_cache_memory_bytes": "3G"}'], "kv_cache_memory_bytes in --engine-args is '3G'"),
         (["--dwdp", '{"slotz": 3}'], "slotz in --dwdp is no option; did you mean slots in --dwdp"),
         (["--timeout", "inf"], "--timeout is 'inf'"),
@@ -261,6 +267,8 @@ SERVE = ["--serve", "--modes", "dwdp", "--loads", "8:1:inf:4"]
         (CONFIG, ["--out", "file"], "--out is file, where no folder can be written: Not a directory"),
         (CONFIG, ["--out", "/proc/no/folder"], "--out is /proc/no/folder, where no folder"),
         (CONFIG, [*SERVE, "--out", "file"], "--out is file"),
+        (CONFIG, [*SERVE, "--serve-args", "--seed 1 --port=8000"], "--serve-args sets --port, which the bench"),
+        (CONFIG, [*SERVE, "--serve-args", "--parallel dwdp -dp 2"], "--serve-args sets --parallel, -dp, which"),
         (CONFIG, [*SERVE, "--serve-args", '"abc'], "--serve-args is '\"abc': No closing quotation"),
         (CONFIG | {"vocab_size": None}, SERVE, "has no tokenizer, and its config.json no vocab_size"),
         ([], ["--modes", "dwdp"], "config.json is no JSON object"),
@@ -298,6 +306,7 @@ def test_engines_that_are_equally_fast_have_equal_figures_under_uneven_loads():
     for mode, prompt_tokens in (("single", 3000), ("dwdp", 4000)):
         read = reading(mode=mode, point=256, round=1, num_gpus=given.gpus_at_work(mode), spent=total([], [ran(prompt_tokens, 0, 2)]))
         assert read.value == 1000
+    assert settings("--uneven", "1.4", "--num-prompts", "1").gpus_at_work("single") == 1, "1.4 prompts are one"
 
 
 def test_reading_spans_the_slowest_rank_and_takes_differences_of_statistics():
@@ -311,6 +320,70 @@ def test_reading_spans_the_slowest_rank_and_takes_differences_of_statistics():
     assert reading_of("dwdp", 1, streamed=5, replays=5, prefetch_bytes=5e9).exposed_wait_ms_per_step is None
     missing = reading_of("single", 1)
     assert missing.exposed_wait_ms_per_step is None and missing.copy_gb_per_s is None
+
+
+class Trailing:
+    """An engine that goes on with empty steps after its requests' last token. A step takes a second."""
+
+    def __init__(self, tokens: int, empty: int):
+        self.tokens, self.empty, self.made, self.requests = tokens, empty, 0, []
+
+    def monotonic(self) -> float:
+        return float(self.made)
+
+    def add_request(self, number, prompt, sampling):
+        self.requests.append(number)
+
+    def has_unfinished_requests(self) -> bool:
+        return self.made < self.tokens + self.empty
+
+    def step(self):
+        self.made += 1
+        last = SimpleNamespace(token_ids=[0] * self.made)
+        return [SimpleNamespace(request_id=number, outputs=[last]) for number in self.requests] if self.made <= self.tokens else []
+
+
+@pytest.mark.parametrize("output_len", [1, 4])
+def test_a_run_ends_with_its_last_token(monkeypatch, output_len):
+    """Whatever the engine does after it, which expert parallelism's ranks do until their next agreement."""
+    engine, rank = Trailing(output_len, 15), bench_rank.Rank()
+    rank.llm, rank.streams, rank.shares, rank.prompts = SimpleNamespace(llm_engine=engine), False, [1.0], [[[11], [12]]]
+    monkeypatch.setattr(bench_rank, "time", engine)
+    found = rank.run(num_prompts=2, output_len=output_len)
+    assert (found.start_s, found.first_s, found.end_s) == (0, 1, output_len) and not engine.has_unfinished_requests()
+    assert found.steps_s == list(range(2, output_len + 1)) and found.output_tokens == 2 * output_len
+
+
+def test_requests_that_do_not_fit_the_kv_cache_are_not_measured_as_if_they_did(pretenders):
+    """They would be preempted, and a step have fewer of them."""
+    asked = ["--decode", "2,100", "--input-len", "10", "--output-len", "5", "--modes", "dwdp,single", "--out", "out"]
+    assert cli.main(["bench", "--model", "m", *asked]) == 1
+    for row in json.loads((pretenders / "out" / "bench.json").read_text())["rows"]:
+        if row["point"] == 2:
+            assert row["num_readings"] == 6 and not row["failed"]
+        else:
+            assert row["num_readings"] == 0 and row["failed"].startswith("100 requests of 15 tokens a GPU, of whose KV cache has 1,000")
+    assert cli.main(["bench", "--model", "m", *asked, "--decode", "100"]) == 1
+
+
+@pytest.mark.parametrize("is_ignored", [False, True], ids=["hangs up", "nohup"])
+def test_a_terminal_that_hangs_up_ends_a_comparison_unless_that_is_ignored(tmp_path, monkeypatch, is_ignored):
+    class Short(Comparison):
+        measured, failures, reported = [1], {}, 0
+
+        def measure(self):
+            os.kill(os.getpid(), signal.SIGHUP)
+
+        def report(self):
+            self.reported += 1
+
+    was = signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    try:
+        short = Short(str(tmp_path))
+        assert (short.run(), short.reported) == (0 if is_ignored else 130, 1)
+        assert signal.getsignal(signal.SIGHUP) is (signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, was)
 
 
 def test_a_decode_step_is_what_each_further_token_takes():

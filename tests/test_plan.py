@@ -367,6 +367,7 @@ def test_wrong_settings_are_refused_in_one_line(folder, options, named, capsys) 
     assert named in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
+DISPATCHED = {"mode": "dwdp", "point": 2048, "median": 9e4, "copy_gb_per_s": None, "views": {"dispatched": 80, "streamed": 8}}
 SHIPPED, BENCH = ROOT / "entrypoints/plan/rates.json", ROOT / "examples/results/prefill-12-layers-16384.json"
 
 
@@ -381,6 +382,7 @@ SHIPPED, BENCH = ROOT / "entrypoints/plan/rates.json", ROOT / "examples/results/
         (BENCH, "settings.size", 0, "size"),
         (BENCH, "rows.0.median", -1, "median"),
         (BENCH, "rows.0.point", None, "point"),
+        (BENCH, "rows", [DISPATCHED], "no prefill reading of ep, single, or dwdp whose steps were streamed"),
         (BENCH, "settings.uneven", 4.0, "measured with uneven"),
         (BENCH, "settings.output_len", 64, "measured with output_len"),
         (BENCH, "settings.engine_args.quantization", "fp8", "measured with quantization"),

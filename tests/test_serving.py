@@ -1,7 +1,9 @@
 """Invariant: the comparison of servers measures each mode that serves, names one that does not, leaves nothing behind."""
 
+import asyncio
 import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -9,12 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from vllm_dwdp.entrypoints import cli
-from vllm_dwdp.entrypoints.bench import front, serve
-from vllm_dwdp.entrypoints.bench.loads import FIGURES, Load, names
+from vllm_dwdp.entrypoints.bench import client, front, loads, serve
+from vllm_dwdp.entrypoints.bench.loads import FIGURES, Load, names, put_under_load
 from vllm_dwdp.entrypoints.bench.serve import ServeSettings, Serving
 from vllm_dwdp.entrypoints.server import Session, SessionFailure
 
@@ -68,14 +72,14 @@ def idle_servers(models, tmp_path, monkeypatch):
     """Servers that only sleep, so that the order of loads shows; `put_under_load` is the test's."""
     class Sleeper(Session):
         def __init__(self, model, arguments, log):
-            self.command = ["vllm", "serve", model, *arguments]
+            self.command, self.woken = ["vllm", "serve", model, *arguments], []
             super().__init__(["sleep", "600"], log, folder=tmp_path)
 
         def wait_until_ready(self, timeout_s, waiting):
             return 0.0
 
     monkeypatch.setattr(serve, "Server", Sleeper)
-    monkeypatch.setattr(serve, "warm_up", lambda *_: None)
+    monkeypatch.setattr(serve, "warm_up", lambda server, load, model: server.woken.append(load))
     monkeypatch.setattr(serve, "counted", lambda _: {})
     entered = []
 
@@ -109,16 +113,19 @@ def test_a_sweep_gives_all_modes_the_rates_of_the_first(idle_servers, monkeypatc
 
 
 def test_loads_of_a_rank_go_to_all_where_ranks_are_one(idle_servers, monkeypatch) -> None:
-    asked = []
+    """After a few requests like each of them."""
+    asked, woken = [], []
 
     def put_under_load(server, mix, **rest):
         asked.append([load.rank for load in mix])
+        woken.append([str(load) for load in server.woken])
         return [figures(8.0) for _ in mix]
 
     monkeypatch.setattr(serve, "put_under_load", put_under_load)
     settings = ServeSettings(model=idle_servers, modes=("dwdp", "tp"), loads=("64:8:inf:1@0+64:1:2:1@1",))
     assert Serving(settings).run() == 0 and asked == [[0, 1], [None, None]]
     measured = json.loads(Path("dwdp-bench/serving.json").read_text())["measured"]
+    assert woken == [["64:8:inf:1@0", "64:1:2:1@1"]] * 2
     assert [each["load"] for each in measured] == ["64:8:inf:1@0 beside 64:1:2:1@1", "64:1:2:1@1 beside 64:8:inf:1@0"] * 2
 
 
@@ -156,6 +163,9 @@ def test_a_signal_ends_the_servers(models, tmp_path: Path) -> None:
         (["--loads", "64:8:16"], "--loads has '64:8:16': it must be IN:OUT:RATE:COUNT[@RANK]"),
         (["--loads", "64:8:0:16"], "--loads has '64:8:0:16'"),
         (["--loads", "64:8:1:16@1+64:8:1:16@2"], "--loads has 64:8:1:16@2: ranks of --size 2 count from 0 to 1"),
+        (["--loads", "64:8:1:16", "--side-by-side"], "--side-by-side needs --kv-cache-memory-bytes in --serve-args: servers"),
+        (["--loads", "64:8:1:16", "--timeout", "1e7"], "--timeout is '1e7'"),
+        (["--loads", "64:8:1:16@"], "--loads has '64:8:1:16@': it must be IN:OUT:RATE:COUNT[@RANK]"),
         (["--loads", "64:8:1:16@x"], "--loads has '64:8:1:16@x': it must be IN:OUT:RATE:COUNT[@RANK]"),
         (["--sweep", "64:8:inf:16"], "--sweep has '64:8:inf:16': it must be IN:OUT:COUNT"),
         (["--sweep", "64:8:1", "--ratio", "0.5"], "--ratio does not go with --serve"),
@@ -174,18 +184,86 @@ def test_what_cannot_run_is_refused_in_one_line(models, capsys, given, named) ->
 
 def test_the_front_has_a_line_a_mode(tmp_path: Path) -> None:
     """Tokens/s per user are 1000 / TPOT; a load without further tokens has none."""
-    beside = names(tuple(map(Load.of, ("64:8:2:9@0", "64:1:2:9@1"))))[0]
+    beside, mixed = (names(tuple(map(Load.of, both)))[0] for both in (("64:8:2:9@0", "64:1:2:9@1"), ("64:8:2:9", "16:8:1:4")))
     measured = [
         front.Measured(mode=mode, load=load, repeat=repeat, dwdp={}, **figures(repeat) | {"median_tpot_ms": tpot_ms})
         for mode in ("dwdp", "ep") for repeat in (1, 3)
-        for load, tpot_ms in (("64:8:2:9", 20.0), ("64:8:inf:9", 50.0), ("64:1:2:9", 0.0), (beside, 10.0))
+        for load, tpot_ms in (("64:8:2:9", 20.0), ("64:8:inf:9", 50.0), ("64:1:2:9", 0.0), (beside, 10.0), (mixed, 10.0))
     ]
-    rows = front.summarize(["dwdp", "ep"], ["64:8:2:9", "64:8:inf:9", "64:1:2:9", beside], measured, 2)
-    assert [row.tokens_per_s_per_user for row in rows] == [50, 50, 20, 20, None, None, 100, 100]
-    assert front.points(rows) == rows[:4], "ranks with loads of their own make no point"
+    rows = front.summarize(["dwdp", "ep"], ["64:8:2:9", "64:8:inf:9", "64:1:2:9", beside, mixed], measured, 2)
+    assert [row.tokens_per_s_per_user for row in rows] == [50, 50, 20, 20, None, None, 100, 100, 100, 100]
+    assert front.points(rows) == rows[:4], "ranks with loads of their own make no point, nor do loads that share a server"
     assert {(row.tokens_per_s_per_gpu, row.requests_per_s) for row in rows} == {(200, 2)}
     front.picture(rows, "title", tmp_path / "front.png")
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Client:
+    exitcode = None
+
+    def __init__(self) -> None:
+        self.bounds_s: list[float] = []
+
+    def join(self, timeout_s: float) -> None:
+        self.bounds_s.append(timeout_s)
+
+
+def test_a_load_may_take_the_time_in_which_its_requests_come(monkeypatch, tmp_path: Path) -> None:
+    """And files of its own; a server that has ended is named before its clients."""
+    idle, commands = Client(), []
+    monkeypatch.setattr(loads.client, "barrier", lambda count: None)
+    monkeypatch.setattr(loads.client, "started", lambda *given: (commands.append(given[0]), contextlib.nullcontext(idle))[1])
+    server = SimpleNamespace(url="", has_ended=lambda: False, process=SimpleNamespace(returncode=3), log="server.log")
+    asked = dict(seed=1, model="m", tokenizer="t", logs=tmp_path / "dwdp", timeout_s=900)
+    slow = Load.of("2048:256:0.375:400")
+    with pytest.raises(SessionFailure, match=r"not done after 1966\.67 s"):
+        put_under_load(server, (slow, slow), **asked)
+    assert idle.bounds_s == [pytest.approx(900 + 400 / 0.375, abs=5)]
+    assert len({command[command.index("--result-filename") + 1] for command in commands}) == len(commands) == 2
+    server.has_ended = lambda: True
+    with pytest.raises(SessionFailure, match="the server ended with status 3, see server"):
+        put_under_load(server, (slow,), **asked)
+
+
+def test_a_load_that_is_given_twice_is_measured_once() -> None:
+    settings = ServeSettings(model="m", loads=("64:8:2:9", "64:8:2.0:9", "64:8:inf:9"), sweep="64:8:9")
+    assert settings.first_mixes == [(Load.of("64:8:2:9"),), settings.saturation]
+
+
+def test_a_mode_may_carry_what_is_true_or_false() -> None:
+    told = {mode: ServeSettings(model="m", modes=(mode,)).arguments(mode)[-1] for mode in (
+        "ep+async_scheduling=false", "ep+enable_dbo=true", "dwdp+timing=false", "dwdp+dispatch=off"
+    )}
+    assert list(told.values()) == ["--no-async-scheduling", "--enable-dbo", "--no-dwdp-timing", "--dwdp-dispatch=off"]
+
+
+def prompts_made(number: int, start: Any, made: Any, began: Any, log: Path) -> None:
+    """A client whose prompts take the longer the higher its number."""
+    from vllm.benchmarks import serve as vllm_serve
+
+    async def benchmark() -> None:
+        began.send(made.is_set())
+
+    def main(args: Any) -> None:
+        if number:
+            time.sleep(1)
+            made.set()
+        asyncio.run(vllm_serve.benchmark())
+
+    vllm_serve.benchmark, vllm_serve.main = benchmark, main
+    client._run(["--model", "m"], log, start)
+
+
+def test_requests_of_a_mix_come_once_all_prompts_are_made(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    start, made, (reads, writes) = context.Barrier(2), context.Event(), context.Pipe(duplex=False)
+    clients = [context.Process(target=prompts_made, args=(n, start, made, writes, tmp_path / f"{n}.log")) for n in (0, 1)]
+    for each in clients:
+        each.start()
+    for each in clients:
+        each.join(60)
+    assert [each.exitcode for each in clients] == [0, 0], (tmp_path / "0.log").read_text()[-2000:]
+    assert reads.recv() and reads.recv()
 
 
 def test_a_load_reads_as_it_is_written() -> None:

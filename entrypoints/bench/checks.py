@@ -14,6 +14,11 @@ from vllm_dwdp.entrypoints.bench.tokenizer import FILES
 from vllm_dwdp.entrypoints.plan.source import read_config
 from vllm_dwdp.errors import DWDPError
 
+OWN_FLAGS = {
+    "--model", "--host", "--port", "--uds", "--api-key", "--served-model-name", "--root-path", "--ssl-keyfile", "--ssl-certfile",
+    "--tokenizer", "--skip-tokenizer-init", "--headless", "--parallel", "--data-parallel-size", "-dp", "--tensor-parallel-size",
+    "-tp", "--enable-expert-parallel", "-ep",
+}
 NOT_CHOSEN = {"naive", "pplx", "passthrough"}  # vLLM runs another in their stead, or sets it by itself
 
 
@@ -47,11 +52,13 @@ def refuse_unwritable(out: str) -> None:
 
 
 def refuse_unservable(model: str, serve_args: str) -> None:
-    """Raises DWDPError for arguments that no shell would take, and for a model of which no tokenizer can be made."""
+    """Raises DWDPError for arguments that no shell would take or that the bench gives, and for a model without a possible tokenizer."""
     try:
-        shlex.split(serve_args)
+        given = {argument.split("=")[0].replace("_", "-") for argument in shlex.split(serve_args)}
     except ValueError as error:
         raise DWDPError(f"--serve-args is {serve_args!r}: {error}") from None
+    if taken := OWN_FLAGS & given:
+        raise DWDPError(f"--serve-args sets {', '.join(sorted(taken))}, which the bench sets itself or does not work with: leave it out")
     has_own = not Path(model).is_dir() or any((Path(model) / name).exists() for name in FILES)
     if not has_own and not isinstance(model_config(model, {}).get("vocab_size"), int):
         raise DWDPError(f"{model} has no tokenizer, and its config.json no vocab_size of which to make one: add either")

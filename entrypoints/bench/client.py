@@ -6,12 +6,15 @@ import os
 from collections.abc import Iterator, Sequence
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from vllm_dwdp.entrypoints.server import SessionFailure
 
+MEET_S = 120.0  # of two clients, for prompts of a million tokens
 _FORKS = multiprocessing.get_context("forkserver")
 
 
@@ -30,10 +33,15 @@ def importing() -> Iterator[None]:
                     process.wait()
 
 
+def barrier(count: int) -> Barrier:
+    """Where so many clients meet once each has made its prompts, which takes long ones seconds."""
+    return _FORKS.Barrier(count, timeout=MEET_S)
+
+
 @contextlib.contextmanager
-def started(arguments: Sequence[str], log: Path) -> Iterator[BaseProcess]:
-    """`vllm bench serve` with these arguments, ended after the body; its output goes to `log`."""
-    client = _FORKS.Process(target=_run, args=(arguments, log), daemon=True)
+def started(arguments: Sequence[str], log: Path, start: Barrier) -> Iterator[BaseProcess]:
+    """`vllm bench serve` with these arguments, ended after the body; its requests come from `start` on, its output goes to `log`."""
+    client = _FORKS.Process(target=_run, args=(arguments, log, start), daemon=True)
     try:
         client.start()
     except EOFError:
@@ -45,13 +53,20 @@ def started(arguments: Sequence[str], log: Path) -> Iterator[BaseProcess]:
         client.join()
 
 
-def _run(arguments: Sequence[str], log: Path) -> None:
+def _run(arguments: Sequence[str], log: Path, start: Barrier) -> None:
     from vllm.benchmarks import serve
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     with log.open("wb") as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
+    benchmark = serve.benchmark
+
+    async def together(*args: Any, **kwargs: Any) -> Any:
+        start.wait()
+        return await benchmark(*args, **kwargs)
+
+    serve.benchmark = together
     parser = FlexibleArgumentParser()
     serve.add_cli_args(parser)
     serve.main(parser.parse_args(arguments))

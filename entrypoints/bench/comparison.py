@@ -35,9 +35,11 @@ class Comparison:
     def run(self) -> int:
         """Measure and report; the command's exit status is 1 when a mode failed.
 
-        Ctrl-C and SIGTERM end everything that was started and report what was measured until then.
+        Ctrl-C, SIGTERM and, unless it is ignored as under nohup, SIGHUP end everything that was started and report what was
+        measured until then.
         """
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        ends = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+        previous = {number: signal.signal(number, signal.default_int_handler) for number in ends}
         status = None
         try:
             self.measure()
@@ -45,6 +47,7 @@ class Comparison:
             status = INTERRUPTED
             self.say("interrupted")
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
         self.report()
         return status or int(bool(self.failures) or not self.measured)

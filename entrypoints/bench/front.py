@@ -79,8 +79,8 @@ def label(load: str) -> str:
 
 
 def points(rows: Sequence[Row]) -> list[Row]:
-    """Rows with a place on the front: of loads that generate, and that all ranks shared."""
-    return [row for row in rows if row.tokens_per_s_per_user is not None and "@" not in row.load]
+    """Rows with a place on the front: of loads that generate, that all ranks shared, and that came alone."""
+    return [row for row in rows if row.tokens_per_s_per_user is not None and not ("@" in row.load or " beside " in row.load)]
 
 
 def picture(rows: Sequence[Row], title: str, path: Path) -> None:

@@ -1,8 +1,10 @@
 """A load on a server: what it asks for, its figures by `vllm bench serve`, and the loads of a sweep."""
 
 import contextlib
+import http.client
 import json
 import math
+import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,12 +40,12 @@ class Load(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, text: str, option: str = "--loads") -> "Load":
         """From in:out:rate:count[@rank], for --sweep from in:out:count. Raises DWDPError for another text."""
-        body, _, rank = text.partition("@")
+        body, at, rank = text.partition("@")
         parts = body.split(":")
         if option == "--sweep":
             parts[2:2] = ["inf"]
         try:
-            load = cls(int(parts[0]), int(parts[1]), float(parts[2]), int(parts[3]), int(rank) if rank else None)
+            load = cls(int(parts[0]), int(parts[1]), float(parts[2]), int(parts[3]), int(rank) if at else None)
             is_right = load.rate > 0 and min(load.input_len, load.output_len, load.count, (load.rank or 0) + 1) > 0
             if is_right and len(parts) == 4 and (load.rank is None or option == "--loads"):
                 return load
@@ -77,8 +79,8 @@ def warm_up(server: Server, load: Load, model: str) -> None:
     try:
         with ThreadPoolExecutor(WARMUP_REQUESTS) as pool:
             list(pool.map(ask, range(WARMUP_REQUESTS)))
-    except OSError as error:
-        raise SessionFailure(f"warm up: {error}, see {server.log}") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise SessionFailure(f"warm up: {error or type(error).__name__}, see {server.log}") from None
 
 
 def put_under_load(
@@ -86,13 +88,15 @@ def put_under_load(
 ) -> list[dict[str, float]]:
     """FIGURES of each load, all put on the server at once, by `vllm bench serve`. Another seed meets no cache.
 
-    Its logs and JSON are `logs` and the load's name. Raises SessionFailure unless every request completes within `timeout_s`.
+    Its logs and JSON are `logs` with a number and the load's name. Raises SessionFailure unless every request completes within
+    `timeout_s` of the time in which they come.
     """
     found = []
+    timeout_s += max(0.0 if math.isinf(load.rate) else load.count / load.rate for load in mix)
     with contextlib.ExitStack() as clients:
-        running = []
+        running, start = [], client.barrier(len(mix))
         for number, load in enumerate(mix):
-            log = logs.with_name(f"{logs.name}-{str(load).replace(':', '-')}.log")
+            log = logs.with_name(f"{logs.name}-{number}-{str(load).replace(':', '-')}.log")
             arguments = [
                 "--base-url", server.url, "--model", model, "--tokenizer", tokenizer,
                 "--dataset-name", "random", "--ignore-eos", "--random-input-len", str(load.input_len),
@@ -102,9 +106,12 @@ def put_under_load(
                 "--result-dir", str(log.parent), "--result-filename", log.with_suffix(".json").name,
                 *([] if load.rank is None else ["--header", f"X-data-parallel-rank={load.rank}"]),
             ]
-            running.append((load, log, clients.enter_context(client.started(arguments, log))))
+            running.append((load, log, clients.enter_context(client.started(arguments, log, start))))
+        deadline_s = time.monotonic() + timeout_s
         for load, log, process in running:
-            process.join(timeout_s)
+            process.join(max(deadline_s - time.monotonic(), 0))
+            if server.has_ended():
+                raise SessionFailure(f"load: the server ended with status {server.process.returncode}, see {server.log}")
             if process.exitcode is None:
                 raise SessionFailure(f"load: not done after {timeout_s:g} s, see {log}")
             if process.exitcode:

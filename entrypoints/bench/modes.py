@@ -15,7 +15,7 @@ from vllm_dwdp.errors import DWDPError
 
 OWN_ARGUMENTS = frozenset({
     "model", "tensor_parallel_size", "data_parallel_size", "enable_expert_parallel", "max_num_batched_tokens",
-    "all2all_backend", "additional_config", "worker_extension_cls",
+    "all2all_backend", "additional_config", "worker_extension_cls", "enforce_eager",
 })
 DECODE_DEFAULTS = {"input_len": 128, "output_len": 256}
 
@@ -80,6 +80,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         refuse_misspelt(self.modes, ("dwdp", "ep", "tp", "single"))
         if self.size < 2 and set(self.modes) != {"single"}:
             raise DWDPError(f"--size is {self.size}: every mode but single needs at least 2")
+        if own := {"size", "rank", "timing"} & {*self.dwdp, *(name for mode in filter(is_dwdp, self.modes) for name in own_options(mode))}:
+            raise DWDPError(f"a mode of dwdp sets {', '.join(sorted(own))}, which the bench sets itself: leave it out")
         if taken := OWN_ARGUMENTS.intersection(self.engine_args):
             raise DWDPError(f"--engine-args sets {', '.join(sorted(taken))}, which the modes set themselves")
         for name in ("kv_cache_memory_bytes", "gpu_memory_utilization"):
@@ -113,7 +115,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def gpus_at_work(self, mode: str) -> float:
         """Among which a mode's throughput is shared: of single, which has rank 0's prompts, as if replicas had the others'."""
-        return self.size * self.uneven / (self.uneven + self.size - 1) if mode == "single" else self.size
+        most = round(self.uneven * self.num_prompts)
+        return self.size * most / (most + (self.size - 1) * self.num_prompts) if mode == "single" else self.size
 
     def memory_share(self, mode: str) -> float:
         """Of each GPU's memory. Side by side, single gets twice what others get: it holds all experts, not a part."""
@@ -133,7 +136,10 @@ def kind(mode: str) -> str:
 def own_options(mode: str) -> dict[str, Any]:
     """The options that a mode carries after its kind. Several values of one are a list, with spaces between them."""
     given = (option.split("=", 1) for option in mode.split("+")[1:])
-    return {name: [scalar(each) for each in value.split()] if " " in value else scalar(value) for name, value in given}
+    known = {"true": True, "false": False}
+    return {
+        name: [scalar(each) for each in value.split()] if " " in value else known.get(value, scalar(value)) for name, value in given
+    }
 
 
 def short(mode: str) -> str:

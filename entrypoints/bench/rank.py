@@ -26,8 +26,8 @@ MIN_TOKEN = 10  # leaves out the special tokens that models keep at either end o
 class Ran(msgspec.Struct, frozen=True, kw_only=True):
     """One run. Seconds on the host's monotonic clock, which all ranks of a host share; `stats` accumulate.
 
-    `first_s` is when the last request had its first token: from then to `end_s` the rank only decodes. `steps_s` are the
-    times at which it had further tokens.
+    `first_s` is when the last request had its first token: from then to `end_s`, when it had its last one, the rank only
+    decodes. `steps_s` are the times at which it had further tokens.
     """
 
     start_s: float
@@ -92,7 +92,10 @@ class Rank:
         return Held(expert_bytes=expert_bytes, kv_cache_tokens=cache.num_gpu_blocks * cache.block_size)
 
     def run(self, *, num_prompts: int, output_len: int) -> Ran:
-        """Give the engine the first `num_prompts` prompts of each of its ranks at once, rank 0's share of them more."""
+        """Give the engine the first `num_prompts` prompts of each of its ranks at once, rank 0's share of them more.
+
+        It has ended at its last token: expert parallelism's ranks then go on with empty steps, which no request waits for.
+        """
         from vllm import SamplingParams
 
         shared = zip(self.prompts, self.shares, strict=True)
@@ -102,17 +105,19 @@ class Rank:
         latest: dict[str, int] = {}  # tokens of each request that has any
         first_s: float | None = None
         steps_s: list[float] = []
-        start_s = time.monotonic()
+        start_s = end_s = time.monotonic()
         for number, ids in enumerate(prompts):
             engine.add_request(str(number), {"prompt_token_ids": ids}, sampling)
         while engine.has_unfinished_requests():
             found = {output.request_id: len(output.outputs[0].token_ids) for output in engine.step()}
+            if not found:
+                continue
             latest |= found
-            if first_s is not None and found:
-                steps_s.append(time.monotonic())
-            elif first_s is None and len(latest) == len(prompts):
-                first_s = time.monotonic()
-        end_s = time.monotonic()
+            end_s = time.monotonic()
+            if first_s is not None:
+                steps_s.append(end_s)
+            elif len(latest) == len(prompts):
+                first_s = end_s
         return Ran(
             start_s=start_s, first_s=end_s if first_s is None else first_s, steps_s=steps_s, end_s=end_s, stats=self.stats(),
             prompt_tokens=sum(map(len, prompts)), output_tokens=sum(latest.values()),

@@ -64,7 +64,7 @@ class Bench(Comparison):
         try:
             for tokens in settings.max_num_batched_tokens:
                 if settings.load_together:
-                    able = [mode for mode in settings.modes if (mode, self._points(tokens)[0]) not in self.failures]
+                    able = [mode for mode in settings.modes if self._able(mode, tokens)]
                     for mode in able:
                         self._start(tokens, mode)
                     for mode in able:
@@ -81,20 +81,23 @@ class Bench(Comparison):
     def _points(self, tokens: int) -> tuple[int, ...]:
         return self.settings.decode or (tokens,)
 
+    def _able(self, mode: str, tokens: int) -> list[int]:
+        """Points at which nothing is known to fail."""
+        return [point for point in self._points(tokens) if (mode, point) not in self.failures]
+
     @contextlib.contextmanager
     def _noting_failure(self, tokens: int, mode: str, where: str) -> Iterator[str]:
         """A failure in the body ends the mode's processes and is noted; the benchmark goes on."""
         try:
             yield where
         except EngineFailure as failure:
-            self.failures |= {(mode, point): str(failure) for point in self._points(tokens)}
+            self.failures |= {(mode, point): str(failure) for point in self._able(mode, tokens)}
             self.say(f"{where}: failed: {failure} (see {self.out / 'logs'})")
             self._stop(mode, orderly=False)
 
     def _turn(self, tokens: int, round: int, mode: str) -> None:
         """Load a mode unless it is, and measure it."""
-        points = self._points(tokens)
-        if (mode, points[0]) in self.failures:
+        if not self._able(mode, tokens):
             return
         where = f"{tokens} tokens a step, round {round} of {self.settings.rounds}, {short(mode)}"
         with self._noting_failure(tokens, mode, where):
@@ -105,7 +108,7 @@ class Bench(Comparison):
             if self.settings.side_by_side:  # the first run after others had the GPUs can take seconds more
                 self._run(mode, "wake up", 1, 1)
             for _ in range(self.settings.repeats):
-                for point in points:
+                for point in self._able(mode, tokens):
                     self._read(point, round, mode, where)
         if not self.settings.side_by_side:
             self._stop(*self.running)
@@ -133,9 +136,23 @@ class Bench(Comparison):
                 expert_bytes=sum(h.expert_bytes for h in held) / num_gpus,
                 kv_cache_tokens=sum(h.kv_cache_tokens for h in held) / num_gpus,
             )
+        if self.decode:
+            self._leave_out_what_would_be_preempted(mode)
         self.say(f"{where}: loaded in {time.monotonic() - start_s:.0f} s; warm up")
-        for num_prompts in settings.decode or [math.ceil(WARMUP_STEPS * tokens / settings.input_len) + 1]:
+        prompts = self._able(mode, tokens) if self.decode else [math.ceil(WARMUP_STEPS * tokens / settings.input_len) + 1]
+        for num_prompts in prompts:
             self._run(mode, "warm up", num_prompts, min(settings.output_len, 1 + WARMUP_STEPS))
+
+    def _leave_out_what_would_be_preempted(self, mode: str) -> None:
+        """Requests that the KV cache has no room for wait, and a step would have fewer of them than it is said to."""
+        each = self.settings.input_len + self.settings.output_len
+        for point in self.settings.decode:
+            if point * each > (room := self.held[mode, point].kv_cache_tokens):
+                why = f"{point} requests of {each} tokens a GPU, of whose KV cache has {room:,.0f}: lower --decode or give it more memory"
+                self.failures[mode, point] = why
+                self.say(f"{short(mode)}: {why}")
+        if all((mode, point) in self.failures for point in self.settings.decode):
+            raise EngineFailure("no --decode fits the KV cache")
 
     def _run(self, mode: str, phase: str, num_prompts: int, output_len: int) -> dict[str, float]:
         engines = self.running[mode]

@@ -1,6 +1,7 @@
 """`vllm-dwdp bench --serve`: `vllm serve` in each mode on the same GPUs, under the same loads of `vllm bench serve`."""
 
 import contextlib
+import http.client
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -43,10 +44,13 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     serve_args: Annotated[str, Meta(description="with --serve: further arguments of every `vllm serve`")] = ""
     side_by_side: Annotated[
-        bool, Meta(description="keep all servers up and alternate load by load; needs a small model")
+        bool, Meta(description="keep all servers up and alternate load by load; needs a small model, and --kv-cache-memory-bytes "
+                               "in --serve-args")
     ] = False
     repeats: Annotated[Positive, Meta(description="measurements of each load")] = 1
-    timeout: Annotated[float, Meta(gt=0, description="seconds that a server may take to start, or one load")] = 900.0
+    timeout: Annotated[
+        float, Meta(gt=0, le=1e6, description="seconds that a server may take to start, and a load beyond the time in which it comes")
+    ] = 900.0
     out: Annotated[str, Meta(description="folder for bench.json or serving.json, a picture and logs/")] = "./dwdp-bench"
 
     @classmethod
@@ -60,6 +64,9 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
             raise DWDPError(f"--size is {self.size}: every mode needs at least 2")
         if beyond := [load for mix in self.first_mixes for load in mix if (load.rank or 0) >= self.size]:
             raise DWDPError(f"--loads has {beyond[0]}: ranks of --size {self.size} count from 0 to {self.size - 1}")
+        if self.side_by_side and "--kv-cache-memory-bytes" not in self.serve_args:
+            raise DWDPError("--side-by-side needs --kv-cache-memory-bytes in --serve-args: servers that start together would "
+                            "size their KV caches by what the others have left")
         if not self.first_mixes:
             raise DWDPError("--serve needs --loads IN:OUT:RATE:COUNT,... or --sweep IN:OUT:COUNT")
         return self
@@ -68,7 +75,12 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
     def first_mixes(self) -> list[Mix]:
         """Those that need no reading: of a sweep, saturation."""
         mixes = [tuple(map(Load.of, text.split("+"))) for text in self.loads]
-        return [*mixes, (Load.of(self.sweep, "--sweep"),)] if self.sweep else mixes
+        return list(dict.fromkeys([*mixes, self.saturation] if self.sweep else mixes))
+
+    @property
+    def saturation(self) -> Mix:
+        """Of a sweep."""
+        return (Load.of(self.sweep or "", "--sweep"),)
 
     def arguments(self, mode: str) -> list[str]:
         """What `vllm serve` is told beside the model, in this mode."""
@@ -80,7 +92,10 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
         told = [*shlex.split(self.serve_args), *own]
         for name, value in own_options(mode).items():
             flag = ("--dwdp-" if is_dwdp(mode) else "--") + name.replace("_", "-")
-            told += [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+            if isinstance(value, bool):
+                told.append(flag if value else flag.replace("--", "--no-", 1))
+            else:
+                told += [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
         return told
 
 
@@ -127,8 +142,8 @@ class Serving(Comparison):
         """A failure in the body ends the mode's server and is noted; the comparison goes on."""
         try:
             yield
-        except (SessionFailure, OSError) as failure:
-            self.failures[mode] = str(failure)
+        except (SessionFailure, OSError, http.client.HTTPException) as failure:
+            self.failures[mode] = str(failure) or type(failure).__name__
             self.say(f"{short(mode)}: failed: {failure}")
             server.end()
 
@@ -148,11 +163,12 @@ class Serving(Comparison):
                 self.say(f"{short(mode)}: starts since {elapsed_s:.0f} s")
 
         took_s = server.wait_until_ready(self.settings.timeout, waiting)
-        self.say(f"{short(mode)}: serves after {took_s:.0f} s; warm up")
-        warm_up(server, self.mixes[0][0], self.settings.model)
+        self.say(f"{short(mode)}: serves after {took_s:.0f} s")
 
     def _read(self, mode: str, server: Server, mix: Mix, repeat: int, seed: int) -> None:
-        """Measure once; a sweep's saturation decides its other loads, for all modes."""
+        """Measure once, after requests that wake up a server beside others; a sweep's saturation decides its other loads, for all modes."""
+        for load in mix:
+            warm_up(server, load, self.settings.model)
         streams = is_dwdp(mode)
         before = counted(server) if streams else {}
         whole = tuple(msgspec.structs.replace(load, rank=None) for load in mix)  # to tensor parallelism all ranks are one
@@ -165,7 +181,7 @@ class Serving(Comparison):
             self.measured.append(read := front.Measured(mode=mode, load=name, repeat=repeat, dwdp=spent, **own))
             self.say(f"{short(mode)}, {name}, {repeat} of {self.settings.repeats}: {read.request_throughput:.2f} requests/s, "
                      f"TTFT {read.median_ttft_ms:.0f} ms, TPOT {read.median_tpot_ms:.1f} ms")
-        if self.sweeps and mix == self.settings.first_mixes[-1]:
+        if self.sweeps and mix == self.settings.saturation:
             self.sweeps = False
             self.mixes += [(load,) for load in mix[0].below(figures[0]["request_throughput"])]
 

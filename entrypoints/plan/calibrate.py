@@ -21,6 +21,7 @@ from vllm_dwdp.placement import Placement
 
 FITTED = {"single": (), "dwdp": ("interference",), "ep": ("all2all", "layer_us")}  # beside compute and step_ms
 Size = Annotated[int, Meta(gt=0)]
+FEW = 0.25  # dispatched or direct steps for each streamed one, as a last step of a few tokens is
 KEEP = 1e-3  # how much a squared deviation from the old rates weighs: what no reading tells apart stays
 
 
@@ -46,6 +47,13 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     point: Size
     median: Positive | None
     copy_gb_per_s: Positive | None
+    views: dict[str, float] = {}
+
+    @property
+    def fits(self) -> bool:
+        """Whether plan forecasts what was measured: steps that were dispatched it does not."""
+        others = sum(number for view, number in self.views.items() if view != "streamed")
+        return self.mode in FITTED and self.median is not None and others <= FEW * self.views.get("streamed", others)
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,8 +116,8 @@ def read(path: str, gpu_name: str) -> Measured:
         raise DWDPError(f"no bench.json: {error}") from None
     if others := [name for name in measured.devices if gpu_name not in re.split(r"\W+", name.lower())]:
         raise DWDPError(f"measured on {others[0]}, but --gpu is {gpu_name}")
-    if measured.unit != "tokens/s/GPU" or not any(row.mode in FITTED and row.median for row in measured.rows):
-        raise DWDPError("no prefill reading of dwdp, ep or single")
+    if measured.unit != "tokens/s/GPU" or not any(row.fits for row in measured.rows):
+        raise DWDPError("no prefill reading of ep, single, or dwdp whose steps were streamed")
     asked = measured.settings
     taken = {"cache_gib", "experts_per_rank"} & asked.dwdp.keys() | RESIZING & asked.engine_args.keys()
     taken |= {name for name in ("uneven", "output_len") if getattr(asked, name) != 1}
@@ -129,7 +137,7 @@ def points_of(measured: Measured, planned: str) -> list[Point]:
             mode=row.mode, value=row.median, model=model, size=asked.size, streamed_bytes=streamed,
             load=Load(tokens=row.point, input_len=asked.input_len, ratio=asked.ratio),
         )
-        for row in measured.rows if row.mode in FITTED and row.median
+        for row in measured.rows if row.median and row.fits
     ]
 
 
