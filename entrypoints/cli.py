@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         description="Runs the modes in turn, A B A B, on the same prompts, and prints one table. dwdp: this plugin; "
         "ep: stock data parallel with expert parallel; tp: stock tensor parallel; single: one GPU that holds "
         "everything and communicates with nobody. With --serve the modes are whole servers under load, as "
-        "`vllm serve` starts them and `vllm bench serve` asks them.",
+        "`vllm serve` starts them and `vllm bench serve` asks them, one after the other unless --side-by-side.",
     )
     command.add_argument("--serve", action="store_true", help="compare servers: --loads or --sweep, --serve-args")
     fields = {field.name: field for kind in (ServeSettings, Settings) for field in msgspec.structs.fields(kind)}

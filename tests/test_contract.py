@@ -73,21 +73,21 @@ ATTRIBUTES = {
                                "data_parallel_hybrid_lb data_parallel_master_ip data_parallel_master_port "
                                "_coord_store_port local_engines_only",
     CONFIG + "ModelConfig": "is_moe model architectures dtype quantization hf_config hf_text_config enforce_eager "
-                            "enable_sleep_mode enable_cumem_allocator multimodal_config runner_type",
+                            "enable_sleep_mode enable_cumem_allocator multimodal_config runner_type max_model_len",
     CONFIG + "MultiModalConfig": "mm_processor_cache_gb",
     "vllm.v1.engine.core_client:DPLBAsyncMPClient": "engine_ranks_managed core_engines reqs_in_flight engine_inflight "
                                                     "outputs_queue lb_engines _abort_requests",
     CONFIG + "CompilationConfig": "cudagraph_mode cudagraph_capture_sizes max_cudagraph_capture_size static_forward_context",
     "vllm.model_executor.layers.attention:Attention": "impl",
     CONFIG + "CUDAGraphMode": "NONE",
-    CONFIG + "SchedulerConfig": "max_num_batched_tokens",
+    CONFIG + "SchedulerConfig": "max_num_batched_tokens max_num_seqs",
     CONFIG + "CacheConfig": "gpu_memory_utilization kv_cache_memory_bytes",
     CONFIG + "KernelConfig": "moe_backend",
     CONFIG + "LoadConfig": "load_format",
     "vllm.config.offload:OffloadConfig": "uva prefetch",
     "vllm.config.offload:UVAOffloadConfig": "cpu_offload_gb",
     "vllm.config.offload:PrefetchOffloadConfig": "offload_group_size",
-    CONFIG + "SpeculativeConfig": "draft_model_config method",
+    CONFIG + "SpeculativeConfig": "draft_model_config method enable_adaptive_verification",
     MOE + "expert_map_manager:ExpertMapManager": "_local_num_experts _expert_map global_num_experts "
                                                  "num_fused_shared_experts",
     MOE + "routed_experts:RoutedExperts": "layer_name weight_loader expert_map_manager quant_method moe_config _expert_map local_num_experts "  # noqa: E501
@@ -98,7 +98,8 @@ ATTRIBUTES = {
     MOE + "modular_kernel:FusedMoEKernel": "prepare_finalize fused_experts",
     MOE + "runner.moe_runner:MoERunner": "_forward_entry shared_experts",
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader": "local_expert_ids",
-    "vllm.v1.core.sched.output:SchedulerOutput": "total_num_scheduled_tokens scheduled_encoder_inputs has_sync_kv_loads",
+    "vllm.v1.core.sched.output:SchedulerOutput": "total_num_scheduled_tokens scheduled_encoder_inputs has_sync_kv_loads "
+                                                 "ec_connector_metadata",
     "vllm.model_executor.models.gpt_oss:GptOssModel": "config",
     MOE + "config:FusedMoEQuantConfig": " ".join(proof._STATIC),
     QUANTIZATION + "mxfp4:GptOssMxfp4MoEMethod": "experts_cls",
@@ -164,6 +165,19 @@ def imports() -> list[str]:
         f"{node.module}:{name.name}" for tree in trees for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm" for name in node.names
     })
+
+
+def extensions() -> list[type]:
+    """Classes of this package that extend one of vLLM's."""
+    modules = [importlib.import_module(f"vllm_dwdp.integration.{p.stem}") for p in (ROOT / "vllm_dwdp/integration").glob("[!_]*.py")]
+    made = {each for module in modules for each in vars(module).values() if isinstance(each, type) and each.__module__ == module.__name__}
+    return sorted((each for each in made if any(base.__module__.startswith("vllm.") for base in each.__mro__)), key=str)
+
+
+@pytest.mark.parametrize("made", extensions(), ids=lambda made: made.__name__)
+def test_extensions_have_all_that_vllm_asks_of_them(made: type) -> None:
+    """Else Python refuses to make one, at the first step that needs it."""
+    assert not inspect.isabstract(made), made.__abstractmethods__
 
 
 @pytest.mark.parametrize("where", imports())

@@ -495,12 +495,15 @@ def test_a_step_alone_does_not_replay_a_graph_that_reads_in_place_for_longer_tha
 def test_a_rehearsal_is_steps_alone_in_no_graph_of_counts_that_16_divides_and_does_not() -> None:
     fakes = Fakes(joined=OURS)
     made = make(fakes)
-    made.rehearse(lambda tokens: fakes.note("forward", tokens, made.is_beyond_graphs, made.rows(tokens)))
+    made.rehearse(lambda tokens: fakes.note("forward", tokens, made.is_beyond_graphs, made.rows(tokens)), LARGE)
     assert MOST % 16 == 0 and fakes.said() == [
         said for tokens in (MOST - 1, MOST, HELPED_MOST - 1, HELPED_MOST)
         for said in [("begin", 0, (0,), (tokens, 0)), ("forward", tokens, True, tokens)]
     ]
     assert made.rows(1) == 2 and not made.is_beyond_graphs, "it is over"
+    tried: list[int] = []
+    made.rehearse(tried.append, MOST)
+    assert tried == [MOST - 1, MOST], "no step has more tokens than all its requests at their longest"
 
 
 def test_a_member_that_did_not_come_is_named_before_the_next_step() -> None:
@@ -693,6 +696,9 @@ def test_no_tokens_of_a_round_that_a_member_did_not_come_to(is_async: bool) -> N
             wrong.append("known by now")
             return "tokens"
 
+        def get_kv_connector_output(self) -> str:
+            return "blocks"
+
     class Rounds:
         def check(self) -> None:
             if wrong:
@@ -701,7 +707,7 @@ def test_no_tokens_of_a_round_that_a_member_did_not_come_to(is_async: bool) -> N
     wrong: list[str] = [] if is_async else ["known"]
     with pytest.raises(DWDPError, match="rank 1 did not come"):
         taken = checked(Later() if is_async else "tokens", Rounds())
-        assert is_async
+        assert is_async and taken.get_kv_connector_output() == "blocks"
         taken.get_output()
 
 

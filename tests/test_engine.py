@@ -36,17 +36,50 @@ class OtherExecutor:
 def engine(executor: Any, **attributes: Any) -> IndependentEngineCore:
     made = object.__new__(IndependentEngineCore)
     scheduler = types.SimpleNamespace(has_requests=lambda: False)
-    given = dict(engines_running=False, batch_queue=None, _meets=True, _expected=None) | attributes
+    given = dict(engines_running=False, batch_queue=None, _meets=True, _expected=None, _said_idle=False) | attributes
     vars(made).update(model_executor=executor, scheduler=scheduler, output_queue=queue.Queue(), post_step=lambda _: None, **given)
     return made
 
 
-@pytest.mark.parametrize("executed", [False, True])
-def test_requests_that_no_step_can_take_keep_no_peer_waiting(executed: bool) -> None:
-    """As while a grammar is compiled: the rank helps meanwhile. A worker in another process does by itself."""
-    for executor, helps in ((Executor(), ["dwdp_help"]), (OtherExecutor(), [])):
-        assert engine(executor, step_fn=lambda: ({}, executed))._process_engine_step() == executed
-        assert executor.calls == ([] if executed else helps)
+def run(made: IndependentEngineCore, steps: list[bool]) -> None:
+    """As many steps of vLLM's, each of which executes something or not."""
+    left = iter(steps)
+    made.step_fn = lambda: ({}, next(left))
+    for executed in steps:
+        assert made._process_engine_step() == executed
+
+
+@pytest.mark.parametrize(("executor", "helps"), [(Executor, 4), (OtherExecutor, 2)])
+def test_requests_that_no_step_can_take_keep_no_peer_waiting(executor: type, helps: int) -> None:
+    """As while a grammar is compiled, or a decoder pulls KV: the rank helps meanwhile. A worker in another process is told once."""
+    run(engine(asked := executor()), [True, False, False, True, False, False])
+    assert asked.calls == ["dwdp_help"] * helps
+    run(engine(asked := OtherExecutor(), _meets=False), [True, False])
+    assert not asked.calls, "no step dispatches"
+
+
+def test_a_rank_is_not_idle_while_a_step_of_its_is_under_way() -> None:
+    steps = [types.SimpleNamespace(total_num_scheduled_tokens=tokens) for tokens in (0, 5)]
+    made = engine(asked := OtherExecutor(), batch_queue=[(None, step, None) for step in steps])
+    run(made, [False])
+    assert not asked.calls
+    made.batch_queue.pop()
+    run(made, [False])
+    assert asked.calls == ["dwdp_help"]
+
+
+def test_peers_hear_of_a_request_that_comes_beside_some_that_no_step_can_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And that the rank is idle again, once no step can take that either, or a call is over."""
+    monkeypatch.setattr(core.EngineCoreProc, "_handle_client_request", lambda *_: None)
+    made = engine(asked := OtherExecutor())
+    made.scheduler.has_requests = lambda: True
+    run(made, [True, False])
+    made._handle_client_request(EngineCoreRequestType.ADD, (None, 0))
+    run(made, [False, False])
+    assert asked.calls == ["dwdp_help", "dwdp_expect", "heard", "dwdp_help"]
+    made._handle_client_request(EngineCoreRequestType.UTILITY, (0, 0, "profile", ()))
+    run(made, [False, False])
+    assert asked.calls[4:] == ["dwdp_leave", "dwdp_help"]
 
 
 @pytest.mark.parametrize("executor", [Executor, OtherExecutor])
@@ -184,6 +217,9 @@ class Pooled(AsyncModelRunnerOutput):
     def get_output(self) -> Any:
         return "an embedding"
 
+    def get_kv_connector_output(self) -> None:
+        return None
+
 
 def test_no_embedding_of_a_round_that_a_member_did_not_come_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pooling model's output comes from the forward itself, and is held against the round like tokens."""
@@ -196,7 +232,9 @@ def test_no_embedding_of_a_round_that_a_member_did_not_come_to(monkeypatch: pyte
     made.dwdp = types.SimpleNamespace(dispatch=dispatch, prefetcher=types.SimpleNamespace(begin_step=nothing, end_step=nothing))
     made.vllm_config = types.SimpleNamespace(speculative_config=None)
     monkeypatch.setattr(worker.PlatformWorker, "execute_model", lambda *_: Pooled())
-    step = types.SimpleNamespace(total_num_scheduled_tokens=5, scheduled_encoder_inputs={}, has_sync_kv_loads=False)
+    step = types.SimpleNamespace(
+        total_num_scheduled_tokens=5, scheduled_encoder_inputs={}, has_sync_kv_loads=False, ec_connector_metadata=None
+    )
     output = made.execute_model(step)
     with pytest.raises(worker.DWDPError, match="rank 1 did not come"):
         output.get_output()
@@ -206,7 +244,12 @@ def test_no_embedding_of_a_round_that_a_member_did_not_come_to(monkeypatch: pyte
 
 @pytest.mark.parametrize(
     ("first", "is_ready"),
-    [({}, True), ({"scheduled_encoder_inputs": {"a": [0]}}, False), ({"has_sync_kv_loads": True}, False)], ids=str,
+    [
+        ({}, True), ({"scheduled_encoder_inputs": {"a": [0]}}, False), ({"has_sync_kv_loads": True}, False),
+        ({"ec_connector_metadata": types.SimpleNamespace(mm_datas=[1])}, False),
+        ({"ec_connector_metadata": types.SimpleNamespace(mm_datas=[])}, True),
+    ],
+    ids=str,
 )
 def test_a_step_is_ready_that_has_nothing_to_encode_or_load_first(
     monkeypatch: pytest.MonkeyPatch, first: dict, is_ready: bool
@@ -218,7 +261,9 @@ def test_a_step_is_ready_that_has_nothing_to_encode_or_load_first(
     made.dwdp = types.SimpleNamespace(dispatch=dispatch, prefetcher=prefetcher)
     made.vllm_config = types.SimpleNamespace(speculative_config=None)
     monkeypatch.setattr(worker.PlatformWorker, "execute_model", lambda *_: None)
-    step = {"total_num_scheduled_tokens": 5, "scheduled_encoder_inputs": {}, "has_sync_kv_loads": False}
+    step = {
+        "total_num_scheduled_tokens": 5, "scheduled_encoder_inputs": {}, "has_sync_kv_loads": False, "ec_connector_metadata": None
+    }
     made.execute_model(types.SimpleNamespace(**step | first))
     assert asked == [(5, is_ready)]
 

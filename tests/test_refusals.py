@@ -1,8 +1,10 @@
 """Invariant: what DWDP cannot serve is refused in one line that names the setting, before anything is loaded."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -142,6 +144,16 @@ def test_dense_model(configure, dense: str) -> None:
     with pytest.raises(DWDPError) as raised:
         configure(model=dense)
     assert_refused(raised, dense, "no MoE layers")
+
+
+@pytest.mark.parametrize("is_adaptive", [False, True])
+def test_drafts_whose_verification_shrinks_a_step(configure, monkeypatch, is_adaptive: bool) -> None:
+    made = configure()
+    monkeypatch.setattr(made, "speculative_config", SimpleNamespace(enable_adaptive_verification=is_adaptive))
+    with pytest.raises(DWDPError) if is_adaptive else contextlib.nullcontext() as raised:
+        checks.refuse_unsupported(made, config.parse(made.additional_config))
+    if is_adaptive:
+        assert_refused(raised, "enable_adaptive_verification in --speculative-config")
 
 
 @pytest.mark.parametrize(

@@ -153,15 +153,17 @@ class Dispatch:
         """Before this rank does something else than steps: peers do not count on it until it comes again."""
         self._launch_owed(self._meeting.leave)
 
-    def rehearse(self, forward: Callable[[int], Any]) -> None:
+    def rehearse(self, forward: Callable[[int], Any], most: int) -> None:
         """Run the largest steps that dispatch, alone and without a graph: no request waits for their kernels to be compiled.
+
+        No step has more than `most` tokens.
 
         Triton compiles a kernel anew for a count that 16 does not divide.
         """
         helped = self.limits.helped_max_tokens
         even = {count // 16 * 16 or count for count in (self.limits.max_tokens, helped, -(-helped // 2))}
         self._in_step = True
-        for num_tokens in sorted(even | {count - 1 or count for count in even}):
+        for num_tokens in sorted({min(count, most) for count in even | {count - 1 or count for count in even}}):
             with self._laid_out(self._alone(num_tokens)):
                 self._padded = 0
                 forward(num_tokens)

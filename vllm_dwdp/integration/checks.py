@@ -104,6 +104,9 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
          "--enable-sleep-mode / cumem allocator: it would move weights that peers have mapped; drop it"),
         (vllm_config.cache_config.kv_sharing_fast_prefill,
          "--kv-sharing-fast-prefill: its last layers run fewer tokens, and a forward has one view; drop it"),
+        (getattr(vllm_config.speculative_config, "enable_adaptive_verification", False),
+         "enable_adaptive_verification in --speculative-config: it takes tokens out of a step that ranks have agreed on; "
+         "set it to false"),
         (vllm_config.lora_config is not None,
          "--enable-lora: adapters wrap the expert layers that are streamed; drop it"),
         (vllm_config.weight_transfer_config is not None,

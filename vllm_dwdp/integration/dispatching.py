@@ -179,6 +179,9 @@ class CheckedOutput(AsyncModelRunnerOutput):
         self._check()
         return output
 
+    def get_kv_connector_output(self) -> Any:  # from vLLM 0.33, of an output that failed
+        return self._output.get_kv_connector_output()  # type: ignore[attr-defined]
+
 
 def fit_to_round(vllm_config: VllmConfig, dispatch: Dispatch) -> None:
     """Let vLLM choose the graph of the rows that a round has agreed on, where that is more than the batch has, or none.

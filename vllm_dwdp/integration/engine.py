@@ -31,6 +31,7 @@ class IndependentEngineCore(core.EngineCoreProc):
         self._active_s = 0.0  # when this engine last had work or helped
         self._meets = False  # steps may dispatch
         self._expected: Any = None  # the future of telling peers of a step to come
+        self._said_idle = False  # to peers, since the last step and call, though there are requests
 
     def process_output_sockets(self, output_paths: list[str], *args: Any, **kwargs: Any) -> None:
         if any(path.startswith("tcp:") for path in output_paths):  # a front end on another node cannot see this process
@@ -41,24 +42,30 @@ class IndependentEngineCore(core.EngineCoreProc):
         if self.has_work():
             self._active_s = time.monotonic()
         else:
-            self._was_expected()
+            self._hear_of_telling()
             self._help_until_work()
         super()._process_input_queue()
 
     def _process_engine_step(self) -> bool:
         """Requests that no step can take yet, as while a grammar is compiled or KV arrives, keep no peer waiting."""
         executed = super()._process_engine_step()
-        was_expected = self._was_expected()
-        if not executed and (was_expected or isinstance(self.model_executor, UniProcExecutor)):
+        self._hear_of_telling()
+        self._said_idle &= not executed
+        if not executed and (isinstance(self.model_executor, UniProcExecutor) or self._may_say_idle()):
             self._help()
+            self._said_idle = True
         return executed
 
-    def _was_expected(self) -> bool:
-        """Whether peers have been told of the step that was to come. Raises what went wrong as they were."""
+    def _may_say_idle(self) -> bool:
+        """Whether a worker in another process has yet to hear, which helps by itself from then on. Not beside a step that is under way."""
+        under_way = any(step.total_num_scheduled_tokens for _, step, _ in self.batch_queue or ())
+        return self._meets and not self._said_idle and not under_way
+
+    def _hear_of_telling(self) -> None:
+        """Peers have been told of the step that was to come, if they were to be. Raises what went wrong as they were."""
         expected, self._expected = self._expected, None
         if expected is not None:
             expected.result()
-        return expected is not None
 
     def _handle_client_request(self, request_type: EngineCoreRequestType, request: Any) -> None:
         """Calls that are no requests may take long: peers do not count on this rank meanwhile.
@@ -66,13 +73,15 @@ class IndependentEngineCore(core.EngineCoreProc):
         Of an idle rank's first request peers hear before its step is scheduled: of two that come at once neither waits for the
         other's step. Not while the scheduler is paused: then it is no work yet.
         """
-        is_call, was_idle = request_type == EngineCoreRequestType.UTILITY, not self.has_work()
+        is_call, was_idle = request_type == EngineCoreRequestType.UTILITY, self._said_idle or not self.has_work()
         if is_call:
             self.model_executor.collective_rpc("dwdp_leave")
+            self._said_idle = False
         super()._handle_client_request(request_type, request)
         if is_call and not self.has_work():
             self._help()
         elif not is_call and self._meets and was_idle and self.has_work():
+            self._said_idle = False
             self._expected = self.model_executor.collective_rpc("dwdp_expect", non_block=True)
 
     def _help(self) -> bool | None:

@@ -114,7 +114,8 @@ class DWDPWorker(PlatformWorker):
     def compile_or_warm_up_model(self) -> Any:
         dispatch = self.dwdp.dispatch
         if dispatch is not None and not current_platform.is_cpu():
-            dispatch.rehearse(self.model_runner._dummy_run)  # before vLLM watches for kernels that are compiled late
+            most = self.vllm_config.scheduler_config.max_num_seqs * self.vllm_config.model_config.max_model_len
+            dispatch.rehearse(self.model_runner._dummy_run, most)  # before vLLM watches for kernels that are compiled late
         times = super().compile_or_warm_up_model()
         if dispatch is not None:
             dispatch.meets = True
@@ -126,7 +127,10 @@ class DWDPWorker(PlatformWorker):
         if not num_tokens:
             return super().execute_model(scheduler_output)
         self._is_idle = False
-        is_ready = not (scheduler_output.scheduled_encoder_inputs or scheduler_output.has_sync_kv_loads)
+        is_ready = not (
+            scheduler_output.scheduled_encoder_inputs or scheduler_output.has_sync_kv_loads
+            or _asks_for_something(scheduler_output.ec_connector_metadata)
+        )
         dispatched = dispatch is not None and dispatch.begin_step(num_tokens, is_ready=is_ready)
         # Where a request decodes several tokens, vLLM may pad a batch to a graph larger than the next captured size.
         exact = self.vllm_config.speculative_config is None
@@ -201,6 +205,11 @@ class DWDPWorker(PlatformWorker):
 
     reload_weights = start_weight_update = update_weights = reset_weights = compute_weight_checksums = _refuse
     save_sharded_state = save_tensorized_model = sleep = wake_up = discard = checkpoint_prepare = add_lora = _refuse
+
+
+def _asks_for_something(transfer: Any) -> bool:
+    """Whether an encoder cache's transfer, which each connector describes in its own words, has anything to do in a step."""
+    return transfer is not None and any(vars(transfer).values())
 
 
 def membership(vllm_config: VllmConfig) -> tuple[config.Options, int, int]:
