@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import os
 import signal
@@ -823,6 +824,20 @@ def test_ranks_that_decode_dispatch(server: Server) -> None:
     for rank in ranks:
         assert rank["dispatched"] > 0.95 * rank["forwards"] and rank["forwards"] >= 150
         assert rank["participants"] == 2 * rank["rounds"]
+
+
+@pytest.mark.engine
+def test_a_rank_that_holds_kv_for_a_decoder_helps(models, tmp_path: Path) -> None:
+    """Its engine steps on, without a token: no peer waits for it, and every step has its help."""
+    connector = {"kv_connector": "HoldingConnector", "kv_connector_module_path": "holding", "kv_role": "kv_both",
+                 "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)}}
+    asked = ["--data-parallel-size", "2", "--parallel", "dwdp", "--kv-transfer-config", json.dumps(connector), *WORKERS]
+    with Server(models("qwen3_moe"), tmp_path, *asked) as server:
+        server.complete("hello", 2, rank=1)
+        _, (busy, holding) = during(server, lambda: server.complete("hello", 100, rank=0))
+        assert busy["dispatched"] > 0.95 * busy["forwards"] and busy["forwards"] in (100, 101)
+        assert holding["forwards"] == 0 and holding["helper_rounds"] > 95 and busy["timeouts"] == 0
+        assert server.complete("hello", 2, rank=1)
 
 
 @pytest.mark.engine
