@@ -48,8 +48,8 @@ GLM = {  # GLM-4.5
 V2_LITE = R1 | {  # DeepSeek-V2-Lite
     "model_type": "deepseek_v2", "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408,
     "num_hidden_layers": 27, "first_k_dense_replace": 1, "n_routed_experts": 64, "n_shared_experts": 2,
-    "num_experts_per_tok": 6, "num_attention_heads": 16, "q_lora_rank": None, "vocab_size": 102400,
-    "quantization_config": None,
+    "num_experts_per_tok": 6, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None, "n_group": 1, "topk_group": 1,
+    "vocab_size": 102400, "quantization_config": None,
 }
 HYBRIDS = {  # by the field that tells: not all of their layers have softmax attention
     "hybrid_override_pattern": {  # Nemotron-3-Nano: Mamba, attention and experts, each a layer of its own

@@ -157,6 +157,10 @@ def test_modes_that_cannot_fit_are_known_from_sizes():
     why = too_large(settings("--modes", "dwdp,ep,dwdp+cache_gib=10,single"), model, 40 * GIB)
     assert set(why) == {"dwdp+cache_gib=10", "single"}
     assert why["single"].startswith("its weights take 56.9 GiB a GPU, which has 36.0 GiB for them within gpu_memory_util")
+    together = ["--modes", "dwdp,ep,tp", "--side-by-side", "--engine-args", f'{{"kv_cache_memory_bytes": {3 * GIB}}}']
+    assert not too_large(settings(*together), model, 110 * GIB)
+    (why,) = too_large(settings(*together), model, 105 * GIB).values()
+    assert why.startswith("28.4 GiB of weights, a KV cache of 3.0 and about 2.5 of an engine have no room beside dwdp, ep, which take 71.9")
     beside = settings("--modes", "ep", "--engine-args", f'{{"kv_cache_memory_bytes": {11 * GIB}}}')
     assert "beside a KV cache of 11.0 GiB" in too_large(beside, model, 40 * GIB)["ep"]
 
@@ -243,10 +247,12 @@ def test_wrong_settings_are_refused_in_one_line(options, complaint, capsys):
     ("modes", "on_cpu", "named"),
     [
         ("dwdp,ep", True, "--modes has ep: vLLM's CPU build has no expert parallelism"),
-        ("dwdp,ep+all2all_backend=pigeon", False, "all2all_backend=pigeon: this vLLM has deepep_high_throughput, "),
+        ("dwdp,ep+all2all_backend=pigeon", False, "all2all_backend=pigeon: of this vLLM's backends, allgather_reducescatter can run here"),
+        ("dwdp,ep+all2all_backend=flashinfer_nvlink_one_sided", False, "backends, allgather_reducescatter can run here; choose one"),
+        ("dwdp,ep+all2all_backend=deepep_low_latency", False, "backends, allgather_reducescatter can run here; choose one"),
         ("dwdp,ep+max_num_seqs=8+pigeon=1", False, "pigeon=1: pigeon is no argument of this vLLM"),
         ("dwdp,ep+model=other", False, "model is no argument of this vLLM, or one that the modes set themselves"),
-        ("dwdp,ep+all2all_backend=nixl_ep", False, "ask for 8193 tokens in a sequence, "),
+        ("dwdp,ep+all2all_backend=allgather_reducescatter", False, "ask for 8193 tokens in a sequence, "),
     ],
     ids=str,
 )

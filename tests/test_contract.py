@@ -80,7 +80,7 @@ ATTRIBUTES = {
     CONFIG + "CompilationConfig": "cudagraph_mode cudagraph_capture_sizes max_cudagraph_capture_size static_forward_context",
     "vllm.model_executor.layers.attention:Attention": "impl",
     CONFIG + "CUDAGraphMode": "NONE",
-    CONFIG + "SchedulerConfig": "max_num_batched_tokens max_num_seqs",
+    CONFIG + "SchedulerConfig": "max_num_batched_tokens max_num_seqs prefill_schedule_interval",
     CONFIG + "CacheConfig": "gpu_memory_utilization kv_cache_memory_bytes",
     CONFIG + "KernelConfig": "moe_backend",
     CONFIG + "LoadConfig": "load_format",

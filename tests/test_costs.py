@@ -211,6 +211,7 @@ def test_what_reads_in_place_otherwise_does_so_alone_in_a_graph(monkeypatch) -> 
         ({"dispatch": "off"}, "--dwdp-dispatch off"),
         ({"handles": "fabric"}, "rounds are agreed within one host and one network"),
         ({"routes": True}, "the expert kernel routes by itself"),
+        ({"hook": print}, "the model changes what each expert made"),
         ({"invariant": True}, "VLLM_BATCH_INVARIANT=1: "),
         ({"is_v2": False}, "vLLM's older model runner pads batches by itself"),
         ({"is_v2": False, "eager": True}, None),
@@ -219,14 +220,18 @@ def test_what_reads_in_place_otherwise_does_so_alone_in_a_graph(monkeypatch) -> 
     ids=str,
 )
 def test_why_no_step_of_an_engine_dispatches(monkeypatch, given: dict, reason: str | None) -> None:
-    """One layer whose kernel routes by itself is enough; the older model runner pads graphs alone."""
+    """One layer whose kernel routes by itself or has a hook is enough; the older model runner pads graphs alone."""
     monkeypatch.setattr(dispatching.envs, "VLLM_BATCH_INVARIANT", given.get("invariant", False), raising=False)
     config = SimpleNamespace(
         use_v2_model_runner=given.get("is_v2", True), model_config=SimpleNamespace(enforce_eager=given.get("eager", False)),
         compilation_config=SimpleNamespace(cudagraph_mode=given.get("mode", CUDAGraphMode.FULL_AND_PIECEWISE)),
     )
     options, device = Options(size=2, dispatch=given.get("dispatch", "auto")), SimpleNamespace(handle_kind=given.get("handles", "fd"))
-    methods = [SimpleNamespace(is_monolithic=routes) for routes in (False, given.get("routes", False))]
+    hooks = [SimpleNamespace(fused_experts=SimpleNamespace(post_gemm2_hook=hook)) for hook in (None, given.get("hook"))]
+    methods = [
+        SimpleNamespace(is_monolithic=routes, moe_kernel=kernel)
+        for routes, kernel in zip((False, given.get("routes", False)), hooks, strict=True)
+    ]
     layers = [SimpleNamespace(module=SimpleNamespace(quant_method=method)) for method in methods]
     said = dispatching.why_not(config, options, device, layers)
     assert said is None if reason is None else said and said.startswith(reason)

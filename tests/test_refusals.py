@@ -74,6 +74,7 @@ def assert_refused(raised: pytest.ExceptionInfo, *named: str) -> None:
         ({"enable_expert_parallel": True}, {}, "--enable-expert-parallel"),
         ({"enable_lora": True}, {}, "--enable-lora"),
         ({"kv_sharing_fast_prefill": True}, {}, "--kv-sharing-fast-prefill"),
+        ({"prefill_schedule_interval": 4}, {}, "--prefill-schedule-interval"),
         ({"cpu_offload_gb": 1}, {}, "offload"),
         ({"offload_group_size": 2, "offload_num_in_group": 1}, {}, "offload"),
         ({"weight_transfer_config": {"backend": "nccl"}}, {}, "weight transfer"),

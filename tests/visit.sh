@@ -5,7 +5,7 @@
 #   logits (110)  soak (560)  formats (350 a model)  sweep (500)  backends (300)  ceiling (200)  residents (500)
 # DECODE_MODES and SERVE_MODES name the bench's modes for decode and serve, LOADS the servers' loads, SERVE_ARGS further arguments
 # of theirs, STEP_MODES the modes whose steps are timed, ENGINE (JSON) arguments of their engines, LAYERS the layers of all models
-# but servers', FORMATS the models of tests/true_shapes.py that formats goes through, BACKENDS vLLM's all2all backends.
+# but servers', FORMATS the models of tests/true_shapes.py that formats goes through, BACKENDS vLLM's all2all backends, else all that can run.
 # VISIT_CPU=1 goes through the same steps with a tiny model on CPU.
 set -u
 model=$1 out=$2 failed=0; shift 2
@@ -62,18 +62,28 @@ for part; do
       formats_failed=0
       python3 -P "$here/true_shapes.py" "$out/shapes" > /dev/null || formats_failed=1
       for name in ${FORMATS:-qwen3-30b-a3b-fp8 qwen3-30b-a3b-int4 gpt-oss-120b deepseek-v2-lite}; do
-        shape="python3 -P -m vllm_dwdp.entrypoints.cli bench --model $out/shapes/$name --load-format dummy --side-by-side --rounds 2 --repeats 2"
-        timeout 280 $shape --modes dwdp,$rival,tp,single --hf-overrides "$layers" --engine-args "$engine" --num-prompts $prompts \
+        turns="--modes dwdp,$rival,tp,single --side-by-side --rounds 2 --repeats 2" overrides=$layers given=$engine bound=280 routing=
+        case $name in
+          gpt-oss-*)  # dummy weights' router has a bias, which sends all tokens to four experts; one kernel in all modes; four modes fit
+            routing=uniform_random overrides='{"num_hidden_layers": 6}' given="${engine%\}}, \"moe_backend\": \"marlin\"}" ;;
+          qwen3-235b-*)  # all layers, which no GPU holds, one mode after the other
+            turns="--modes dwdp,$rival,tp --rounds 1 --repeats 3" overrides='{}' bound=590 ;;
+        esac
+        export VLLM_MOE_ROUTING_SIMULATION_STRATEGY=$routing
+        shape="python3 -P -m vllm_dwdp.entrypoints.cli bench --model $out/shapes/$name --load-format dummy $turns"
+        timeout $bound $shape --hf-overrides "$overrides" --engine-args "$given" --num-prompts $prompts \
           --max-num-batched-tokens ${steps%%,*} --out "$out/$name-prefill" || formats_failed=1
-        timeout 280 $shape --modes dwdp,$rival,tp,single --hf-overrides "$layers" --engine-args "$engine" --decode $few \
+        timeout $bound $shape --hf-overrides "$overrides" --engine-args "$given" --decode $few \
           --max-num-batched-tokens 16384 --out "$out/$name-decode" || formats_failed=1
       done
+      unset VLLM_MOE_ROUTING_SIMULATION_STRATEGY
       (exit $formats_failed) ;;
     sweep)  # saturation found, then a quarter, half and three quarters of it
       timeout 560 $serving --modes dwdp,$rival --side-by-side --sweep "${SWEEP:-2048:256:400}" --serve-args "$serve" --timeout 240 \
         --out "$out/sweep" ;;
     backends)  # expert parallelism's ways to exchange tokens, at prefill
-      timeout 400 $bench --modes "dwdp$(printf ',ep+all2all_backend=%s' ${BACKENDS:-allgather_reducescatter flashinfer_nvlink_one_sided})" \
+      known="python3 -P -c 'from vllm_dwdp.entrypoints.bench.checks import all2all_backends; print(*all2all_backends())'"
+      timeout 400 $bench --modes "dwdp$(printf ',ep+all2all_backend=%s' ${BACKENDS:-$(eval "$known")})" \
         --hf-overrides "$layers" --engine-args "$engine" --side-by-side --max-num-batched-tokens ${steps%%,*} --num-prompts $prompts \
         --rounds 2 --repeats 2 --out "$out/backends" ;;
     ceiling)  # large steps by class of kernels, beside a GPU that holds all experts

@@ -74,7 +74,7 @@ def refuse_modes(modes: Sequence[str]) -> None:
             if name not in ep_arguments():
                 raise DWDPError(f"--modes has {mode}: {name} is no argument of this vLLM, or one that the modes set themselves")
             if name == "all2all_backend" and value not in (known := all2all_backends()):
-                raise DWDPError(f"--modes has {mode}: this vLLM has {', '.join(known)}")
+                raise DWDPError(f"--modes has {mode}: of this vLLM's backends, {', '.join(known)} can run here; choose one")
 
 
 def ep_arguments() -> set[str]:
@@ -85,10 +85,17 @@ def ep_arguments() -> set[str]:
 
 
 def all2all_backends() -> list[str]:
-    """What the installed vLLM takes as --all2all-backend."""
+    """What the installed vLLM takes as --all2all-backend, and finds what it needs for."""
     from vllm.config.parallel import All2AllBackend
+    from vllm.utils.flashinfer import has_flashinfer_nvlink_one_sided, has_flashinfer_nvlink_two_sided
+    from vllm.utils.import_utils import has_deep_ep, has_deep_ep_v2, has_moonep, has_mori, has_nixl_ep
 
-    return [name for name in typing.get_args(All2AllBackend) if name not in NOT_CHOSEN]
+    needs = (  # the first whose name a backend's begins with
+        ("deepep_v2", has_deep_ep_v2), ("deepep", has_deep_ep), ("mori", has_mori), ("moonep", has_moonep), ("nixl_ep", has_nixl_ep),
+        ("flashinfer_nvlink_one_sided", has_flashinfer_nvlink_one_sided), ("flashinfer", has_flashinfer_nvlink_two_sided),
+    )
+    able = {name: next((has() for begins, has in needs if name.startswith(begins)), True) for name in typing.get_args(All2AllBackend)}
+    return [name for name, is_able in able.items() if is_able and name not in NOT_CHOSEN]
 
 
 def model_config(model: str, overrides: dict[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from vllm_dwdp import config
 from vllm_dwdp.budget import GIB
-from vllm_dwdp.entrypoints.bench.modes import Settings, is_dwdp, kind
+from vllm_dwdp.entrypoints.bench.modes import Settings, is_dwdp, kind, short
 from vllm_dwdp.entrypoints.plan import memory
 from vllm_dwdp.entrypoints.plan.model import Model
 from vllm_dwdp.entrypoints.plan.source import RESIZING
 from vllm_dwdp.placement import Placement
+
+ENGINE_BYTES = 5 * GIB // 2  # a context, CUDA graphs and the workspace of 16,384 tokens, roughly
 
 
 def too_large(settings: Settings, model: Model, gpu_bytes: int) -> dict[str, str]:
@@ -17,7 +19,7 @@ def too_large(settings: Settings, model: Model, gpu_bytes: int) -> dict[str, str
     given, found = settings.engine_args, {}
     if RESIZING & given.keys():
         return {}
-    kv_bytes = given.get("kv_cache_memory_bytes") or 0
+    kv_bytes, taken, beside = given.get("kv_cache_memory_bytes") or 0, 0, list[str]()
     for mode in settings.modes:
         share = given.get("gpu_memory_utilization") or settings.memory_share(mode)
         room = gpu_bytes - kv_bytes if kv_bytes else int(share * gpu_bytes)
@@ -28,6 +30,15 @@ def too_large(settings: Settings, model: Model, gpu_bytes: int) -> dict[str, str
                 f"its weights take {need / GIB:.1f} GiB a GPU, which has {room / GIB:.1f} GiB for them {of}: not loaded; "
                 f"use more GPUs or fewer layers (--hf-overrides)"
             )
+        elif settings.load_together and taken + need + kv_bytes + ENGINE_BYTES > gpu_bytes:
+            found[mode] = (
+                f"{need / GIB:.1f} GiB of weights, a KV cache of {kv_bytes / GIB:.1f} and about {ENGINE_BYTES / GIB:.1f} of an engine "
+                f"have no room beside {', '.join(beside)}, which take {taken / GIB:.1f} GiB of a GPU's {gpu_bytes / GIB:.1f}: not loaded; "
+                f"leave out --side-by-side or modes, or use fewer layers (--hf-overrides)"
+            )
+        else:
+            taken += need + kv_bytes + ENGINE_BYTES
+            beside.append(short(mode))
     return found
 
 

@@ -102,6 +102,9 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
          "--data-parallel-backend ray: only the default backend (mp) starts independent ranks here; drop it"),
         (model.enable_sleep_mode or model.enable_cumem_allocator,
          "--enable-sleep-mode / cumem allocator: it would move weights that peers have mapped; drop it"),
+        (vllm_config.scheduler_config.prefill_schedule_interval > 1,
+         "--prefill-schedule-interval: it aligns the prompts of ranks that wait for each other, and would hold back those of each "
+         "rank alone; drop it"),
         (vllm_config.cache_config.kv_sharing_fast_prefill,
          "--kv-sharing-fast-prefill: its last layers run fewer tokens, and a forward has one view; drop it"),
         (getattr(vllm_config.speculative_config, "enable_adaptive_verification", False),

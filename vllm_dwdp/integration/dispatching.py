@@ -152,11 +152,19 @@ def why_not(vllm_config: VllmConfig, options: Options, device: Device, layers: S
         return "rounds are agreed within one host and one network, and ranks are on several"
     if any(layer.module.quant_method.is_monolithic for layer in layers):
         return "the expert kernel routes by itself; --moe-backend triton does not"
+    if any(_has_hook(layer.module.quant_method) for layer in layers):
+        return "the model changes what each expert made before it is summed, also for tokens whose expert is elsewhere"
     if envs.VLLM_BATCH_INVARIANT:
         return "VLLM_BATCH_INVARIANT=1: how partial sums are rounded depends on who takes part in a round"
     if has_graphs(vllm_config) and not vllm_config.use_v2_model_runner:
         return "vLLM's older model runner pads batches by itself; use its default one, or --enforce-eager"
     return None
+
+
+def _has_hook(method: Any) -> bool:
+    """From vLLM 0.33: it finds a token's missing experts by an index from the end, where maps of experts have one more."""
+    experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+    return getattr(experts, "post_gemm2_hook", None) is not None
 
 
 def checked(output: Any, dispatch: Dispatch) -> Any:
