@@ -11,7 +11,7 @@ from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, visible_
 from vllm_dwdp.entrypoints.bench.rank import Rank
 from vllm_dwdp.entrypoints.server import free_port, kill_session
 
-LOAD_S, ASK_S, END_S = 200, 60, 10
+LOAD_S, ASK_S, END_S = 280, 60, 10
 
 Answerer = Callable[[Rank], Callable[[Any], Any]]  # in a rank's process: once it has loaded, what answers each request
 

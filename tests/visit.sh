@@ -19,6 +19,9 @@ depth=${LAYERS:-12} layers="{\"num_hidden_layers\": ${LAYERS:-12}}"
 engine='{"kv_cache_memory_bytes": 3221225472}'
 serve='--load-format dummy --gpu-memory-utilization 0.45 --kv-cache-memory-bytes 8589934592 --hf-overrides {\"num_hidden_layers\":24}'
 lengths=256,512,1024,2048,4096,8192
+# Two modes of the whole model fit two H100 with few graphs, a KV cache for one prompt, and no 4 GiB for 32 parts of its attention.
+whole='{"cudagraph_capture_sizes": [1,2,4,8,256,512,1024,2048,4096,8192], "kv_cache_memory_bytes": 872415232,
+  "attention_config": {"flash_attn_max_num_splits_for_cuda_graph": 4}}'
 rival=ep batches=1,4,16,32,64,128 few=1,16,64 steps=16384,8192 prompts=16 minutes=9
 saturated=2048:256:inf:256,8192:64:inf:128,8192:1:inf:160 chats=512:256:8:80,512:256:2:20
 prompts_alone=512:1:2:8,1024:1:2:8,2048:1:2:8,4096:1:2:8,8192:1:2:8,16384:1:1:6  # TTFT at a quiet server
@@ -34,6 +37,7 @@ for part; do
     layers)  # microseconds a layer, dispatched and local
       timeout 100 python3 -P "$here/layer_times.py" 2 "$out/layers.json" ;;
     steps)  # milliseconds of a prompt's only step, peers idle, alike and in a large step, and what of it the device is busy
+      [ "$depth" -lt 48 ] || [ -n "${ENGINE:-}" ] || ENGINE=$whole
       timeout 420 python3 -P "$here/step_times.py" "$model" "$out/steps" "${STEP_MODES:-dwdp,$rival}" $lengths "${ENGINE:-{\}}" $depth ;;
     decode)  # milliseconds a step by requests per GPU
       timeout 330 $bench --modes "${DECODE_MODES:-dwdp,$rival,dwdp+dispatch=off}" --decode $batches --hf-overrides "$layers" \
