@@ -7,6 +7,7 @@ import types
 from typing import Any
 
 import pytest
+import torch
 from vllm.v1.engine import EngineCoreRequestType, core
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.outputs import AsyncModelRunnerOutput
@@ -247,7 +248,9 @@ def test_no_embedding_of_a_round_that_a_member_did_not_come_to(monkeypatch: pyte
     [
         ({}, True), ({"scheduled_encoder_inputs": {"a": [0]}}, False), ({"has_sync_kv_loads": True}, False),
         ({"ec_connector_metadata": types.SimpleNamespace(mm_datas=[1])}, False),
-        ({"ec_connector_metadata": types.SimpleNamespace(mm_datas=[])}, True),
+        ({"ec_connector_metadata": types.SimpleNamespace(loads={}, freed=None)}, True),
+        ({"ec_connector_metadata": types.SimpleNamespace(loads=torch.zeros(2))}, False),
+        ({"ec_connector_metadata": ("no object with names",)}, False),
     ],
     ids=str,
 )

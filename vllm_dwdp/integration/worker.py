@@ -6,7 +6,7 @@ vLLM resolves `DWDPWorker` by name in each engine; nothing else in an engine pro
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any
 
 import torch
@@ -209,7 +209,10 @@ class DWDPWorker(PlatformWorker):
 
 def _asks_for_something(transfer: Any) -> bool:
     """Whether an encoder cache's transfer, which each connector describes in its own words, has anything to do in a step."""
-    return transfer is not None and any(vars(transfer).values())
+    def is_something(value: Any) -> bool:
+        return len(value) > 0 if isinstance(value, Sized) else value is not None and value is not False
+
+    return transfer is not None and any(map(is_something, getattr(transfer, "__dict__", {"unknown": True}).values()))
 
 
 def membership(vllm_config: VllmConfig) -> tuple[config.Options, int, int]:
