@@ -164,6 +164,7 @@ def test_a_signal_ends_the_servers(models, tmp_path: Path) -> None:
         (["--loads", "64:8:0:16"], "--loads has '64:8:0:16'"),
         (["--loads", "64:8:1:16@1+64:8:1:16@2"], "--loads has 64:8:1:16@2: ranks of --size 2 count from 0 to 1"),
         (["--loads", "64:8:1:16", "--side-by-side"], "--side-by-side needs --kv-cache-memory-bytes in --serve-args: servers"),
+        (["--loads", "64:8:1:16", "--side-by-side", "--serve-args", "--kv_cache_memory_bytes=1 --port=1"], "--serve-args sets --port"),
         (["--loads", "64:8:1:16", "--timeout", "1e7"], "--timeout is '1e7'"),
         (["--loads", "64:8:1:16@"], "--loads has '64:8:1:16@': it must be IN:OUT:RATE:COUNT[@RANK]"),
         (["--loads", "64:8:1:16@x"], "--loads has '64:8:1:16@x': it must be IN:OUT:RATE:COUNT[@RANK]"),

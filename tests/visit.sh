@@ -86,8 +86,8 @@ for part; do
       timeout 560 $serving --modes dwdp,$rival --side-by-side --sweep "${SWEEP:-2048:256:400}" --serve-args "$serve" --timeout 240 \
         --out "$out/sweep" ;;
     backends)  # expert parallelism's ways to exchange tokens, at prefill
-      known="python3 -P -c 'from vllm_dwdp.entrypoints.bench.checks import all2all_backends; print(*all2all_backends())'"
-      timeout 400 $bench --modes "dwdp$(printf ',ep+all2all_backend=%s' ${BACKENDS:-$(eval "$known")})" \
+      known=${BACKENDS:-$(python3 -P -c 'from vllm_dwdp.entrypoints.bench.checks import all2all_backends; print(*all2all_backends())')}
+      timeout 400 $bench --modes "dwdp$(printf ',ep+all2all_backend=%s' $known)" \
         --hf-overrides "$layers" --engine-args "$engine" --side-by-side --max-num-batched-tokens ${steps%%,*} --num-prompts $prompts \
         --rounds 2 --repeats 2 --out "$out/backends" ;;
     ceiling)  # large steps by class of kernels, beside a GPU that holds all experts

@@ -51,13 +51,17 @@ def refuse_unwritable(out: str) -> None:
                 folder.rmdir()
 
 
-def refuse_unservable(model: str, serve_args: str) -> None:
-    """Raises DWDPError for arguments that no shell would take or that the bench gives, and for a model without a possible tokenizer."""
+def flags_of(serve_args: str) -> set[str]:
+    """As vLLM spells them. Raises DWDPError for arguments that no shell would take."""
     try:
-        given = {argument.split("=")[0].replace("_", "-") for argument in shlex.split(serve_args)}
+        return {argument.split("=")[0].replace("_", "-") for argument in shlex.split(serve_args)}
     except ValueError as error:
         raise DWDPError(f"--serve-args is {serve_args!r}: {error}") from None
-    if taken := OWN_FLAGS & given:
+
+
+def refuse_unservable(model: str, serve_args: str) -> None:
+    """Raises DWDPError for arguments that the bench gives, and for a model without a possible tokenizer."""
+    if taken := OWN_FLAGS & flags_of(serve_args):
         raise DWDPError(f"--serve-args sets {', '.join(sorted(taken))}, which the bench sets itself or does not work with: leave it out")
     has_own = not Path(model).is_dir() or any((Path(model) / name).exists() for name in FILES)
     if not has_own and not isinstance(model_config(model, {}).get("vocab_size"), int):

@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from vllm_dwdp import config
 from vllm_dwdp.entrypoints.bench import client, front
-from vllm_dwdp.entrypoints.bench.checks import model_config, refuse_impossible
+from vllm_dwdp.entrypoints.bench.checks import flags_of, model_config, refuse_impossible
 from vllm_dwdp.entrypoints.bench.comparison import Comparison
 from vllm_dwdp.entrypoints.bench.loads import Load, Mix, counted, names, put_under_load, warm_up
 from vllm_dwdp.entrypoints.bench.modes import Positive, is_dwdp, kind, own_options, refuse_misspelt, short
@@ -64,7 +64,7 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
             raise DWDPError(f"--size is {self.size}: every mode needs at least 2")
         if beyond := [load for mix in self.first_mixes for load in mix if (load.rank or 0) >= self.size]:
             raise DWDPError(f"--loads has {beyond[0]}: ranks of --size {self.size} count from 0 to {self.size - 1}")
-        if self.side_by_side and "--kv-cache-memory-bytes" not in self.serve_args:
+        if self.side_by_side and "--kv-cache-memory-bytes" not in flags_of(self.serve_args):
             raise DWDPError("--side-by-side needs --kv-cache-memory-bytes in --serve-args: servers that start together would "
                             "size their KV caches by what the others have left")
         if not self.first_mixes:
@@ -144,7 +144,7 @@ class Serving(Comparison):
             yield
         except (SessionFailure, OSError, http.client.HTTPException) as failure:
             self.failures[mode] = str(failure) or type(failure).__name__
-            self.say(f"{short(mode)}: failed: {failure}")
+            self.say(f"{short(mode)}: failed: {self.failures[mode]}")
             server.end()
 
     def _server(self, mode: str) -> Server:

@@ -21,7 +21,7 @@ from vllm_dwdp.placement import Placement
 
 FITTED = {"single": (), "dwdp": ("interference",), "ep": ("all2all", "layer_us")}  # beside compute and step_ms
 Size = Annotated[int, Meta(gt=0)]
-FEW = 0.25  # dispatched or direct steps for each streamed one, as a last step of a few tokens is
+MOST_OTHERS = 0.25  # dispatched or direct steps for each streamed one, as a last step of a few tokens is
 KEEP = 1e-3  # how much a squared deviation from the old rates weighs: what no reading tells apart stays
 
 
@@ -53,7 +53,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     def fits(self) -> bool:
         """Whether plan forecasts what was measured: steps that were dispatched it does not."""
         others = sum(number for view, number in self.views.items() if view != "streamed")
-        return self.mode in FITTED and self.median is not None and others <= FEW * self.views.get("streamed", others)
+        return self.mode in FITTED and self.median is not None and others <= MOST_OTHERS * self.views.get("streamed", others)
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
