@@ -292,4 +292,4 @@ class CudaStream(CopyStream):
                 intervals.collect()
 
     def close(self) -> None:
-        self._stream.synchronize()
+        torch.cuda.synchronize(self._device)  # a step may be under way, which reads what is unmapped next

@@ -109,7 +109,8 @@ def pretenders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(engines, "RANK_COMMAND", (sys.executable, str(script)))
     monkeypatch.setattr(bench, "cuda_devices", lambda size: None)
-    monkeypatch.setattr(bench, "refuse_impossible", lambda *_: None)  # a model of this name is nowhere
+    for name in ("refuse_impossible", "refuse_unshared"):  # a model of this name is nowhere
+        monkeypatch.setattr(bench, name, lambda *_: None)
     yield tmp_path
     assert processes_in(tmp_path) == []
 
@@ -265,6 +266,7 @@ def test_what_cannot_run_is_refused_before_loading(tmp_path, monkeypatch, capsys
 
 
 SERVE = ["--serve", "--modes", "dwdp", "--loads", "8:1:inf:4"]
+SHORT = ["--input-len", "8", "--output-len", "1"]
 
 
 @pytest.mark.parametrize(
@@ -278,6 +280,10 @@ SERVE = ["--serve", "--modes", "dwdp", "--loads", "8:1:inf:4"]
         (CONFIG, [*SERVE, "--serve-args", '"abc'], "--serve-args is '\"abc': No closing quotation"),
         (CONFIG | {"vocab_size": None}, SERVE, "has no tokenizer, and its config.json no vocab_size"),
         ([], ["--modes", "dwdp"], "config.json is no JSON object"),
+        (CONFIG, [*SHORT, "--modes", "dwdp", "--size", "9"], "9 ranks cannot share 8 experts: every rank must own one; use at most 8"),
+        (CONFIG, [*SHORT, "--modes", "dwdp+experts_per_rank=3"], "experts_per_rank is 3: 8 experts over 2 ranks need 4 to 8"),
+        (CONFIG, [*SHORT, "--dwdp", '{"experts_per_rank": 9}', "--modes", "dwdp"], "experts_per_rank is 9: "),
+        (CONFIG | {"n_routed_experts": 8}, [*SERVE, "--size", "9"], "9 ranks cannot share 8 experts"),
         (CONFIG | {"text_config": 3}, ["--modes", "dwdp"], "text_config is 3: it must be a JSON object"),
     ],
     ids=lambda value: str(value)[-40:],

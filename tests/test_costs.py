@@ -141,7 +141,8 @@ def limits_of(
 def layer_of(hidden: int, expert_bytes: int, num_experts: int = 128, size: int = 2, is_draft: bool = False) -> SimpleNamespace:
     placement = Placement(num_experts=num_experts, size=size)
     return SimpleNamespace(
-        module=SimpleNamespace(quant_method=SimpleNamespace(is_monolithic=is_draft)), placement=placement, hidden_size=hidden, top_k=8,
+        module=SimpleNamespace(quant_method=SimpleNamespace(is_monolithic=is_draft, moe_kernel=None)),
+        placement=placement, hidden_size=hidden, top_k=8,
         itemsize=2, is_draft=is_draft, size=LayerSize(placement=placement, expert_bytes=[2 * expert_bytes // 3, expert_bytes // 3]),
     )
 
@@ -212,6 +213,14 @@ def test_what_reads_in_place_otherwise_does_so_alone_in_a_graph(monkeypatch) -> 
         ({"handles": "fabric"}, "rounds are agreed within one host and one network"),
         ({"routes": True}, "the expert kernel routes by itself"),
         ({"hook": print}, "the model changes what each expert made"),
+        ({"kernel": "CutlassExpertsFp8"}, "the expert kernel CutlassExpertsFp8 has not been seen to skip tokens"),
+        ({"kernel": "TritonWNA16Experts"}, "the expert kernel TritonWNA16Experts has not been seen to skip tokens"),
+        ({"kernel": "CPUExpertsFp8", "module": "vllm.experts.cpu_moe"}, None),
+        ({"kernel": "MarlinExperts", "quant_dtype": "fp8"}, None),
+        ({"quant_dtype": "fp8"}, "the expert kernel scales all activations by their largest"),
+        ({"quant_dtype": "fp8", "a2_scale": 1.0}, None),
+        ({"quant_dtype": "fp8", "block_shape": [128, 128]}, None),
+        ({"quant_dtype": "fp8", "per_act_token_quant": True}, None),
         ({"invariant": True}, "VLLM_BATCH_INVARIANT=1: "),
         ({"is_v2": False}, "vLLM's older model runner pads batches by itself"),
         ({"is_v2": False, "eager": True}, None),
@@ -220,18 +229,21 @@ def test_what_reads_in_place_otherwise_does_so_alone_in_a_graph(monkeypatch) -> 
     ids=str,
 )
 def test_why_no_step_of_an_engine_dispatches(monkeypatch, given: dict, reason: str | None) -> None:
-    """One layer whose kernel routes by itself or has a hook is enough; the older model runner pads graphs alone."""
+    """One layer whose kernel does not fit is enough; the older model runner pads graphs alone."""
     monkeypatch.setattr(dispatching.envs, "VLLM_BATCH_INVARIANT", given.get("invariant", False), raising=False)
     config = SimpleNamespace(
         use_v2_model_runner=given.get("is_v2", True), model_config=SimpleNamespace(enforce_eager=given.get("eager", False)),
         compilation_config=SimpleNamespace(cudagraph_mode=given.get("mode", CUDAGraphMode.FULL_AND_PIECEWISE)),
     )
     options, device = Options(size=2, dispatch=given.get("dispatch", "auto")), SimpleNamespace(handle_kind=given.get("handles", "fd"))
-    hooks = [SimpleNamespace(fused_experts=SimpleNamespace(post_gemm2_hook=hook)) for hook in (None, given.get("hook"))]
-    methods = [
-        SimpleNamespace(is_monolithic=routes, moe_kernel=kernel)
-        for routes, kernel in zip((False, given.get("routes", False)), hooks, strict=True)
-    ]
+    scales = dict(quant_dtype=None, a2_scale=None, block_shape=None, per_act_token_quant=False)
+    methods = []
+    for own in ({}, given):
+        module = {"__module__": own.get("module", "vllm.experts.some_moe")}
+        experts = type(own.get("kernel", "TritonExperts"), (), module | {name: own.get(name, none) for name, none in scales.items()})()
+        experts.post_gemm2_hook = own.get("hook")
+        kernel = SimpleNamespace(fused_experts=experts)
+        methods.append(SimpleNamespace(is_monolithic=own.get("routes", False), moe_kernel=kernel))
     layers = [SimpleNamespace(module=SimpleNamespace(quant_method=method)) for method in methods]
     said = dispatching.why_not(config, options, device, layers)
     assert said is None if reason is None else said and said.startswith(reason)

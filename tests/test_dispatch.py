@@ -439,6 +439,8 @@ def test_rows(graph_sizes: tuple[int, ...], alone: int | None) -> None:
         assert [made.rows(rows) for rows in (1, 8, 9)] == ([2, 16, None] if graph_sizes else [None] * 3)
         assert not [call for call in fakes.said() if call[0] in ("join", "large", "help")]
         assert made.begin_step(SMALL) and made.rows(8) == (16 if graph_sizes else sum(OURS.tokens))
+        with pytest.raises(DWDPError, match=f"a MoE layer has {SMALL - 1} rows in a step that was to have {SMALL} tokens"):
+            made.rows(SMALL - 1)
         made.end_step()
         fakes.said()
     made.begin_step(LARGE)
@@ -505,6 +507,10 @@ def test_a_rehearsal_is_steps_alone_in_no_graph_of_counts_that_16_divides_and_do
     tried: list[int] = []
     made.rehearse(tried.append, MOST)
     assert tried == [MOST - 1, MOST], "no step has more tokens than all its requests at their longest"
+    made.limits = dataclasses.replace(made.limits, max_tokens=4 * FEW, helped_max_tokens=8 * FEW)
+    tried.clear()
+    made.rehearse(tried.append, 16 * FEW)
+    assert tried == [count - odd for count in (FEW, 4 * FEW, 8 * FEW) for odd in (1, 0)], "on both sides of what goes row by row"
 
 
 def test_a_member_that_did_not_come_is_named_before_the_next_step() -> None:

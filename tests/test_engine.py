@@ -15,7 +15,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm_dwdp import config
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.integration import launch, watchdog, worker
-from vllm_dwdp.integration.engine import IndependentEngineCore
+from vllm_dwdp.integration.engine import LOOKS, IndependentEngineCore
 from vllm_dwdp.kernels.tokens import did_not_come
 
 
@@ -93,6 +93,9 @@ def test_peers_do_not_count_on_a_rank_during_other_calls(monkeypatch: pytest.Mon
     made.scheduler.has_requests = lambda: True
     made._handle_client_request(EngineCoreRequestType.UTILITY, (0, 0, "profile", ()))
     assert asked.calls[3:] == ["dwdp_leave", "done"], "its next step says that it comes"
+    for method in LOOKS:
+        made._handle_client_request(EngineCoreRequestType.UTILITY, (0, 0, method, ()))
+    assert asked.calls[5:] == ["done"] * len(LOOKS), "a look asks nothing of the worker, which may be in a step"
 
 
 @pytest.mark.parametrize("executor", [Executor, OtherExecutor])

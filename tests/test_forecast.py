@@ -14,15 +14,16 @@ import forecasts
 from plan_models import NVFP4, QWEN3, R1, held_by_dwdp
 
 # What was measured on two H100s: kind of engine, layers, tokens a step, prompt tokens/s per GPU of the single GPU that
-# holds all, of DWDP and of expert parallelism. Prompts of 6.5K to 8K tokens, of 8K in the servers of 24 layers.
+# holds all, of DWDP and of expert parallelism, whose empty steps after its last token are left out where it has graphs.
+# Prompts of 6.5K to 8K tokens, of 8K in the servers of 24 layers.
 MEASURED = [
     ("eager", 12, 16384, 197_462, 192_475, 146_886), ("eager", 12, 16384, 201_005, 194_443, 152_401),
     ("eager", 12, 8192, 190_855, 180_482, 124_707), ("eager", 12, 4096, 169_017, 138_996, 96_595),
     ("eager", 48, 16384, 50_400, 48_673, 38_948), ("eager", 48, 16384, None, 48_700, 30_900),
-    ("compiled", 12, 16384, 210_233, 202_830, 180_305), ("compiled", 12, 8192, 201_315, 185_606, 168_669),
+    ("compiled", 12, 16384, 210_233, 202_830, None), ("compiled", 12, 8192, 201_315, 185_606, None),
     ("compiled", 24, 8192, None, 90_602, 84_339),
     # with dispatch, other machines: examples/results/two-h100-prefill.json and two-h100-serve-saturated.json
-    ("compiled", 12, 16384, 211_095, 189_919, 174_988), ("compiled", 12, 8192, 200_971, 182_472, 173_517),
+    ("compiled", 12, 16384, 211_095, 189_919, 181_412), ("compiled", 12, 8192, 200_971, 182_472, 180_167),
     ("compiled", 24, 8192, None, 90_058, 83_717),
 ]
 
@@ -59,8 +60,18 @@ def test_measured_steps_are_predicted() -> None:
             name = f"{point.mode}, {row[0]}, {row[1]} layers, {row[2]} tokens, {point.value:,}"
             errors[name] = predicted / point.value - 1
     median, worst = told("two H100s", errors)
-    assert len(errors) == 33 and median < 0.03 and worst < 0.25
+    assert len(errors) == 31 and median < 0.03 and worst < 0.25
     assert sorted(map(abs, errors.values()))[-2] < 0.12, "all but that one"
+
+
+def test_gains_of_compiled_engines_are_predicted() -> None:
+    """DWDP over expert parallelism, where one visit measured both: within 7%."""
+    table, errors = rates.read(None), {}
+    for row in (row for row in MEASURED if row[0] == "compiled" and row[-1]):
+        predicted = {point.mode: point.predict(table.gpus["h100"], table.rates["compiled"]) for point in points([row])}
+        errors[f"{row[1]} layers, {row[2]} tokens, {row[4]:,}"] = predicted["dwdp"] / predicted["ep"] / (row[4] / row[5]) - 1
+    _, worst = told("gains on two H100s", errors)
+    assert len(errors) == 4 and worst < 0.07
 
 
 def test_rates_of_12_layers_predict_the_whole_model() -> None:

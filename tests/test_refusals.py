@@ -91,8 +91,8 @@ def assert_refused(raised: pytest.ExceptionInfo, *named: str) -> None:
         ({"data_parallel_size_local": 1}, {}, "--dwdp-rendezvous"),
         (APART, {"size": 2, "rank": 0}, "--dwdp-rendezvous"),
         (APART, {"size": 2, "rendezvous": "127.0.0.1:1"}, "rank"),
-        ({}, {"experts_per_rank": 5}, "experts_per_rank=5"),
-        ({}, {"experts_per_rank": 13}, "experts_per_rank=13"),
+        ({}, {"experts_per_rank": 5}, "experts_per_rank is 5"),
+        ({}, {"experts_per_rank": 13}, "experts_per_rank is 13"),
         ({}, {"slotz": 2}, "slotz"),
         ({"additional_config": {"dwdp": False}}, {}, "must be an object"),
         ({}, {"slots": 1}, "['slots']"),
@@ -150,11 +150,25 @@ def test_dense_model(configure, dense: str) -> None:
 @pytest.mark.parametrize("is_adaptive", [False, True])
 def test_drafts_whose_verification_shrinks_a_step(configure, monkeypatch, is_adaptive: bool) -> None:
     made = configure()
-    monkeypatch.setattr(made, "speculative_config", SimpleNamespace(enable_adaptive_verification=is_adaptive))
+    monkeypatch.setattr(made, "speculative_config", SimpleNamespace(
+        enable_adaptive_verification=is_adaptive, use_ngram_gpu=lambda: False
+    ))
     with pytest.raises(DWDPError) if is_adaptive else contextlib.nullcontext() as raised:
         checks.refuse_unsupported(made, config.parse(made.additional_config))
     if is_adaptive:
         assert_refused(raised, "enable_adaptive_verification in --speculative-config")
+
+
+@pytest.mark.parametrize(("method", "runner", "is_refused"), [("ngram_gpu", "0", True), ("ngram_gpu", "1", False), ("ngram", "0", False)])
+def test_drafts_that_an_older_runner_takes_out_of_a_step(configure, monkeypatch, method: str, runner: str, is_refused: bool) -> None:
+    """The newer one, which needs Triton, does not."""
+    made = configure(speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3})
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    made.speculative_config.method = method
+    with pytest.raises(DWDPError) if is_refused else contextlib.nullcontext() as raised:
+        checks.refuse_unsupported(made, config.parse(made.additional_config))
+    if is_refused:
+        assert_refused(raised, "ngram_gpu in --speculative-config: vLLM's older runner")
 
 
 @pytest.mark.parametrize(
@@ -297,3 +311,11 @@ def test_version(configure, monkeypatch, version: str) -> None:
     assert_refused(raised)
     monkeypatch.setenv(checks.UNTESTED, "1")
     configure()
+
+
+def test_gpus_that_are_not_nvidia_s(configure, monkeypatch) -> None:
+    made = configure()
+    monkeypatch.setattr(checks, "current_platform", SimpleNamespace(is_cuda=lambda: False, is_cpu=lambda: False, device_name="rocm"))
+    with pytest.raises(DWDPError) as raised:
+        checks.refuse_unsupported(made, config.parse(made.additional_config))
+    assert_refused(raised, "vLLM for rocm: peers' experts are mapped by CUDA's virtual memory")

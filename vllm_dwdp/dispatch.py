@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm_dwdp.convoy import Round
+from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.kernels.device import Block, CopyStream
-from vllm_dwdp.kernels.tokens import TokenExchange, alone
+from vllm_dwdp.kernels.tokens import FEW, TokenExchange, alone
 from vllm_dwdp.large_steps import LargeSteps
 from vllm_dwdp.limits import Limits
 from vllm_dwdp.meeting import Meeting
@@ -154,14 +155,14 @@ class Dispatch:
         self._launch_owed(self._meeting.leave)
 
     def rehearse(self, forward: Callable[[int], Any], most: int) -> None:
-        """Run the largest steps that dispatch, alone and without a graph: no request waits for their kernels to be compiled.
+        """Run the largest steps that dispatch, and of few rows, alone and without a graph: no request waits for kernels to be compiled.
 
         No step has more than `most` tokens.
 
-        Triton compiles a kernel anew for a count that 16 does not divide.
+        Triton compiles a kernel anew for a count that 16 does not divide, and the exchange for few rows.
         """
-        helped = self.limits.helped_max_tokens
-        even = {count // 16 * 16 or count for count in (self.limits.max_tokens, helped, -(-helped // 2))}
+        small, helped = self.limits.max_tokens, self.limits.helped_max_tokens
+        even = {count // 16 * 16 or count for count in (min(FEW, small), small, helped, -(-helped // 2))}
         self._in_step = True
         for num_tokens in sorted({min(count, most) for count in even | {count - 1 or count for count in even}}):
             with self._laid_out(self._alone(num_tokens)):
@@ -172,12 +173,16 @@ class Dispatch:
     def rows(self, num_rows: int) -> int | None:
         """The rows, own and received, that a layer of `num_rows` own ones dispatches; None: it does not.
 
-        Outside of steps vLLM warms up and captures graphs, alone.
+        Outside of steps vLLM warms up and captures graphs, alone. Raises DWDPError where the step has lost tokens since it met its peers,
+        which would wait for them.
         """
         if not self._in_step:
             return self.limits.rows(num_rows, self._meeting.size) if self.limits.padded((num_rows,)) else None
         if self._round is None:
             return None
+        if num_rows < (agreed := self._round.tokens[self._meeting.rank]):
+            raise DWDPError(f"a MoE layer has {num_rows} rows in a step that was to have {agreed} tokens, as its peers know: something "
+                            "in vLLM's runner or the model has dropped some; set --dwdp-dispatch off")
         return self.limits.rows(self._padded, self._meeting.size) if self._padded else self._round.num_rows
 
     def check(self) -> None:

@@ -21,13 +21,13 @@ class Placement:
         if self.size > self.num_experts:
             raise DWDPError(
                 f"{self.size} ranks cannot share {self.num_experts} experts: every rank must own one; "
-                f"set --data-parallel-size to at most {self.num_experts}"
+                f"use at most {self.num_experts} (--data-parallel-size)"
             )
         least = -(-self.num_experts // self.size)
         if self.experts_per_rank is not None and not least <= self.experts_per_rank <= self.num_experts:
             raise DWDPError(
-                f"experts_per_rank={self.experts_per_rank} is out of range: {self.num_experts} experts over "
-                f"{self.size} ranks need {least} to {self.num_experts}"
+                f"experts_per_rank is {self.experts_per_rank}: {self.num_experts} experts over {self.size} ranks need {least} to "
+                f"{self.num_experts} on each; choose one of those, or leave it out"
             )
 
     def owned(self, rank: int) -> range:

@@ -4,15 +4,18 @@ import contextlib
 import dataclasses
 import shlex
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_dwdp import config
 from vllm_dwdp.entrypoints.bench.modes import OWN_ARGUMENTS, kind, own_options
 from vllm_dwdp.entrypoints.bench.origin import on_cpu
 from vllm_dwdp.entrypoints.bench.tokenizer import FILES
+from vllm_dwdp.entrypoints.plan.model import EXPERTS
 from vllm_dwdp.entrypoints.plan.source import read_config
 from vllm_dwdp.errors import DWDPError
+from vllm_dwdp.placement import Placement
 
 OWN_FLAGS = {
     "--model", "--host", "--port", "--uds", "--api-key", "--served-model-name", "--root-path", "--ssl-keyfile", "--ssl-certfile",
@@ -28,11 +31,20 @@ def refuse_impossible(modes: Sequence[str], model: str, tokens: int, overrides: 
     `tokens` is the longest sequence, which the options `spelt` ask for.
     """
     refuse_modes(modes)
-    config = model_config(model, overrides)
-    room = config.get("max_position_embeddings")
-    scaled = "factor" in str(config.get("rope_scaling") or config.get("rope_parameters"))  # vLLM counts that in
+    found = model_config(model, overrides)
+    room = found.get("max_position_embeddings")
+    scaled = "factor" in str(found.get("rope_scaling") or found.get("rope_parameters"))  # vLLM counts that in
     if isinstance(room, int) and not scaled and tokens > room:
         raise DWDPError(f"{spelt} ask for {tokens} tokens in a sequence, {Path(model).name} allows {room}: lower them")
+
+
+def refuse_unshared(model: str, overrides: dict[str, Any], size: int, options: Iterable[dict[str, Any]]) -> None:
+    """Raises DWDPError where `size` ranks of DWDP with any of these `options` cannot share the experts that config.json has."""
+    found = model_config(model, overrides)
+    num_experts = next((found[name] for name in EXPERTS if isinstance(found.get(name), int)), 0)
+    for read in [config.parse({config.KEY: each}) for each in options] if num_experts else ():
+        assert read is not None
+        Placement(num_experts=num_experts, size=size, experts_per_rank=read.experts_per_rank)
 
 
 def refuse_unwritable(out: str) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import msgspec
 
-from vllm_dwdp.entrypoints.bench.checks import refuse_impossible
+from vllm_dwdp.entrypoints.bench.checks import refuse_impossible, refuse_unshared
 from vllm_dwdp.entrypoints.bench.comparison import Comparison
 from vllm_dwdp.entrypoints.bench.engines import EngineFailure, Engines
-from vllm_dwdp.entrypoints.bench.modes import Settings, load_arguments, short, visible_devices
+from vllm_dwdp.entrypoints.bench.modes import Settings, is_dwdp, load_arguments, short, visible_devices
 from vllm_dwdp.entrypoints.bench.origin import cuda_devices, origin, query_gpus
 from vllm_dwdp.entrypoints.bench.rank import Held
 from vllm_dwdp.entrypoints.bench.report import FORMATS, POINTS, UNITS, Reading, chart, less, reading, summarize, table, total
@@ -33,6 +33,8 @@ class Bench(Comparison):
         """Raises DWDPError for what cannot run here."""
         tokens = settings.input_len + settings.output_len
         refuse_impossible(settings.modes, settings.model, tokens, settings.hf_overrides, "--input-len and --output-len")
+        own = [settings.dwdp_options(mode, rank=0) for mode in settings.modes if is_dwdp(mode)]
+        refuse_unshared(settings.model, settings.hf_overrides, settings.size, own)
         self.devices = cuda_devices(settings.size)
         super().__init__(settings.out)
         self.settings = settings

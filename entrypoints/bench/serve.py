@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from vllm_dwdp import config
 from vllm_dwdp.entrypoints.bench import client, front
-from vllm_dwdp.entrypoints.bench.checks import flags_of, model_config, refuse_impossible
+from vllm_dwdp.entrypoints.bench.checks import flags_of, model_config, refuse_impossible, refuse_unshared
 from vllm_dwdp.entrypoints.bench.comparison import Comparison
 from vllm_dwdp.entrypoints.bench.loads import Load, Mix, counted, names, put_under_load, warm_up
 from vllm_dwdp.entrypoints.bench.modes import Positive, is_dwdp, kind, own_options, refuse_misspelt, short
@@ -108,6 +108,7 @@ class Serving(Comparison):
         longest = max(load.input_len + load.output_len for mix in mixes for load in mix)
         spelt = "--sweep" if settings.sweep and not settings.loads else "--loads"
         refuse_impossible(settings.modes, settings.model, longest, {}, spelt)
+        refuse_unshared(settings.model, {}, settings.size, map(own_options, filter(is_dwdp, settings.modes)))
         self.devices = cuda_devices(settings.size)
         super().__init__(settings.out)
         self.settings = settings

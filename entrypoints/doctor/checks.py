@@ -16,7 +16,6 @@ from vllm_dwdp.placement import Placement
 # Descriptors beside experts' memory: a rank offline on CPU has 75; a server has its sockets, CUDA its driver.
 OWN_DESCRIPTORS = 256
 QUEUE_BYTES = 160 * 2**20  # of vLLM's message queue to a worker in another process: ten chunks of 16 MiB
-UTILIZATION = 0.9  # vLLM's --gpu-memory-utilization
 SLOW = 0.5  # of the fastest link's speed
 
 
@@ -232,7 +231,7 @@ def memory(facts: Facts) -> Verdict:
         if least is None:
             return fail("no GPU is seen", "see the check of gpus")
         need, room, whom = held.total, room_of(least.free_bytes, least.total_bytes), "a rank takes"
-        where = f"{size_text(room)} are free within {UTILIZATION} of {least.name}"
+        where = f"{size_text(room)} are free within {plan.UTILIZATION} of {least.name}"
     found, figures = f"{whom} {size_text(need)} ({parts} each), {where}", dict(needed_bytes=need, room_bytes=room)
     if need >= room:
         return fail(found, "use more ranks, or end what else holds memory", **figures)
@@ -240,7 +239,7 @@ def memory(facts: Facts) -> Verdict:
 
 
 def room_of(free_bytes: int, total_bytes: int) -> int:
-    return min(free_bytes, int(UTILIZATION * total_bytes))
+    return min(free_bytes, int(plan.UTILIZATION * total_bytes))
 
 
 def placed(facts: Facts) -> Placement | None:

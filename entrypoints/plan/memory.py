@@ -12,6 +12,7 @@ from vllm_dwdp.placement import Placement
 PAGE_BYTES = 2**21  # CUDA's
 ACTIVATION_BYTES = 2
 BLOCK_TOKENS = 16  # of vLLM's KV cache
+UTILIZATION = 0.92  # vLLM's --gpu-memory-utilization, where it is not given
 STEPS_UNDER_WAY = 2  # with vLLM's asynchronous scheduling
 
 

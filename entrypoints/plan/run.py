@@ -40,7 +40,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     slots: Annotated[int, Meta(ge=2, le=8, description="as --dwdp-slots")] = 2
     cache_gib: Annotated[float, Meta(ge=0, le=1e6, description="as --dwdp-cache-gib: GiB of resident experts")] = 0.0
     experts_per_rank: Annotated[Positive | None, Meta(description="as --dwdp-experts-per-rank")] = None
-    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1, description="as vLLM's")] = 0.9
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1, description="as vLLM's")] = memory.UTILIZATION
     eager: Annotated[bool, Meta(description="rates of engines without torch.compile and CUDA graphs")] = False
     hf_overrides: Annotated[dict[str, Any], Meta(description="""JSON, such as {"num_hidden_layers": 12}""")] = {}
     rates: Annotated[str | None, Meta(description="file of rates instead of the measured ones")] = None

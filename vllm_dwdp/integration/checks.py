@@ -2,6 +2,7 @@
 
 from vllm import envs
 from vllm.config import KVTransferConfig, VllmConfig
+from vllm.platforms import current_platform
 
 from vllm_dwdp.config import Options
 from vllm_dwdp.errors import DWDPError
@@ -66,8 +67,10 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
     if model.get_num_experts() > 0:
         Placement(num_experts=model.get_num_experts(), size=options.size, experts_per_rank=options.experts_per_rank)
     offload, load = vllm_config.offload_config, vllm_config.load_config
-    engram = getattr(vllm_config, "engram_config", None)
+    engram, speculative = getattr(vllm_config, "engram_config", None), vllm_config.speculative_config
     for refused, reason in (
+        (not (current_platform.is_cuda() or current_platform.is_cpu()),
+         f"vLLM for {current_platform.device_name}: peers' experts are mapped by CUDA's virtual memory; drop --parallel dwdp"),
         (vllm_config.is_mm_encoder_only,
          "--mm-encoder-only, or an --ec-transfer-config that only produces: no experts run there; drop --parallel dwdp"),
         (parallel.tensor_parallel_size > 1,
@@ -107,9 +110,12 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
          "rank alone; drop it"),
         (vllm_config.cache_config.kv_sharing_fast_prefill,
          "--kv-sharing-fast-prefill: its last layers run fewer tokens, and a forward has one view; drop it"),
-        (getattr(vllm_config.speculative_config, "enable_adaptive_verification", False),
+        (getattr(speculative, "enable_adaptive_verification", False),
          "enable_adaptive_verification in --speculative-config: it takes tokens out of a step that ranks have agreed on; "
          "set it to false"),
+        (speculative is not None and speculative.use_ngram_gpu() and not vllm_config.use_v2_model_runner,
+         "ngram_gpu in --speculative-config: vLLM's older runner takes tokens out of a step that ranks have agreed on; use ngram, or "
+         "drop VLLM_USE_V2_MODEL_RUNNER=0"),
         (vllm_config.lora_config is not None,
          "--enable-lora: adapters wrap the expert layers that are streamed; drop it"),
         (vllm_config.weight_transfer_config is not None,

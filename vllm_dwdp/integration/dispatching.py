@@ -152,8 +152,8 @@ def why_not(vllm_config: VllmConfig, options: Options, device: Device, layers: S
         return "rounds are agreed within one host and one network, and ranks are on several"
     if any(layer.module.quant_method.is_monolithic for layer in layers):
         return "the expert kernel routes by itself; --moe-backend triton does not"
-    if any(_has_hook(layer.module.quant_method) for layer in layers):
-        return "the model changes what each expert made before it is summed, also for tokens whose expert is elsewhere"
+    if unfit := next(filter(None, (_unfit(layer.module.quant_method.moe_kernel) for layer in layers)), None):
+        return unfit
     if envs.VLLM_BATCH_INVARIANT:
         return "VLLM_BATCH_INVARIANT=1: how partial sums are rounded depends on who takes part in a round"
     if has_graphs(vllm_config) and not vllm_config.use_v2_model_runner:
@@ -161,10 +161,20 @@ def why_not(vllm_config: VllmConfig, options: Options, device: Device, layers: S
     return None
 
 
-def _has_hook(method: Any) -> bool:
-    """From vLLM 0.33: it finds a token's missing experts by an index from the end, where maps of experts have one more."""
-    experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
-    return getattr(experts, "post_gemm2_hook", None) is not None
+def _unfit(kernel: Any) -> str | None:
+    """Why a kernel would sum, or scale by, what it has not written: rows of tokens whose expert is elsewhere, which it has to skip."""
+    if kernel is None:  # which `binding` refuses
+        return None
+    experts = kernel.fused_experts
+    name, is_on_cpu = type(experts).__name__, type(experts).__module__.rpartition(".")[2].startswith("cpu_")
+    if not is_on_cpu and name not in ("TritonExperts", "MarlinExperts"):
+        return f"the expert kernel {name} has not been seen to skip tokens whose expert is elsewhere; --moe-backend triton or marlin does"
+    is_scaled = name == "TritonExperts" and experts.quant_dtype is not None and experts.a2_scale is None
+    if is_scaled and experts.block_shape is None and not experts.per_act_token_quant:
+        return "the expert kernel scales all activations by their largest, also those that it skips; --moe-backend marlin does not"
+    if getattr(experts, "post_gemm2_hook", None) is not None:  # from vLLM 0.33; it finds missing experts by an index from the end
+        return "the model changes what each expert made before it is summed, also for tokens whose expert is elsewhere"
+    return None
 
 
 def checked(output: Any, dispatch: Dispatch) -> Any:

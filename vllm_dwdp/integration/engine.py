@@ -10,6 +10,8 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm_dwdp.integration import remote, watchdog
 from vllm_dwdp.meeting import look_s
 
+LOOKS = frozenset(("is_scheduler_paused", "is_sleeping", "get_weight_version"))  # calls that the engine answers out of its own state
+
 
 def make_independent(vllm_config: VllmConfig) -> int:
     """Tell an engine that it has no peers. Returns its rank; docs/operate.md lists who asks for size and rank."""
@@ -68,12 +70,14 @@ class IndependentEngineCore(core.EngineCoreProc):
             expected.result()
 
     def _handle_client_request(self, request_type: EngineCoreRequestType, request: Any) -> None:
-        """Calls that are no requests may take long: peers do not count on this rank meanwhile.
+        """Calls that are no requests may take long: peers do not count on this rank meanwhile. A look waits for no step.
 
         Of an idle rank's first request peers hear before its step is scheduled: of two that come at once neither waits for the
         other's step. Not while the scheduler is paused: then it is no work yet.
         """
         is_call, was_idle = request_type == EngineCoreRequestType.UTILITY, self._said_idle or not self.has_work()
+        if is_call and request[2] in LOOKS:
+            return super()._handle_client_request(request_type, request)
         if is_call:
             self.model_executor.collective_rpc("dwdp_leave")
             self._said_idle = False

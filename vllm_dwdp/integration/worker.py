@@ -192,13 +192,14 @@ class DWDPWorker(PlatformWorker):
         return self.dwdp.stats()
 
     def shutdown(self) -> None:
-        if hasattr(self, "dwdp"):
-            with contextlib.suppress(Exception):  # of an engine that ends for an error
-                self.dwdp_leave()
-                self._end_metrics()
-            self.dwdp.close()
-            self._group.close()
-        super().shutdown()
+        with contextlib.ExitStack() as ending:
+            ending.callback(super().shutdown)
+            if hasattr(self, "dwdp"):
+                ending.callback(self._group.close)
+                ending.callback(self.dwdp.close)
+                with contextlib.suppress(Exception):  # of an engine that ends for an error
+                    self.dwdp_leave()
+                    self._end_metrics()
 
     def _refuse(self, *args: Any, **kwargs: Any) -> None:
         raise DWDPError(checks.REWRITING)
