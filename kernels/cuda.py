@@ -143,7 +143,7 @@ class CudaDevice(Device):
         with contextlib.closing(self.reserve(block.nbytes)) as region:
             region.map(0, block, writable=True)
             region.tensor(0, (block.nbytes,), (1,), torch.uint8).zero_()
-            self.synchronize()
+            torch.cuda.synchronize(self.device)
 
     def tokens(
         self, rank: int, at: InboxMap, inboxes: Sequence[int], owners: Sequence[list[list[int]]],
@@ -157,11 +157,8 @@ class CudaDevice(Device):
         held = torch.cuda.memory_reserved(self.device) + self.allocated_bytes
         return *torch.cuda.mem_get_info(self.device), held
 
-    def synchronize(self) -> None:
-        torch.cuda.synchronize(self.device)
-
     def release_cached(self) -> None:
-        self.synchronize()
+        torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
 
     def stream(self, *, timing: bool) -> "CudaStream":

@@ -159,10 +159,6 @@ class Device(abc.ABC):
         this process holds of it."""
 
     @abc.abstractmethod
-    def synchronize(self) -> None:
-        """Wait for everything that the device has been given to do."""
-
-    @abc.abstractmethod
     def release_cached(self) -> None:
         """Wait for the device, and give memory that the framework caches without using it back to `allocate`."""
 

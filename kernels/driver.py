@@ -8,12 +8,11 @@ from vllm_dwdp.errors import DWDPError
 
 
 class CudaError(DWDPError):
-    """A driver call that failed; `code` is its CUresult."""
+    """A driver call that failed."""
 
     def __init__(self, what: str, code: driver.CUresult):
         _, text = driver.cuGetErrorString(code)
         super().__init__(f"{what} failed: {code.name} ({(text or b'').decode()})")
-        self.code = code
 
 
 def check(what: str, result: tuple) -> Any:

@@ -113,9 +113,6 @@ class HostDevice(Device):
         memory = psutil.virtual_memory()
         return memory.available, memory.total, psutil.Process().memory_info().rss
 
-    def synchronize(self) -> None:
-        pass
-
     def release_cached(self) -> None:
         pass
 

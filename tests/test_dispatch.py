@@ -61,7 +61,7 @@ class Fakes:
         ended, after `late` looks peers are at hand.
         """
         self._company, self._helped, self._late = company, helped, late
-        self.rank, self.size, self.stats = 0, 2, Stats(2)
+        self.rank, self.size, self.stats = 0, 2, Stats([0, 0])
         self.calls: list[tuple] = []
         self._owed, self._joined, self._looks, self.events = list(owed), joined, looks, 0
 

@@ -2,10 +2,11 @@
 # All that is owed on two GPUs, in one visit. Run where vLLM is importable: tests/visit.sh MODEL OUT PART...
 #   MODEL: a folder with Qwen3-30B-A3B's config.json. OUT gets JSON, pictures and logs. Parts, with seconds on two H100s:
 #   before (155)  layers (40)  steps (200)  decode (150)  prefill (200)  serve (500)  unequal (260)  tests (460)  sanitize (500)
-#   logits (110)  soak (560)  formats (350 a model)  sweep (500)  backends (300)  ceiling (200)  residents (500)
-# DECODE_MODES and SERVE_MODES name the bench's modes for decode and serve, LOADS the servers' loads, SERVE_ARGS further arguments
-# of theirs, STEP_MODES the modes whose steps are timed, ENGINE (JSON) arguments of their engines, LAYERS the layers of all models
-# but servers', FORMATS the models of tests/true_shapes.py that formats goes through, BACKENDS vLLM's all2all backends, else all that can run.
+#   logits (110)  soak (560)  formats (350 a model)  backends (300)  ceiling (200)  residents (500)
+# DECODE_MODES, PREFILL_MODES and SERVE_MODES name the bench's modes for these parts, LOADS the servers' loads, SWEEP one whose rates serve finds
+# beside them, SERVE_ARGS further arguments of theirs, STEP_MODES the modes whose steps are timed, ENGINE (JSON) arguments of their
+# engines, LAYERS the layers of all models but servers', STEPS the tokens a step of prefill, PROMPTS how many prompts, RATIO how unequal,
+# FORMATS the models of tests/true_shapes.py that formats goes through, BACKENDS vLLM's all2all backends, else all that can run.
 # VISIT_CPU=1 goes through the same steps with a tiny model on CPU.
 set -u
 model=$1 out=$2 failed=0; shift 2
@@ -22,7 +23,7 @@ lengths=256,512,1024,2048,4096,8192
 # Two modes of the whole model fit two H100 with few graphs, a KV cache for one prompt, and no 4 GiB for 32 parts of its attention.
 whole='{"cudagraph_capture_sizes": [1,2,4,8,256,512,1024,2048,4096,8192], "kv_cache_memory_bytes": 872415232,
   "attention_config": {"flash_attn_max_num_splits_for_cuda_graph": 4}}'
-rival=ep batches=1,4,16,32,64,128 few=1,16,64 steps=16384,8192 prompts=16 minutes=9
+rival=ep batches=1,4,16,32,64,128 few=1,16,64 steps=${STEPS:-16384,8192} prompts=${PROMPTS:-16} minutes=9
 saturated=2048:256:inf:256,8192:64:inf:128,8192:1:inf:160 chats=512:256:8:80,512:256:2:20
 prompts_alone=512:1:2:8,1024:1:2:8,2048:1:2:8,4096:1:2:8,8192:1:2:8,16384:1:1:6  # TTFT at a quiet server
 loads=${LOADS:-$saturated,$prompts_alone,2048:256:24:200,2048:256:16:160,2048:256:8:80,8192:64:12:100,8192:64:8:80,8192:64:4:40,$chats}
@@ -43,11 +44,11 @@ for part; do
       timeout 330 $bench --modes "${DECODE_MODES:-dwdp,$rival,dwdp+dispatch=off}" --decode $batches --hf-overrides "$layers" \
         --engine-args "$engine" --side-by-side --rounds 2 --repeats 2 --max-num-batched-tokens 16384 --out "$out/decode" ;;
     prefill)  # tokens/s per GPU by tokens a step
-      timeout 280 $bench --modes dwdp,$rival,single --hf-overrides "$layers" --engine-args "$engine" --side-by-side \
-        --max-num-batched-tokens $steps --num-prompts $prompts --rounds 2 --repeats 2 --out "$out/prefill" ;;
+      timeout 290 $bench --modes "${PREFILL_MODES:-dwdp,$rival,single}" --hf-overrides "$layers" --engine-args "$engine" --side-by-side \
+        --max-num-batched-tokens $steps --num-prompts $prompts --ratio ${RATIO:-0.8} --rounds 2 --repeats 2 --out "$out/prefill${RATIO:-}" ;;
     serve)  # real servers, vLLM's defaults
-      timeout 560 $serving --modes "${SERVE_MODES:-dwdp,$rival}" --side-by-side --loads "$loads" \
-        --serve-args "$serve ${SERVE_ARGS:-}" --timeout 240 --out "$out/serve" ;;
+      timeout 560 $serving --modes "${SERVE_MODES:-dwdp,$rival}" --side-by-side --loads "$loads" ${SWEEP:+--sweep $SWEEP} \
+        --serve-args "$serve ${SERVE_ARGS:-}" --timeout 320 --out "$out/serve" ;;
     unequal)  # one rank has long prompts, the other chats
       timeout 400 $serving --modes dwdp,$rival --side-by-side --loads "$unequal" \
         --serve-args "$serve" --timeout 240 --out "$out/unequal" ;;
@@ -82,17 +83,15 @@ for part; do
       done
       unset VLLM_MOE_ROUTING_SIMULATION_STRATEGY
       (exit $formats_failed) ;;
-    sweep)  # saturation found, then a quarter, half and three quarters of it
-      timeout 560 $serving --modes dwdp,$rival --side-by-side --sweep "${SWEEP:-2048:256:400}" --serve-args "$serve" --timeout 240 \
-        --out "$out/sweep" ;;
     backends)  # expert parallelism's ways to exchange tokens, at prefill
       known=${BACKENDS:-$(python3 -P -c 'from vllm_dwdp.entrypoints.bench.checks import all2all_backends; print(*all2all_backends())')}
+      [ "$known" != allgather_reducescatter ] || { echo "backends: vLLM's own is the only one that can run here"; continue; }
       timeout 400 $bench --modes "dwdp$(printf ',ep+all2all_backend=%s' $known)" \
         --hf-overrides "$layers" --engine-args "$engine" --side-by-side --max-num-batched-tokens ${steps%%,*} --num-prompts $prompts \
         --rounds 2 --repeats 2 --out "$out/backends" ;;
     ceiling)  # large steps by class of kernels, beside a GPU that holds all experts
       timeout 300 python3 -P "$here/step_times.py" "$model" "$out/ceiling" dwdp,single "$steps" "{}" $depth ;;
-    residents)  # prefill and decode with a quarter, half, three quarters and all of the remote experts kept
+    residents)  # prefill with a quarter, half, three quarters and all of the remote experts kept; decode too, where nothing dispatches
       residents_failed=0
       share() { python3 -c "print('dwdp+cache_gib=%g' % ($1 * $depth * $remote_gib))"; }
       turn() {
@@ -102,7 +101,7 @@ for part; do
       prefill="--max-num-batched-tokens ${steps%%,*} --num-prompts $prompts"
       turn "dwdp,$(share 0.25),$(share 0.5)" prefill-to-half $prefill
       turn "dwdp,$(share 0.75),$(share 1)" prefill-to-all $prefill
-      turn "dwdp,$(share 0.5),$(share 1)" decode --decode $few --max-num-batched-tokens 16384
+      turn "dwdp+dispatch=off,$(share 0.5)+dispatch=off,$(share 1)+dispatch=off" decode --decode $few --max-num-batched-tokens 16384
       (exit $residents_failed) ;;
     sanitize)
       timeout 560 compute-sanitizer --tool memcheck --target-processes all --report-api-errors no --error-exitcode 3 \

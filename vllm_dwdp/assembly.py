@@ -99,7 +99,7 @@ class StreamedModel:
         """Fill the first slots. To be called once the layers are bound."""
         self.prefetcher.start()
         own = range(self.prefetcher.schedule.num_layers)  # a draft's layers follow
-        streamed = sum(nbytes for at in own for *_, nbytes in self.weights[at].copies)
+        streamed = sum(self.weights[at].copied_bytes for at in own)
         logger.info(budget.announce(
             [self.layers[at].size for at in own], rank=self.rank, streamed_bytes=streamed,
             direct_max_tokens=self.prefetcher.direct_max_tokens, held_bytes=sum(self.memory_bytes().values()),

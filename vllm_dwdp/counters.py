@@ -36,13 +36,9 @@ class Counters:
 class Stats:
     """What one rank has done in the convoy."""
 
-    size: int
+    timeouts: list[int]  # by rank: how often it was waited for in vain
     rounds: int = 0
     helper_rounds: int = 0
     participants: int = 0  # over all rounds
     alone: int = 0
     waited_s: float = 0.0
-    timeouts: list[int] = dataclasses.field(default_factory=list)  # by rank: how often it was waited for in vain
-
-    def __post_init__(self) -> None:
-        self.timeouts = [0] * self.size

@@ -44,7 +44,7 @@ class Meeting:
 
     def __init__(self, fd: int, rank: int, size: int):
         """`fd` is a page made by `create(size)`, here or in a peer; it stays the caller's. DWDPError if another has the place."""
-        self.rank, self.size, self.stats = rank, size, Stats(size)
+        self.rank, self.size, self.stats = rank, size, Stats([0] * size)
         self._format = Format(size)
         self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)  # a description of its own: locks belong to it
         self._close = weakref.finalize(self, os.close, self._fd)

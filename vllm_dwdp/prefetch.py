@@ -47,6 +47,8 @@ class Prefetcher:
         self.counters = Counters()
         self._layers = layers
         self._plans = [stream.plan(layer.copies) for layer in layers]
+        ring = layers[: schedule.num_layers]
+        self._ring_bytes = sum(layer.copied_bytes for layer in ring if not schedule.is_alone(layer.ordinal))  # that a replay copies
         self._step: Step | None = None
         self._view: View | None = None  # of the forward that has begun
         self._slots, captured = (
@@ -165,9 +167,7 @@ class Prefetcher:
         if step is not None and step.view == DISPATCHED:
             self.counters.forwards[DISPATCHED] += 1
         elif num_tokens:
-            ring = self._layers[: self.schedule.num_layers]
-            moving = [layer.copied_bytes for layer in ring if not self.schedule.is_alone(layer.ordinal)]
-            self.counters.end_step(sum(moving) if replayed and num_tokens > self.direct_max_tokens else None)
+            self.counters.end_step(self._ring_bytes if replayed and num_tokens > self.direct_max_tokens else None)
         if self._overlay.strays:
             self._lose_what_graphs_moved()
         self._step = self._view = None

@@ -17,9 +17,9 @@ class Format:
 
     def pack(self, record: Record) -> bytes:
         due = [made or Round(0, (), (0,) * self._size) for made in record.due]
-        members = [sum(1 << rank for rank in made.members) for made in due]
+        numbers, masks = [made.number for made in due], [made.mask for made in due]
         tokens = [count for made in due for count in made.tokens]
-        return self._words.pack(record.number, *record.states, *record.tokens, *(d.number for d in due), *members, *tokens)
+        return self._words.pack(record.number, *record.states, *record.tokens, *numbers, *masks, *tokens)
 
     def unpack(self, page: mmap.mmap, offset: int) -> Record:
         size = self._size

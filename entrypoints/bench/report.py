@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from vllm_dwdp.entrypoints.bench.modes import short
+from vllm_dwdp.entrypoints.bench.modes import kind, short
 from vllm_dwdp.entrypoints.bench.rank import Held, Ran
 
 GIB = 2**30
@@ -108,7 +108,7 @@ def summarize(
         found = {mode: [r for r in readings if (r.mode, r.point) == (mode, point)] for mode in modes}
         medians = {mode: median([r.value for r in own]) for mode, own in found.items()}
         fastest = min if decode else max
-        best = {base: fastest([value for mode, value in medians.items() if value and mode.split("+")[0] == base],
+        best = {base: fastest([value for mode, value in medians.items() if value and kind(mode) == base],
                               default=None) for base in ("ep", "single")}
         for mode, own in found.items():
             values = [r.value for r in own]

@@ -12,7 +12,8 @@ from vllm_dwdp.assembly import StreamedModel
 from vllm_dwdp.dispatch import Dispatch
 from vllm_dwdp.errors import DWDPError
 from vllm_dwdp.experts import ExpertLayer
-from vllm_dwdp.integration import checks, proof
+from vllm_dwdp.integration import proof
+from vllm_dwdp.integration.checks import refuse_rewriting
 from vllm_dwdp.prefetch import Prefetcher
 from vllm_dwdp.profiling import profiled
 from vllm_dwdp.schedule import DIRECT, STREAMED
@@ -49,7 +50,7 @@ def refuse_loading(model: torch.nn.Module) -> None:
     """Every `load_weights` in `model` raises DWDPError, before it writes anything and on every rank alike."""
     for module in model.modules():
         if hasattr(module, "load_weights"):
-            vars(module)["load_weights"] = _refuse
+            vars(module)["load_weights"] = refuse_rewriting
 
 
 def keep_opaque(model: torch.nn.Module) -> None:
@@ -63,29 +64,22 @@ def keep_opaque(model: torch.nn.Module) -> None:
 class _Bound(dict):
     """A layer's parameters by name, which stay the tensors that are streamed."""
 
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        _refuse()
-
-    __setitem__: Any = _refuse
-    __delitem__: Any = _refuse
-    __ior__: Any = _refuse
-    clear: Any = _refuse
-    pop: Any = _refuse
-    popitem: Any = _refuse
-    setdefault: Any = _refuse
-    update: Any = _refuse
-
-
-def _refuse(*args: Any, **kwargs: Any) -> None:
-    raise DWDPError(checks.REWRITING)
+    __setitem__: Any = refuse_rewriting
+    __delitem__: Any = refuse_rewriting
+    __ior__: Any = refuse_rewriting
+    clear: Any = refuse_rewriting
+    pop: Any = refuse_rewriting
+    popitem: Any = refuse_rewriting
+    setdefault: Any = refuse_rewriting
+    update: Any = refuse_rewriting
 
 
 def _refuse_loading(layer: Any) -> None:
     """Whatever vLLM would load this layer with raises DWDPError: its rows are peers', or bytes of a slot."""
     for parameter in layer.parameters():
         for name in [name for name in vars(parameter) if name.endswith("weight_loader")]:
-            setattr(parameter, name, _refuse)
-    layer.weight_loader = layer.quant_method.process_weights_after_loading = _refuse
+            setattr(parameter, name, refuse_rewriting)
+    layer.weight_loader = layer.quant_method.process_weights_after_loading = refuse_rewriting
     layer._parameters = _Bound(layer._parameters)
 
 

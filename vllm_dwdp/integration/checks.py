@@ -1,5 +1,7 @@
 """Checks: what DWDP does not work with, said in one line before anything is loaded."""
 
+from typing import Any
+
 from vllm import envs
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.platforms import current_platform
@@ -29,6 +31,11 @@ REWRITING = (
     "DWDP ranks map each other's experts and stream them through slots: they cannot be saved, moved, loaded or rewritten "
     "while the group serves; restart it instead"
 )
+
+
+def refuse_rewriting(*args: Any, **kwargs: Any) -> Any:
+    """Stands in for whatever of vLLM's would write, move or save experts. Raises DWDPError."""
+    raise DWDPError(REWRITING)
 
 
 def refuse_version(version: str, allow_untested: bool) -> None:

@@ -85,7 +85,7 @@ def _refuse_first() -> None:
             given.apply_defaults()
             only_pauses = given.arguments.get("level") == 0
             if self.vllm_config.parallel_config.worker_cls == WORKER and not only_pauses:
-                raise DWDPError(checks.REWRITING)
+                checks.refuse_rewriting()
             return original(self, *args, **kwargs)
 
         return call

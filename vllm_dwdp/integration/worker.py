@@ -95,7 +95,7 @@ class DWDPWorker(PlatformWorker):
                 for part in (model, draft):
                     binding.keep_opaque(part)
                     binding.refuse_loading(part)
-                self.model_runner.reload_weights = self._refuse
+                self.model_runner.reload_weights = checks.refuse_rewriting
                 self.dwdp.start()
                 group.settle()
             except BaseException:
@@ -201,11 +201,8 @@ class DWDPWorker(PlatformWorker):
                     self.dwdp_leave()
                     self._end_metrics()
 
-    def _refuse(self, *args: Any, **kwargs: Any) -> None:
-        raise DWDPError(checks.REWRITING)
-
-    reload_weights = start_weight_update = update_weights = reset_weights = compute_weight_checksums = _refuse
-    save_sharded_state = save_tensorized_model = sleep = wake_up = discard = checkpoint_prepare = add_lora = _refuse
+    reload_weights = start_weight_update = update_weights = reset_weights = compute_weight_checksums = checks.refuse_rewriting
+    save_sharded_state = save_tensorized_model = sleep = wake_up = discard = checkpoint_prepare = add_lora = checks.refuse_rewriting
 
 
 def _asks_for_something(transfer: Any) -> bool:
