@@ -6,7 +6,6 @@ imported, so it costs next to nothing and changes nothing while the switch is of
 
 import argparse
 import contextlib
-import functools
 import logging
 import re
 import sys
@@ -55,49 +54,41 @@ class _RegisterOnImport(MetaPathFinder):
         return spec
 
 
-def _create_engine_config(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        vllm_config = original(self, *args, **kwargs)
-        if config.is_on(vllm_config.additional_config):
-            # They import the engine, which a process without DWDP may not need.
-            from vllm_dwdp.integration import commands, launch
+def _create_engine_config(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
+    vllm_config = original(self, *args, **kwargs)
+    if config.is_on(vllm_config.additional_config):
+        # They import the engine, which a process without DWDP may not need.
+        from vllm_dwdp.integration import commands, launch
 
-            chooses_graphs = any(
-                getattr(settings, name) is not None
-                for settings in (self, self.compilation_config)
-                for name in ("cudagraph_capture_sizes", "max_cudagraph_capture_size")
-            )
-            if not launcher.is_child():
-                commands.lead()
-                launch.prepare(vllm_config, chooses_graphs)
-                return vllm_config
-            launcher.follow_parent()
-            try:
-                launch.prepare(vllm_config, chooses_graphs)
-            except DWDPError as error:
-                commands.refuse_in_child(error)
-        return vllm_config
-
-    return create_engine_config
-
-
-def _add_cli_args(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser = original(parser)
-        group = parser.add_argument_group("DWDP", "Distributed Weight Data Parallelism (vllm-dwdp).")
-        group.add_argument(
-            "--parallel", choices=["dwdp"], default=argparse.SUPPRESS,
-            help="Stream MoE experts from peer ranks' memory in large steps, and send the tokens of small ones to their "
-            "experts' owners among the ranks that are at hand; ranks of --data-parallel-size otherwise run independently.",
+        chooses_graphs = any(
+            getattr(settings, name) is not None
+            for settings in (self, self.compilation_config)
+            for name in ("cudagraph_capture_sizes", "max_cudagraph_capture_size")
         )
-        for field in msgspec.structs.fields(config.Options):
-            group.add_argument(config.as_flag(field.name), **_argument(field))
-        _merge_after_parsing(parser)
-        return parser
+        if not launcher.is_child():
+            commands.lead()
+            launch.prepare(vllm_config, chooses_graphs)
+            return vllm_config
+        launcher.follow_parent()
+        try:
+            launch.prepare(vllm_config, chooses_graphs)
+        except DWDPError as error:
+            commands.refuse_in_child(error)
+    return vllm_config
 
-    return add_cli_args
+
+def _add_cli_args(original: Callable, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser = original(parser)
+    group = parser.add_argument_group("DWDP", "Distributed Weight Data Parallelism (vllm-dwdp).")
+    group.add_argument(
+        "--parallel", choices=["dwdp"], default=argparse.SUPPRESS,
+        help="Stream MoE experts from peer ranks' memory in large steps, and send the tokens of small ones to their "
+        "experts' owners among the ranks that are at hand; ranks of --data-parallel-size otherwise run independently.",
+    )
+    for field in msgspec.structs.fields(config.Options):
+        group.add_argument(config.as_flag(field.name), **_argument(field))
+    _merge_after_parsing(parser)
+    return parser
 
 
 def _argument(field: msgspec.structs.FieldInfo) -> dict[str, Any]:

@@ -25,6 +25,7 @@ VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 KILL_S = 10.0
 TRACKER_S = 2.0
 POLL_S = 0.1
+LONGEST = 400  # characters of a log's line that are quoted
 QUIT_S = 20.0  # an engine frees shared memory and sockets in good order within seconds
 
 
@@ -58,6 +59,11 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.end(QUIT_S)
 
+    def _last_line(self) -> str:
+        lines = self.log.read_text(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f", whose last line is: {last[:LONGEST]}" if last else ""
+
     def wait_until(
         self, done: Callable[[], bool], what: str, timeout_s: float, waiting: Callable[[float], None] = lambda _: None
     ) -> float:
@@ -69,7 +75,7 @@ class Session:
         while not done():
             elapsed_s = time.monotonic() - start_s
             if self.has_ended() and not done():
-                raise SessionFailure(f"{what}: the process ended with status {self.process.returncode}, see {self.log}")
+                raise SessionFailure(f"{what}: the process ended with status {self.process.returncode}, see {self.log}{self._last_line()}")
             if elapsed_s > timeout_s:
                 raise SessionFailure(f"{what}: not done after {timeout_s:g} s, see {self.log}")
             waiting(elapsed_s)

@@ -181,7 +181,7 @@ def absent(where: str, *, parameters: str = "", attributes: str = "") -> list[st
 @pytest.mark.parametrize("hook", hooks.HOOKS, ids=lambda hook: hook.path)
 def test_replaced(hook: hooks.Hook) -> None:
     """What the plugin replaces is there, takes the parameters that the replacement relies on, and can be replaced."""
-    with hook.during(lambda original: lambda *args, **kwargs: original(*args, **kwargs)):
+    with hook.during(lambda original, *args, **kwargs: original(*args, **kwargs)):
         pass
 
 

@@ -400,7 +400,7 @@ def test_a_hook_that_another_plugin_has_replaced_is_named(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "replaced", module)
     hook = hooks.Hook("replaced", "choose", ("rows",))
     said = pytest.raises(DWDPError, match="hook choose did not take: another plugin has replaced it")
-    with said, hook.during(lambda original: lambda rows: original(rows)):
+    with said, hook.during(lambda original, rows: original(rows)):
         module.choose = lambda rows: rows
 
 

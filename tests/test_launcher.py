@@ -190,7 +190,7 @@ def test_servers_of_a_supervisor_meet_by_its_secret(monkeypatch: pytest.MonkeyPa
         args = types.SimpleNamespace(
             additional_config={config.KEY: options}, data_parallel_size=2, data_parallel_size_local=2,
         )
-        asyncio.run(commands._supervise(run)(types.SimpleNamespace(args=args, _processes=[])))
+        asyncio.run(commands._supervise(run, types.SimpleNamespace(args=args, _processes=[])))
         assert args.additional_config == {config.KEY: options} and options == {"slots": 3}
         secrets.append(os.environ[joining.TOKEN].encode())
         joining.give_token()  # as each server does
@@ -210,5 +210,5 @@ def test_servers_that_a_supervisor_does_not_bring_together(rendezvous: str | Non
     args = types.SimpleNamespace(
         additional_config={config.KEY: {"rendezvous": rendezvous}}, data_parallel_size=2, data_parallel_size_local=size_local,
     )
-    asyncio.run(commands._supervise(run)(types.SimpleNamespace(args=args, _processes=[])))
+    asyncio.run(commands._supervise(run, types.SimpleNamespace(args=args, _processes=[])))
     assert not joining.are_together() and not os.environ[joining.TOKEN]

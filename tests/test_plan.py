@@ -161,6 +161,7 @@ def test_what_a_checkpoint_leaves_plain_is_counted_plain() -> None:
         (QWEN3 | {"num_attention_heads": 4096, "head_dim": None}, "num_attention_heads is 4096"),
         (QWEN3 | {"num_experts_per_tok": 129}, "a token takes 129"),
         (QWEN3 | {"hidden_size": 1.5}, "hidden_size is 1.5"),
+        (QWEN3 | {"model_type": "llama", "num_experts": None}, "has no MoE layers (config.json has none of num_experts, "),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -313,7 +314,7 @@ def test_a_gpu_on_which_dwdp_does_not_run_is_told(folder, capsys) -> None:
 
 
 def test_what_does_not_fit_says_so(folder, capsys) -> None:
-    assert cli.main(["plan", str(folder), "--gpu", "h100", "--gpu-memory-utilization", "0.5"]) == 0
+    assert cli.main(["plan", str(folder), "--gpu", "H100", "--gpu-memory-utilization", "0.5"]) == 0
     lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert lines["full replica"].endswith("does not fit") and not lines["DWDP"].endswith("does not fit")
 

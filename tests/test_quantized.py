@@ -60,15 +60,13 @@ def test_schemes(models, tmp_path: Path, scheme: str) -> None:
 def test_schemes_in_dispatched_steps(models, tmp_path: Path, scheme: str) -> None:
     """Most answers begin as one engine's: sums are rounded in parts, but nothing is summed that a kernel has not written.
 
-    Kernels that would do so, for one scale over all activations or for dropped tokens, do not dispatch.
+    Kernels that would do so do not dispatch; the log names one that does.
     """
     model, engine, question = prepare(models, tmp_path, scheme)
+    engine |= {"fp8": {"moe_backend": "marlin"}, "fp8_channel": {"moe_backend": "triton"}}.get(scheme, {})
     with Group(model, 2, {"dispatch_max_tokens": 256}, engine=engine) as group:
         answers = group.run(generate, **question)
         dispatched = [s["forwards"]["dispatched"] for s in group.run(stats)]
-    if scheme in ("fp8", "fp8_channel"):
-        assert dispatched == [0, 0]
-    else:
-        assert min(dispatched) > 0
+    assert min(dispatched) > 0
     begins = [found[0] == wanted[0] for own in answers for found, wanted in zip(own, reference(model, engine, **question), strict=True)]
     assert sum(begins) >= 0.75 * len(begins), answers

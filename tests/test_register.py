@@ -138,7 +138,7 @@ def test_switch_off_on_the_command_line(value: str) -> None:
     """A command line without the switch keeps whatever it gives as --additional-config."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--additional-config", type=json.loads)
-    plugin._add_cli_args(lambda parser: parser)(parser)
+    plugin._add_cli_args(lambda parser: parser, parser)
     assert parser.parse_args(["--additional-config", value]).additional_config == json.loads(value)
     with pytest.raises(SystemExit):
         parser.parse_args(["--additional-config", value, "--parallel", "dwdp"])

@@ -1,6 +1,7 @@
 """Invariant: a rank on another node that gives no sign of life is named in every answer, soon; the others serve on."""
 
 import asyncio
+import functools
 import json
 import os
 import time
@@ -85,13 +86,13 @@ def test_a_rank_that_is_heard_is_never_lost_and_one_that_comes_back_is_used_agai
     async def hear() -> None:
         client = Client()
         outputs = types.SimpleNamespace(engine_index=2)
-        listen = remote._listen(lambda self, outputs: asyncio.sleep(0))
+        listen = functools.partial(remote._listen, lambda self, outputs: asyncio.sleep(0))
         for _ in range(4 * remote.TICKS):
             await listen(client, outputs)
             await asyncio.sleep(0.01)
         watch = remote.watch(client)
         assert not watch.lost
-        choose = remote._choose(lambda self, request: ENGINES[min(range(3), key=lambda rank: self.lb_engines[rank])])
+        choose = functools.partial(remote._choose, lambda self, request: ENGINES[min(range(3), key=lambda rank: self.lb_engines[rank])])
         client.lb_engines[0][0] = client.lb_engines[1][0] = 5
         assert choose(client, None) == ENGINES[2]
         await until_lost(client)
@@ -111,7 +112,7 @@ def test_a_call_to_a_lost_rank_raises_and_others_return() -> None:
             await asyncio.sleep(0.03 if engine != ENGINES[2] else 3600)
             return method
 
-        client, bounded = Client(), remote._bounded(answer)
+        client, bounded = Client(), functools.partial(remote._call, answer)
         assert await bounded(client, "ping", engine=ENGINES[1]) == "ping"
         with pytest.raises(GracefulHTTPError, match="rank 2 has given no sign of life"):
             await bounded(client, "ping", engine=ENGINES[2])
@@ -129,7 +130,7 @@ def test_the_answer_names_the_rank() -> None:
 
         seen = []
         with pytest.raises(GracefulHTTPError, match="rank 2 has given") as raised:
-            async for output in remote._named(outputs)(None):
+            async for output in remote._answer(outputs, None):
                 seen.append(output)
         assert len(seen) == 3 and raised.value.http_status == 503
 
@@ -156,7 +157,7 @@ def test_the_answer_to_a_pooling_request_names_the_rank_too() -> None:
         async def outputs(self):
             yield state.make_request_output([], ended.pooling_output, ended.finish_reason, ended.stop_reason)
 
-        async for _ in remote._named(outputs)(None):
+        async for _ in remote._answer(outputs, None):
             raise AssertionError("an embedding came")
 
     with pytest.raises(GracefulHTTPError, match="rank 2 has given") as raised:

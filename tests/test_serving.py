@@ -209,6 +209,13 @@ class Client:
         self.bounds_s.append(timeout_s)
 
 
+def test_a_process_that_ends_is_quoted(tmp_path: Path) -> None:
+    said = r"^start: the process ended with status 3, see \S+, whose last line is: what is wrong$"
+    session = Session(["bash", "-c", "echo first; echo ' what is wrong '; echo; exit 3"], tmp_path / "log")
+    with session, pytest.raises(SessionFailure, match=said):
+        session.wait_until(lambda: False, "start", 30)
+
+
 def test_a_load_may_take_the_time_in_which_its_requests_come(monkeypatch, tmp_path: Path) -> None:
     """And files of its own; a server that has ended is named before its clients."""
     idle, commands = Client(), []

@@ -8,7 +8,6 @@ import resource
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -95,7 +94,7 @@ def lost_hooks() -> Iterator[str]:
 
     for hook in hooks.HOOKS:
         try:
-            with hook.during(lambda original: lambda *args, **kwargs: original(*args, **kwargs)):
+            with hook.during(lambda original, *args, **kwargs: original(*args, **kwargs)):
                 pass
         except Exception as error:  # whatever importing a part of an unknown vLLM raises
             yield " ".join(str(error).split()) or f"{hook.path}: {type(error).__name__}"
@@ -135,16 +134,10 @@ def describe(name: str) -> tuple[plan.Model | None, str, str]:
         config = read_config(name, {})
     except DWDPError as error:
         return None, str(error), ""
-    if not has_experts(config):
-        return None, f"{name} has no MoE layers (config.json has none of {', '.join(plan.EXPERTS)})", ""
+    if not plan.has_experts(config):
+        return None, plan.no_experts(name), ""
     try:
         described = plan.load(name, {})
     except DWDPError as error:
         return None, "", str(error)
     return described, "" if any(described.is_moe) else f"{name}: no layer of it has experts", ""
-
-
-def has_experts(config: dict[str, Any]) -> bool:
-    """Whether any part of it has a number of experts, whatever that is called."""
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    return any(part.get(field) for part in parts for field in (*plan.EXPERTS, "moe_num_experts"))

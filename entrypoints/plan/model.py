@@ -78,6 +78,16 @@ def load(name: str, overrides: Mapping[str, Any]) -> Model:
     return parse(Path(name).name, config)
 
 
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether any part of it has a number of experts, whatever that is called."""
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return any(part.get(field) for part in parts for field in (*EXPERTS, "moe_num_experts"))
+
+
+def no_experts(name: str) -> str:
+    return f"{name} has no MoE layers (config.json has none of {', '.join(EXPERTS)})"
+
+
 def parse(name: str, config: Mapping[str, Any]) -> Model:
     """Raises DWDPError naming the field that the model lacks or that plan does not know."""
 
@@ -90,6 +100,8 @@ def parse(name: str, config: Mapping[str, Any]) -> Model:
     fields.check(name, config)
     kind = config.get("model_type") or "a model without model_type"
     hidden, layers, heads = field("hidden_size"), field("num_hidden_layers"), field("num_attention_heads")
+    if not has_experts(config):
+        raise DWDPError(no_experts(name))
     num_experts, top_k = field(*EXPERTS), field(*TOP_K)
     if top_k > num_experts:
         raise DWDPError(f"{name}: config.json has {num_experts} experts, of which a token takes {top_k}")

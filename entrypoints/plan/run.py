@@ -38,7 +38,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                                       "parallelism, such as the 0.4 of the paper's breakdown; 0 is even routing")
     ] = 0.0
     slots: Annotated[int, Meta(ge=2, le=8, description="as --dwdp-slots")] = 2
-    cache_gib: Annotated[float, Meta(ge=0, le=1e6, description="as --dwdp-cache-gib: GiB of resident experts")] = 0.0
+    cache_gib: Annotated[float, Meta(ge=0, le=1e6, description="GiB of resident experts, as a number given to --dwdp-cache-gib")] = 0.0
     experts_per_rank: Annotated[Positive | None, Meta(description="as --dwdp-experts-per-rank")] = None
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1, description="as vLLM's")] = memory.UTILIZATION
     eager: Annotated[bool, Meta(description="rates of engines without torch.compile and CUDA graphs")] = False
@@ -109,13 +109,13 @@ class Plan:
 def run(settings: Settings) -> int:
     """Print the plan, write what was asked for; returns the command's exit status."""
     table = rates.read(settings.rates)
-    if settings.gpu not in table.gpus:
+    if (gpu := settings.gpu if settings.gpu in table.gpus else settings.gpu.lower()) not in table.gpus:
         raise DWDPError(f"--gpu is {settings.gpu}, which is none of {', '.join(table.gpus)}")
     described = model.load(settings.model, settings.hf_overrides)
     if settings.calibrate:
-        table = calibrate.calibrated(table, settings.calibrate, settings.gpu, settings.model)
+        table = calibrate.calibrated(table, settings.calibrate, gpu, settings.model)
     plan = Plan(
-        model=described, gpu=table.gpus[settings.gpu], settings=settings, process_bytes=table.process_gib * GIB,
+        model=described, gpu=table.gpus[gpu], settings=settings, process_bytes=table.process_gib * GIB,
         rates=table.rates["eager" if settings.eager else "compiled"],
     )
     steps = plan.steps()

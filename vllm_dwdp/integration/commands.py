@@ -1,6 +1,5 @@
 """Commands: whatever way a command of vLLM's ends, its last line is the sentence for which, and its status is not 0."""
 
-import functools
 import multiprocessing
 import signal
 import sys
@@ -64,38 +63,29 @@ def refuse_in_child(error: DWDPError) -> None:
 
 def install() -> None:
     """Make the commands that watch over children fail when those have."""
-    for hook, wrapper in ((hooks.RUN_HEADLESS, _headless), (hooks.SUPERVISE, _supervise)):
-        hook.install(wrapper)
+    hooks.RUN_HEADLESS.install(_run_headless)
+    hooks.SUPERVISE.install(_supervise)
 
 
-def _headless(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def run_headless(args: Any) -> None:
-        original(args)
-        _raise_first(lead())
-
-    return run_headless
+def _run_headless(original: Callable, args: Any) -> None:
+    original(args)
+    _raise_first(lead())
 
 
-def _supervise(original: Callable) -> Callable:
+async def _supervise(original: Callable, self: Any) -> None:
     """One server a rank, all started here: where no other node has ranks, they meet without an option."""
-
-    @functools.wraps(original)
-    async def run(self: Any) -> None:
-        args = self.args
-        options = config.parse(args.additional_config)
-        if options is None:
-            return await original(self)
-        reasons = lead()
-        if options.rendezvous is None and args.data_parallel_size_local == args.data_parallel_size:
-            joining.bring_together()
-        await original(self)
-        _raise_first(reasons)
-        for server in self._processes:
-            if server.exitcode not in (None, 0, -signal.SIGTERM, -signal.SIGINT):
-                raise DWDPError(f"{server.name} ended with status {server.exitcode}: its log above says why")
-
-    return run
+    args = self.args
+    options = config.parse(args.additional_config)
+    if options is None:
+        return await original(self)
+    reasons = lead()
+    if options.rendezvous is None and args.data_parallel_size_local == args.data_parallel_size:
+        joining.bring_together()
+    await original(self)
+    _raise_first(reasons)
+    for server in self._processes:
+        if server.exitcode not in (None, 0, -signal.SIGTERM, -signal.SIGINT):
+            raise DWDPError(f"{server.name} ended with status {server.exitcode}: its log above says why")
 
 
 def _raise_first(reasons: Reasons) -> None:

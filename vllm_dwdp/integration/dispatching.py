@@ -208,24 +208,17 @@ def fit_to_round(vllm_config: VllmConfig, dispatch: Dispatch) -> None:
     """
     global _fitted
     _fitted = dispatch, has_pieces(vllm_config)
-    if not has_graphs(vllm_config):
-        return
+    if has_graphs(vllm_config):
+        hooks.CHOOSE_GRAPH.install(_choose_graph)
 
-    def wrapper(original: Callable) -> Callable:
-        @functools.wraps(original)
-        def choose(
-            manager: Any, num_reqs: int, num_tokens: int, uniform_token_count: int | None, *args: Any,
-            max_query_len: int | None = None, need_eager: bool = False, **kwargs: Any,
-        ) -> Any:
-            assert _fitted is not None
-            dispatch, in_pieces = _fitted
-            rows, eager = max(num_tokens, dispatch.padded), need_eager or dispatch.is_beyond_graphs
-            if in_pieces and rows > max(WHOLE_ROWS, 2 * num_tokens):  # as the peer's
-                uniform_token_count = max_query_len = None
-            return original(
-                manager, num_reqs, rows, uniform_token_count, *args, max_query_len=max_query_len, need_eager=eager, **kwargs
-            )
 
-        return choose
-
-    hooks.CHOOSE_GRAPH.install(wrapper)
+def _choose_graph(
+    original: Callable, manager: Any, num_reqs: int, num_tokens: int, uniform_token_count: int | None, *args: Any,
+    max_query_len: int | None = None, need_eager: bool = False, **kwargs: Any,
+) -> Any:
+    assert _fitted is not None
+    dispatch, in_pieces = _fitted
+    rows, eager = max(num_tokens, dispatch.padded), need_eager or dispatch.is_beyond_graphs
+    if in_pieces and rows > max(WHOLE_ROWS, 2 * num_tokens):  # as the peer's
+        uniform_token_count = max_query_len = None
+    return original(manager, num_reqs, rows, uniform_token_count, *args, max_query_len=max_query_len, need_eager=eager, **kwargs)

@@ -77,20 +77,17 @@ class Helper:
 
 def help_between_calls() -> None:
     """Let a worker process whose engine has no request take part in rounds until the engine calls."""
+    hooks.WORKER_LOOP.install(_help_and_execute)
 
-    def wrapper(_: Callable) -> Callable:
-        def worker_busy_loop(self: Any) -> None:
-            calls = self.rpc_broadcast_mq
-            while True:
-                with watchdog.paused():
-                    self.worker.dwdp_help_until(lambda: _has_message(calls))
-                    call = calls.dequeue(indefinite=True)
-                self._execute_worker_rpc(call)
-                del call
 
-        return worker_busy_loop
-
-    hooks.WORKER_LOOP.install(wrapper)
+def _help_and_execute(_: Callable, self: Any) -> None:
+    calls = self.rpc_broadcast_mq
+    while True:
+        with watchdog.paused():
+            self.worker.dwdp_help_until(lambda: _has_message(calls))
+            call = calls.dequeue(indefinite=True)
+        self._execute_worker_rpc(call)
+        del call
 
 
 def _has_message(queue: MessageQueue) -> bool:

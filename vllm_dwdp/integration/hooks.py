@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
@@ -23,20 +24,20 @@ class Hook:
     path: str
     parameters: tuple[str, ...] = ()
 
-    def install(self, wrapper: Callable[[Any], Any]) -> None:
-        """Replace the attribute by `wrapper(original)`, once, for the life of the process.
+    def install(self, around: Callable[..., Any] | None = None, *, instead: Any = None) -> None:
+        """Have `around(original, ...)` called, or `instead`, in the attribute's place, once, for the life of the process.
 
         Raises DWDPError naming the attribute when it is gone or takes other parameters.
         """
         if not self._is_installed():
-            self._replace(wrapper)
+            self._replace(around, instead)
 
     @contextlib.contextmanager
-    def during(self, wrapper: Callable[[Any], Any]) -> Iterator[None]:
-        """Replace the attribute while the body runs. Raises DWDPError as `install` does, and where the body has replaced it in turn."""
+    def during(self, around: Callable[..., Any] | None = None, *, instead: Any = None) -> Iterator[None]:
+        """`install` while the body runs. Raises DWDPError as that does, and where the body has replaced the attribute in turn."""
         owner, name = self._locate()
         original = inspect.getattr_static(owner, name)
-        self._replace(wrapper)
+        self._replace(around, instead)
         try:
             yield
             if not self._is_installed():
@@ -50,7 +51,7 @@ class Hook:
         owner, name = self._locate()
         return _MARK in vars(getattr(owner, name))
 
-    def _replace(self, wrapper: Callable[[Any], Any]) -> None:
+    def _replace(self, around: Callable[..., Any] | None, instead: Any) -> None:
         owner, name = self._locate()
         original = getattr(owner, name)
         accepted = inspect.signature(original).parameters
@@ -59,7 +60,7 @@ class Hook:
             raise DWDPError(
                 f"vLLM's {self.module}.{self.path} no longer takes {', '.join(absent)}: this vLLM is not supported"
             )
-        hooked = wrapper(original)
+        hooked = instead if around is None else _wrapped(original, around)
         setattr(hooked, _MARK, True)
         is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
         setattr(owner, name, staticmethod(hooked) if is_static else hooked)
@@ -74,6 +75,14 @@ class Hook:
         except AttributeError:
             raise DWDPError(f"vLLM has no {self.module}.{self.path}: this vLLM is not supported") from None
         return owner, name
+
+
+def _wrapped(original: Callable[..., Any], around: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    return hooked
 
 
 _ARGUMENTS, _CORE, _UTILS = "vllm.engine.arg_utils", "vllm.v1.engine.core", "vllm.v1.engine.utils"

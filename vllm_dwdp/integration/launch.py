@@ -64,63 +64,41 @@ def prepare(vllm_config: VllmConfig, chooses_graphs: bool) -> None:
 
 def install() -> None:
     """Put the launch hooks in place. An engine on which they do not act says so: `worker.membership`."""
-    for hook, wrapper in (
-        (hooks.RUN_ENGINE_CORE, lambda _: run_engine_core),
-        (hooks.RUN_COORDINATOR, lambda _: run_coordinator),
-        (hooks.COORDINATOR, _without(_WAVES)),
-        (hooks.WAIT_FOR_STARTUP, _without(_LOCKSTEP)),
-        (hooks.SYNC_CLIENT, _without_waves),
-    ):
-        hook.install(wrapper)
+    hooks.RUN_ENGINE_CORE.install(instead=run_engine_core)
+    hooks.RUN_COORDINATOR.install(instead=run_coordinator)
+    hooks.COORDINATOR.install(functools.partial(_without, _WAVES))
+    hooks.WAIT_FOR_STARTUP.install(functools.partial(_without, _LOCKSTEP))
+    hooks.SYNC_CLIENT.install(_init_without_waves)
     _refuse_first()
 
 
 def _refuse_first() -> None:
     """An engine core refuses what its worker would, before it pauses, aborts or forgets anything on the way there."""
-
-    def wrapper(original: Callable) -> Callable:
-        @functools.wraps(original)
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            given = inspect.signature(original).bind(self, *args, **kwargs)
-            given.apply_defaults()
-            only_pauses = given.arguments.get("level") == 0
-            if self.vllm_config.parallel_config.worker_cls == WORKER and not only_pauses:
-                checks.refuse_rewriting()
-            return original(self, *args, **kwargs)
-
-        return call
-
     for hook in (hooks.SLEEP, hooks.RELEASE_CACHE):
-        hook.install(wrapper)
+        hook.install(_pause_at_most)
 
 
-def _without(flag: str) -> Callable[[Callable], Callable]:
-    """A wrapper that passes False for `flag` when the call's parallel_config is DWDP's."""
-
-    def wrapper(original: Callable) -> Callable:
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
-            if bound.arguments["parallel_config"].worker_cls == WORKER:
-                bound.arguments[flag] = False
-            return original(*bound.args, **bound.kwargs)
-
-        return call
-
-    return wrapper
+def _pause_at_most(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
+    given = inspect.signature(original).bind(self, *args, **kwargs)
+    given.apply_defaults()
+    only_pauses = given.arguments.get("level") == 0
+    if self.vllm_config.parallel_config.worker_cls == WORKER and not only_pauses:
+        checks.refuse_rewriting()
+    return original(self, *args, **kwargs)
 
 
-def _without_waves(original: Callable) -> Callable:
+def _without(flag: str, original: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Passes False for `flag` when the call's parallel_config is DWDP's."""
+    given = inspect.signature(original).bind(*args, **kwargs)
+    if given.arguments["parallel_config"].worker_cls == WORKER:
+        given.arguments[flag] = False
+    return original(*given.args, **given.kwargs)
+
+
+def _init_without_waves(original: Callable, self: Any, *args: Any, **kwargs: Any) -> None:
     """A client of LLM's that does not wait for the end of a wave after its last answer: independent ranks have none."""
-
-    @functools.wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        self.is_dp &= self.vllm_config.parallel_config.worker_cls != WORKER
-
-    return init
+    original(self, *args, **kwargs)
+    self.is_dp &= self.vllm_config.parallel_config.worker_cls != WORKER
 
 
 class _Awaited:
@@ -145,21 +123,14 @@ class _Awaited:
         )
 
 
-def _bounded(options: config.Options, rank: int) -> Callable[[Callable], Callable]:
-    """A wrapper that lets an engine wait for another node's front end no longer than for a peer."""
-
-    def wrapper(original: Callable) -> Callable:
-        @functools.wraps(original)
-        def call(socket: Any, local_client: bool, headless: bool, parallel_config: Any = None) -> Any:
-            if not local_client and parallel_config is not None:
-                at = f"{parallel_config.data_parallel_master_ip}:{parallel_config.data_parallel_rpc_port}"
-                whom = f"rank {rank} waits for the server of rank 0 at {at}"
-                socket = _Awaited(socket, whom, options.startup_timeout_s)
-            return original(socket, local_client, headless, parallel_config)
-
-        return call
-
-    return wrapper
+def _greet(
+    options: config.Options, rank: int, original: Callable, socket: Any, local_client: bool, headless: bool, parallel_config: Any = None
+) -> Any:
+    """An engine waits for another node's front end no longer than for a peer."""
+    if not local_client and parallel_config is not None:
+        at = f"{parallel_config.data_parallel_master_ip}:{parallel_config.data_parallel_rpc_port}"
+        socket = _Awaited(socket, f"rank {rank} waits for the server of rank 0 at {at}", options.startup_timeout_s)
+    return original(socket, local_client, headless, parallel_config)
 
 
 _run_engine_core = core.EngineCoreProc.run_engine_core
@@ -178,10 +149,10 @@ def run_engine_core(*args: Any, **kwargs: Any) -> None:
         return _run_engine_core(*args, **kwargs)
     launcher.follow_parent()
     _refuse_first()  # a spawned child has not been through `install`
-    bounded = _bounded(options, kwargs["dp_rank"])
+    greet = functools.partial(_greet, options, kwargs["dp_rank"])
     try:
-        with (hooks.START_HANDSHAKE.during(bounded), hooks.LOCKSTEP_ENGINE.during(lambda _: IndependentEngineCore),
-              hooks.ENGINE.during(lambda _: IndependentEngineCore)):  # the second of a rank that vLLM does not count
+        with (hooks.START_HANDSHAKE.during(greet), hooks.LOCKSTEP_ENGINE.during(instead=IndependentEngineCore),
+              hooks.ENGINE.during(instead=IndependentEngineCore)):  # the second of a rank that vLLM does not count
             _run_engine_core(*args, **kwargs)
     except SystemExit as end:  # a launcher that has not asked for it takes status 0 for an engine that nobody needs
         raise SystemExit(end.code or ENDED) from None

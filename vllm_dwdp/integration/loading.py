@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -46,66 +45,48 @@ def sharded(
     """
     shards: Shards = {}
 
-    def build(original: Callable) -> Callable:
-        signature = inspect.signature(original)
+    def build(original: Callable, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(original).bind(*args, **kwargs)
+        layer, moe_config = given.arguments["self"], given.arguments["moe_config"]
+        placement = Placement(num_experts=moe_config.num_experts, size=size, experts_per_rank=experts_per_rank)
+        owned = placement.owned(rank)
+        given.arguments["expert_map_manager"] = _own_experts_only(given.arguments["expert_map_manager"], owned)
+        moe_config.num_local_experts = len(owned)
+        original(*given.args, **given.kwargs)
+        _refuse_unstreamable(layer)
+        _agree_on_scales(layer, gather)
+        shards[layer] = placement
 
-        @functools.wraps(original)
-        def build_shard(*args: Any, **kwargs: Any) -> None:
-            given = signature.bind(*args, **kwargs)
-            layer, moe_config = given.arguments["self"], given.arguments["moe_config"]
-            placement = Placement(num_experts=moe_config.num_experts, size=size, experts_per_rank=experts_per_rank)
-            owned = placement.owned(rank)
-            given.arguments["expert_map_manager"] = _own_experts_only(given.arguments["expert_map_manager"], owned)
-            moe_config.num_local_experts = len(owned)
-            original(*given.args, **given.kwargs)
-            _refuse_unstreamable(layer)
-            _agree_on_scales(layer, gather)
-            shards[layer] = placement
-
-        return build_shard
-
-    def select(original: Callable) -> Callable:
-        @functools.wraps(original)
-        def select_owned(self: Any, model_config: Any) -> None:
-            refuse_bypass(shards, model_config)
-            before_reading(shards)
-            original(self, model_config)
-            counts = [placement.num_experts for placement in shards.values()]
-            others = range(min(counts), sum(counts))  # not of every layer, so they may be a second kind that counts on
-            self.local_expert_ids = set(others).union(*(placement.owned(rank) for placement in shards.values()))
-
-        return select_owned
+    def select(original: Callable, self: Any, model_config: Any) -> None:
+        refuse_bypass(shards, model_config)
+        before_reading(shards)
+        original(self, model_config)
+        counts = [placement.num_experts for placement in shards.values()]
+        others = range(min(counts), sum(counts))  # not of every layer, so they may be a second kind that counts on
+        self.local_expert_ids = set(others).union(*(placement.owned(rank) for placement in shards.values()))
 
     def first_owned() -> range:
         return next(iter(shards.values())).owned(rank)
 
-    def load_gpt_oss(original: Callable) -> Callable:
-        @functools.wraps(original)
-        def load_owned(self: Any, weights: Any) -> Any:
-            owned = first_owned()
-            return original(self, ((name, _owned_rows(name, weight, owned)) for name, weight in weights))
+    def load_gpt_oss(original: Callable, self: Any, weights: Any) -> Any:
+        owned = first_owned()
+        return original(self, ((name, _owned_rows(name, weight, owned)) for name, weight in weights))
 
-        return load_owned
-
-    def load_mxfp4(original: Callable) -> Callable:
-        @functools.wraps(original)
-        def load_owned(self: Any, *args: Any, **kwargs: Any) -> Any:
-            """Its views of the owned rows are shaped by the config's number of experts."""
-            num_experts = self.config.num_local_experts
-            self.config.num_local_experts = len(first_owned())
-            try:
-                return original(self, *args, **kwargs)
-            finally:
-                self.config.num_local_experts = num_experts
-
-        return load_owned
+    def load_mxfp4(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Its views of the owned rows are shaped by the config's number of experts."""
+        num_experts = self.config.num_local_experts
+        self.config.num_local_experts = len(first_owned())
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            self.config.num_local_experts = num_experts
 
     with contextlib.ExitStack() as stack:
-        for hook, wrapper in (
+        for hook, around in (
             (hooks.BUILD_EXPERTS, build), (hooks.SELECT_FILES, select),
             (hooks.LOAD_GPT_OSS, load_gpt_oss), (hooks.LOAD_GPT_OSS_MXFP4, load_mxfp4),
         ):
-            stack.enter_context(hook.during(wrapper))
+            stack.enter_context(hook.during(around))
         yield shards
 
 

@@ -7,7 +7,6 @@ an error, and ends.
 
 import asyncio
 import contextlib
-import functools
 import threading
 import time
 import weakref
@@ -132,67 +131,48 @@ def watch(client: Any) -> Watch:
 def install(vllm_config: VllmConfig) -> None:
     """Watch over the ranks of other nodes, where this server has any."""
     if checks.has_remote_engines(vllm_config.parallel_config):
-        for hook, wrapper in (
-            (hooks.CHOOSE_ENGINE, _choose), (hooks.ENGINE_OUTPUTS, _listen), (hooks.CALL_UTILITY, _bounded),
-            (hooks.GENERATE, _named), (hooks.ENCODE, _named),
+        for hook, around in (
+            (hooks.CHOOSE_ENGINE, _choose), (hooks.ENGINE_OUTPUTS, _listen), (hooks.CALL_UTILITY, _call),
+            (hooks.GENERATE, _answer), (hooks.ENCODE, _answer),
         ):
-            hook.install(wrapper)
+            hook.install(around)
 
 
-def _choose(original: Callable) -> Callable:
+def _choose(original: Callable, self: Any, request: Any) -> bytes:
     """Lost ranks look full. A request that names one goes there all the same and is answered within a tick."""
-
-    @functools.wraps(original)
-    def get_core_engine_for_request(self: Any, request: Any) -> bytes:
-        ranks = self.engine_ranks_managed
-        for rank in watch(self).lost:
-            self.lb_engines[ranks.index(rank)] = [2**30, 0, 0.0]
-        return original(self, request)
-
-    return get_core_engine_for_request
+    ranks = self.engine_ranks_managed
+    for rank in watch(self).lost:
+        self.lb_engines[ranks.index(rank)] = [2**30, 0, 0.0]
+    return original(self, request)
 
 
-def _listen(original: Callable) -> Callable:
-    @functools.wraps(original)
-    async def process_engine_outputs(self: Any, outputs: Any) -> None:
-        watch(self).heard(outputs.engine_index)
-        await original(self, outputs)
-
-    return process_engine_outputs
+async def _listen(original: Callable, self: Any, outputs: Any) -> None:
+    watch(self).heard(outputs.engine_index)
+    await original(self, outputs)
 
 
-def _bounded(original: Callable) -> Callable:
-    """A call to a lost rank raises: some of vLLM's endpoints ask every rank."""
-
-    @functools.wraps(original)
-    async def call(self: Any, method: str, *args: Any, engine: bytes) -> Any:
-        seen = watch(self)
-        rank = seen.rank_of(engine)
-        answer = asyncio.ensure_future(original(self, method, *args, engine=engine))
-        try:
-            while not answer.done():
-                if seen.is_lost(rank):
-                    raise _unavailable(explain(rank))
-                await asyncio.wait({answer}, timeout=TICK_S)
-            return answer.result()
-        finally:
-            answer.cancel()
-
-    return call
+async def _call(original: Callable, self: Any, method: str, *args: Any, engine: bytes) -> Any:
+    """To a lost rank it raises: some of vLLM's endpoints ask every rank."""
+    seen = watch(self)
+    rank = seen.rank_of(engine)
+    answer = asyncio.ensure_future(original(self, method, *args, engine=engine))
+    try:
+        while not answer.done():
+            if seen.is_lost(rank):
+                raise _unavailable(explain(rank))
+            await asyncio.wait({answer}, timeout=TICK_S)
+        return answer.result()
+    finally:
+        answer.cancel()
 
 
-def _named(original: Callable) -> Callable:
+async def _answer(original: Callable, self: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
     """vLLM answers for a request that ended in an error without a reason; ours has one."""
-
-    @functools.wraps(original)
-    async def answer(self: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        async with contextlib.aclosing(original(self, *args, **kwargs)) as outputs:
-            async for output in outputs:
-                if reason := _reason(output.outputs):
-                    raise _unavailable(reason)
-                yield output
-
-    return answer
+    async with contextlib.aclosing(original(self, *args, **kwargs)) as outputs:
+        async for output in outputs:
+            if reason := _reason(output.outputs):
+                raise _unavailable(reason)
+            yield output
 
 
 def _reason(outputs: Any) -> str | None:
