@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         told, default = argument(field), config.describe(field)[1]
         if served.get(name, default) != default:
             told["help"] += f"; with --serve: {served[name]}"
-        command.add_argument(f"--{name.replace('_', '-')}", **told)
+        command.add_argument(config.flag(name), **told)
     command.set_defaults(run=bench)
     command = commands.add_parser(
         "plan", help="forecast DWDP's memory and speed from a model's config", argument_default=argparse.SUPPRESS,
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("model", metavar="MODEL", help="a folder with config.json, or a name on the hub")
     for field in msgspec.structs.fields(plan.Settings)[1:]:
-        command.add_argument(f"--{field.name.replace('_', '-')}", **argument(field))
+        command.add_argument(config.flag(field.name), **argument(field))
     command.set_defaults(run=lambda given: plan.run(plan.Settings.of(given)))
     command = commands.add_parser(
         "doctor", help="check this machine, and a model on it", argument_default=argparse.SUPPRESS,
@@ -78,7 +78,7 @@ def bench(given: dict[str, Any]) -> int:
     kind = ServeSettings if serve else Settings
     for name in given:
         if name not in kind.__struct_fields__:
-            raise DWDPError(f"--{name.replace('_', '-')} {'does not go with' if serve else 'needs'} --serve")
+            raise DWDPError(f"{config.flag(name)} {'does not go with' if serve else 'needs'} --serve")
     settings = kind.of(given)
     checks.refuse_unwritable(settings.out)
     if isinstance(settings, ServeSettings):

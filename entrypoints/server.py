@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import json
 import os
-import re
 import secrets
 import signal
 import socket
@@ -139,11 +138,13 @@ class Server(Session):
         return urllib.request.urlopen(request, timeout=120)
 
     def metrics(self) -> Iterator[tuple[str, dict[str, str], float]]:
-        """Name, labels and value of every sample that has labels."""
+        """Name, labels and value of every sample."""
+        from prometheus_client.parser import text_string_to_metric_families
+
         with self.get("metrics") as response:
             text = response.read().decode()
-        for name, labels, value in re.findall(r"^([\w:]+)\{(.*)\} (\S+)$", text, re.MULTILINE):
-            yield name, dict(re.findall(r'(\w+)="([^"]*)"', labels)), float(value)
+        for family in text_string_to_metric_families(text):
+            yield from ((sample.name, sample.labels, sample.value) for sample in family.samples)
 
 
 def kill_session(session: int) -> None:

@@ -96,9 +96,14 @@ def as_json(option: str) -> str:
     return f"additional_config['{KEY}']['{option}']"
 
 
+def flag(setting: str) -> str:
+    """How a setting is written on a command line."""
+    return f"--{setting.replace('_', '-')}"
+
+
 def as_flag(option: str) -> str:
-    """How an option is written on the command line."""
-    return f"--{KEY}-{option.replace('_', '-')}"
+    """How an option of DWDP's is written on vLLM's command line."""
+    return flag(f"{KEY}_{option}")
 
 
 def parse(additional_config: Any, spell: Callable[[str], str] = as_json) -> Options | None:

@@ -128,5 +128,6 @@ def counted(server: Server) -> dict[str, float]:
     totals: dict[str, float] = defaultdict(float)
     for name, labels, value in server.metrics():
         if name.startswith("vllm:dwdp_") and name.endswith("_total"):
-            totals["_".join([name[10:-6], labels.get("view", "")]).strip("_")] += value
+            counter = name.removeprefix("vllm:dwdp_").removesuffix("_total")
+            totals["_".join([counter, labels.get("view", "")]).strip("_")] += value
     return totals

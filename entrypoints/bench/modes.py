@@ -76,7 +76,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def of(cls, given: dict[str, Any]) -> "Settings":
         """From option values, numbers as text or not. Raises DWDPError for what cannot be."""
         given = (DECODE_DEFAULTS if given.get("decode") else {}) | given
-        self = config.read(cls, given, lambda name: f"--{name.replace('_', '-')}", strict=False)
+        self = config.read(cls, given, config.flag, strict=False)
         refuse_misspelt(self.modes, ("dwdp", "ep", "tp", "single"))
         if self.size < 2 and set(self.modes) != {"single"}:
             raise DWDPError(f"--size is {self.size}: every mode but single needs at least 2")

@@ -56,7 +56,7 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def of(cls, given: dict[str, Any]) -> "ServeSettings":
         """From option values, numbers as text or not. Raises DWDPError for what cannot be."""
-        self = config.read(cls, given, lambda name: f"--{name.replace('_', '-')}", strict=False)
+        self = config.read(cls, given, config.flag, strict=False)
         refuse_misspelt(self.modes, ("dwdp", "ep", "tp"))
         for mode in filter(is_dwdp, self.modes):
             config.parse({config.KEY: own_options(mode)}, lambda name: f"{name} in --modes")
@@ -91,7 +91,7 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
         }[kind(mode)]
         told = [*shlex.split(self.serve_args), *own]
         for name, value in own_options(mode).items():
-            flag = ("--dwdp-" if is_dwdp(mode) else "--") + name.replace("_", "-")
+            flag = (config.as_flag if is_dwdp(mode) else config.flag)(name)
             if isinstance(value, bool):
                 told.append(flag if value else flag.replace("--", "--no-", 1))
             else:

@@ -24,7 +24,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def of(cls, given: dict[str, Any]) -> "Settings":
         """From option values, numbers as text or not. Raises DWDPError for what cannot be."""
-        return config.read(cls, given, lambda name: f"--{name}", strict=False)
+        return config.read(cls, given, config.flag, strict=False)
 
 
 def run(settings: Settings) -> int:

@@ -53,7 +53,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def of(cls, given: dict[str, Any]) -> "Settings":
         """From option values, numbers as text or not. Raises DWDPError for what cannot be."""
-        self = config.read(cls, given, lambda name: f"--{name.replace('_', '-')}", strict=False)
+        self = config.read(cls, given, config.flag, strict=False)
         if self.plot and not importlib.util.find_spec("matplotlib"):
             raise DWDPError("--plot needs matplotlib: pip install 'vllm-dwdp[bench]'")
         if self.plot and Path(self.plot).suffix[1:] not in (kinds := report.pictures()):
