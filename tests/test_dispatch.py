@@ -504,6 +504,7 @@ def test_a_rehearsal_is_steps_alone_in_no_graph_of_counts_that_16_divides_and_do
         for said in [("begin", 0, (0,), (tokens, 0)), ("forward", tokens, True, tokens)]
     ]
     assert made.rows(1) == 2 and not made.is_beyond_graphs, "it is over"
+    made.rehearse(lambda tokens: made.rows(tokens - 1), MOST)  # as where a draft model takes a row of each request
     tried: list[int] = []
     made.rehearse(tried.append, MOST)
     assert tried == [MOST - 1, MOST], "no step has more tokens than all its requests at their longest"

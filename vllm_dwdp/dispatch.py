@@ -173,14 +173,14 @@ class Dispatch:
     def rows(self, num_rows: int) -> int | None:
         """The rows, own and received, that a layer of `num_rows` own ones dispatches; None: it does not.
 
-        Outside of steps vLLM warms up and captures graphs, alone. Raises DWDPError where the step has lost tokens since it met its peers,
-        which would wait for them.
+        Outside of steps vLLM warms up and captures graphs, alone. Raises DWDPError where the step has lost tokens since it met peers,
+        which would wait for them; a rehearsal may, where a draft model takes some of vLLM's buffers.
         """
         if not self._in_step:
             return self.limits.rows(num_rows, self._meeting.size) if self.limits.padded((num_rows,)) else None
         if self._round is None:
             return None
-        if num_rows < (agreed := self._round.tokens[self._meeting.rank]):
+        if len(self._round.members) > 1 and num_rows < (agreed := self._round.tokens[self._meeting.rank]):
             raise DWDPError(f"a MoE layer has {num_rows} rows in a step that was to have {agreed} tokens, as its peers know: something "
                             "in vLLM's runner or the model has dropped some; set --dwdp-dispatch off")
         return self.limits.rows(self._padded, self._meeting.size) if self._padded else self._round.num_rows

@@ -113,8 +113,8 @@ def refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
         (model.enable_sleep_mode or model.enable_cumem_allocator,
          "--enable-sleep-mode / cumem allocator: it would move weights that peers have mapped; drop it"),
         (vllm_config.scheduler_config.prefill_schedule_interval > 1,
-         "--prefill-schedule-interval: it aligns the prompts of ranks that wait for each other, and would hold back those of each "
-         "rank alone; drop it"),
+         "--prefill-schedule-interval: it holds prompts back so that those of all ranks come together, for which no rank waits here; "
+         "drop it"),
         (vllm_config.cache_config.kv_sharing_fast_prefill,
          "--kv-sharing-fast-prefill: its last layers run fewer tokens, and a forward has one view; drop it"),
         (getattr(speculative, "enable_adaptive_verification", False),
