@@ -2,8 +2,11 @@
 
 import signal
 import time
-from collections.abc import Mapping, Sized
+from collections.abc import Callable, Mapping, Sized
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 INTERRUPTED = 130
 
@@ -31,6 +34,20 @@ class Comparison:
     def report(self) -> None:
         """Print and write what was measured until now."""
         raise NotImplementedError
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        (self.out / f"{name}.json").write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2))
+
+    def finish(self, name: str, draw: Callable[[Path], None] | None) -> None:
+        """Draw a picture beside NAME.json, if there is anything to draw, and say where both are."""
+        written = [self.out / f"{name}.json"]
+        if draw is not None:
+            try:
+                draw(self.out / f"{name}.png")
+                written.append(self.out / f"{name}.png")
+            except ImportError:
+                print("no picture: matplotlib is not installed (pip install 'vllm-dwdp[bench]')")
+        print(f"{' and '.join(map(str, written))} written; {time.monotonic() - self.start_s:.0f} s in all")
 
     def run(self) -> int:
         """Measure and report; the command's exit status is 1 when a mode failed.

@@ -1,13 +1,12 @@
 """`vllm-dwdp bench`: DWDP against stock vLLM on the same GPUs, model and prompts, in turns."""
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from vllm_dwdp.entrypoints.bench.checks import refuse_impossible, refuse_unshared
 from vllm_dwdp.entrypoints.bench.comparison import Comparison
@@ -197,14 +196,13 @@ class Bench(Comparison):
         """bench.json: everything read so far. Returns the table's rows."""
         points = self.settings.decode or self.settings.max_num_batched_tokens
         rows = summarize(self.settings.modes, points, self.decode, self.measured, self.held, self.failures)
-        content = msgspec.json.encode(origin(self.devices) | {
+        self.write_json("bench", origin(self.devices) | {
             "settings": self.settings,
             "point": POINTS[self.decode],
             "unit": UNITS[self.decode],
             "rows": rows,
             "readings": self.measured,
         })
-        (self.out / "bench.json").write_bytes(msgspec.json.format(content, indent=2))
         return rows
 
     def report(self) -> None:
@@ -219,11 +217,4 @@ class Bench(Comparison):
         how = ", eager" if settings.eager else ""
         title = f"{Path(settings.model).name}, size {settings.size}{how}: {what}"
         print(f"\n{title}; medians, ratios of speeds\n\n{table(rows, self.decode)}\n")
-        written = [self.out / "bench.json"]
-        if self.measured:
-            try:
-                chart(rows, self.decode, title, self.out / "bench.png")
-                written.append(self.out / "bench.png")
-            except ImportError:
-                print("no chart: matplotlib is not installed (pip install 'vllm-dwdp[bench]')")
-        print(f"{' and '.join(map(str, written))} written; {time.monotonic() - self.start_s:.0f} s in all")
+        self.finish("bench", functools.partial(chart, rows, self.decode, title) if self.measured else None)

@@ -1,9 +1,9 @@
 """`vllm-dwdp bench --serve`: `vllm serve` in each mode on the same GPUs, under the same loads of `vllm bench serve`."""
 
 import contextlib
+import functools
 import http.client
 import shlex
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -192,11 +192,10 @@ class Serving(Comparison):
 
     def write(self) -> None:
         """serving.json: everything measured so far."""
-        content = msgspec.json.encode(origin(self.devices) | {
+        self.write_json("serving", origin(self.devices) | {
             "settings": self.settings, "loads": self.names, "measured": self.measured,
             "failed": self.failures,
         })
-        (self.out / "serving.json").write_bytes(msgspec.json.format(content, indent=2))
 
     def report(self) -> None:
         """Print the table and say where the files are."""
@@ -209,11 +208,4 @@ class Serving(Comparison):
         print(f"\n{title}; medians of {settings.repeats}\n\n{front.table(rows)}\n")
         for mode, reason in self.failures.items():
             print(f"{short(mode)} failed: {reason}")
-        written = [self.out / "serving.json"]
-        if front.points(rows):
-            try:
-                front.picture(rows, title, self.out / "serving.png")
-                written.append(self.out / "serving.png")
-            except ImportError:
-                print("no picture: matplotlib is not installed (pip install 'vllm-dwdp[bench]')")
-        print(f"{' and '.join(map(str, written))} written; {time.monotonic() - self.start_s:.0f} s in all")
+        self.finish("serving", functools.partial(front.picture, rows, title) if front.points(rows) else None)
