@@ -32,6 +32,8 @@ def test_room() -> None:
     assert abs(cache_bytes(LAYERS, device(40), auto, LIMIT, 3 * GIB) - (room - 13 * GIB)) <= 1, "beside an inbox"
     assert cache_bytes(LAYERS, device(75), Options(size=2, cache_gib=60), LIMIT) == 48 * REMOTE, "all that is remote"
     assert cache_bytes(LAYERS, device(12), auto, LIMIT) == 0
+    small = LayerSize(placement=Placement(num_experts=8, size=2), expert_bytes=[1])
+    assert abs(cache_bytes([*LAYERS, small], device(40), auto, LIMIT) - (room - 10 * GIB)) <= 1, "slots hold the largest layer"
 
 
 def test_engines_that_share_a_device() -> None:

@@ -1,6 +1,7 @@
 """Invariant: expected costs are near what was measured on two GPUs, and what dispatches and waits follows from them."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -68,6 +69,8 @@ def test_order_of_the_views() -> None:
             assert expected < min(QWEN3.streamed_us(rows), QWEN3.direct_us(rows))
     assert QWEN3.streamed_us(1) >= 1630, "the copies alone"
     assert QWEN3.direct_us(16) < QWEN3.streamed_us(16) and QWEN3.streamed_us(128) < QWEN3.direct_us(128)
+    unread = dataclasses.replace(QWEN3, rates=dataclasses.replace(H100, memory=math.inf, direct=math.inf))
+    assert unread.direct_us(4096) == pytest.approx(unread.local_us(4096)), "as much is computed, wherever experts lie"
 
 
 def test_max_tokens() -> None:
@@ -203,6 +206,8 @@ def test_what_reads_in_place_otherwise_does_so_alone_in_a_graph(monkeypatch) -> 
         options = Options(size=2, graph_max_tokens=8192, direct_max_tokens=given)
         limits = limits_of(monkeypatch, options, [layer_of(2048, QWEN3.expert_bytes)] * 48, 8192, (1, 512))
         assert limits and limits.alone_graph_tokens == (given or WITH_GRAPHS.in_place_max_tokens())
+        for name in ("helped_s", "spare_s", "patience_s", "alone_s"):
+            assert getattr(limits, name)(4096) == getattr(WITH_GRAPHS, name)(4096) > 0
 
 
 @pytest.mark.parametrize(

@@ -283,6 +283,7 @@ def test_after_a_large_step_peers_are_met_when_the_device_is_at_its_last_layer(i
     assert fakes.said() == [("check",), first, *step, *[("check",), ("look", "event 2"), behind_another, *step] * 2]
     made.begin_step(SMALL)
     assert [name for name, *_ in fakes.said()] == ["check", "look", "company", "look", "look", "large done", "join", "begin"]
+    assert fakes.stats.waited_s > 0, "for the device"
     made.reach_last_layer()
     made.end_step()
     made.begin_step(SMALL)
@@ -423,7 +424,7 @@ def test_no_graph_that_dispatches_is_chosen_for_a_step_that_does_not(most: int, 
             if each is None or tokens % each == 0:
                 rows = max(padded, tokens)
                 assert padded <= max(2 * tokens, tokens + 128), "a small step is not padded to a large one"
-                graph = manager.dispatch(rows // (each or 1), rows, each if rows % (each or 1) == 0 else None, 0)
+                graph = manager.dispatch(tokens // (each or 1), rows, each, 0)  # the batch's own, but for its rows
                 assert graph.cg_mode != CUDAGraphMode.NONE
                 assert (made.rows(graph.num_tokens) is None) == (padded == 0), (tokens, graph)
                 for bound in (FEW, most, helped):
@@ -508,6 +509,10 @@ def test_a_rehearsal_is_steps_alone_in_no_graph_of_counts_that_16_divides_and_do
     tried: list[int] = []
     made.rehearse(tried.append, MOST)
     assert tried == [MOST - 1, MOST], "no step has more tokens than all its requests at their longest"
+    padded = make(graphs := Fakes(), (MOST, HELPED_MOST))
+    padded.rehearse(lambda tokens: graphs.note("forward", tokens, padded.rows(tokens)), LARGE)
+    rehearsed = [call[1:] for call in graphs.said() if call[0] == "forward"]
+    assert rehearsed == [(count, count) for count in (MOST - 1, MOST, HELPED_MOST - 1, HELPED_MOST)], "graphs are captured later"
     made.limits = dataclasses.replace(made.limits, max_tokens=4 * FEW, helped_max_tokens=8 * FEW)
     tried.clear()
     made.rehearse(tried.append, 16 * FEW)

@@ -14,7 +14,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from vllm_dwdp import config
 from vllm_dwdp.errors import DWDPError
-from vllm_dwdp.integration import launch, watchdog, worker
+from vllm_dwdp.integration import launch, remote, watchdog, worker
 from vllm_dwdp.integration.engine import LOOKS, IndependentEngineCore
 from vllm_dwdp.kernels.tokens import did_not_come
 
@@ -57,6 +57,27 @@ def test_requests_that_no_step_can_take_keep_no_peer_waiting(executor: type, hel
     assert asked.calls == ["dwdp_help"] * helps
     run(engine(asked := OtherExecutor(), _meets=False), [True, False])
     assert not asked.calls, "no step dispatches"
+
+
+@pytest.mark.parametrize(("answer", "blocks"), [(False, False), (None, True)])
+def test_an_idle_rank_does_not_block_where_peers_may_ask_for_it(monkeypatch, answer: bool | None, blocks: bool) -> None:
+    """Once a call wakes it vLLM would wait for the next one, and the rank help nobody; where no step dispatches it may."""
+    asked, calls = Executor(), queue.Queue()
+    monkeypatch.setattr(asked, "collective_rpc", lambda *_, **__: [answer])
+    monkeypatch.setattr(IndependentEngineCore, "is_running", lambda self: True)
+    calls.put(None)
+    made = engine(asked, input_queue=calls if not blocks else queue.Queue(), _idle_state_callbacks=[], process_input_queue_block=not blocks)
+    made._help_until_work()
+    assert made.process_input_queue_block == blocks
+
+
+@pytest.mark.parametrize(("paths", "beats"), [(["ipc:///a"], 0), (["ipc:///a", "tcp://host:1"], 1)])
+def test_an_engine_gives_front_ends_on_other_nodes_signs_of_life(monkeypatch, paths: list[str], beats: int) -> None:
+    said = []
+    monkeypatch.setattr(remote, "beat", lambda outputs, clients: said.append(clients))
+    monkeypatch.setattr(core.EngineCoreProc, "process_output_sockets", lambda *_: None)
+    engine(Executor()).process_output_sockets(paths)
+    assert said == [len(paths)] * beats
 
 
 def test_a_rank_is_not_idle_while_a_step_of_its_is_under_way() -> None:
